@@ -55,6 +55,7 @@ class ModelConfig:
     norm_affine: bool = True  # norms have a scale, and a bias unless norm_bias is false
     norm_bias: bool = True
     final_norm_affine: bool | None = None  # norm_affine; a tied head keeps it where the others are folded away
+    embed_norm_affine: bool | None = None  # norm_affine; kept as well, since nothing can fold it
     epsilon: float = 1e-5
     dropout: float = 0.0  # rate of the three below
     attention_dropout: float | None = None  # dropout; on attention probabilities
@@ -91,7 +92,7 @@ class ModelConfig:
             _check_range(f"model.{key}", getattr(raw, key), at_least=0, below=1)
         if raw.head_dim is None and raw.d_model % raw.heads:
             raise PrenormError(
-                f"model.heads={raw.heads} does not divide model.d_model={raw.d_model}: change one, or set model.head_dim"
+                f"model.heads={raw.heads} does not divide model.d_model={raw.d_model}: change one or set model.head_dim"
             )
         if raw.kv_heads is not None and raw.heads % raw.kv_heads:
             raise PrenormError(f"model.kv_heads={raw.kv_heads} does not divide model.heads={raw.heads}")
@@ -102,6 +103,7 @@ class ModelConfig:
             mlp_dim=_default(raw.mlp_dim, 4 * raw.d_model),
             reader_bias=_default(raw.reader_bias, raw.use_bias),
             final_norm_affine=_default(raw.final_norm_affine, raw.norm_affine),
+            embed_norm_affine=_default(raw.embed_norm_affine, raw.norm_affine),
             attention_dropout=_default(raw.attention_dropout, raw.dropout),
             branch_dropout=_default(raw.branch_dropout, raw.dropout),
             embed_dropout=_default(raw.embed_dropout, raw.dropout),
@@ -109,7 +111,9 @@ class ModelConfig:
         if resolved.positions == "rotary" and resolved.head_dim % 2:
             raise PrenormError(f"model.positions='rotary' needs an even model.head_dim, not {resolved.head_dim}")
         if resolved.shared_norm and not resolved.parallel:
-            raise PrenormError("model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn")
+            raise PrenormError(
+                "model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn"
+            )
         if resolved.post_norm and resolved.parallel:
             raise PrenormError("model.post_norm=True and model.parallel=True exclude each other: set one to False")
         return resolved

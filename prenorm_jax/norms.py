@@ -1,0 +1,105 @@
+"""LayerNorm, RMSNorm and CRMSNorm: three Flax modules with one signature.
+
+    LN(x)   = γ ⊙ (x - mean(x)) · rsqrt(var(x) + ε) + β                     x in R^d
+    RMS(z)  = γ ⊙ z · rsqrt(‖z‖²/d + ε) + β                                 z in R^d
+    CRMS(y) = γ ⊙ y · rsqrt((‖y‖² + (1ᵀy)²)/d + ε) + β                      y in R^(d-1)
+
+On a zero-mean z all three agree: LN(z) = RMS(z), and CRMS of z without its last entry is RMS(z) without its last entry,
+because that entry is -1ᵀy. Note the divisor of CRMSNorm: d, not the d-1 numbers it is given.
+Source: arXiv 2305.14858, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def layer_norm(x: jax.Array, epsilon: float) -> jax.Array:
+    """(..., d) -> (..., d). The variance by two passes: E[x²] - E[x]² cancels where |mean| ≫ std."""
+    centered = x - x.mean(-1, keepdims=True)
+    return centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + epsilon)
+
+
+def rms_norm(z: jax.Array, epsilon: float) -> jax.Array:
+    """(..., d) -> (..., d)."""
+    return z * jax.lax.rsqrt(jnp.square(z).mean(-1, keepdims=True) + epsilon)
+
+
+def crms_norm(y: jax.Array, epsilon: float) -> jax.Array:
+    """(..., d-1) -> (..., d-1)."""
+    d = y.shape[-1] + 1
+    sum_of_squares = jnp.square(y).sum(-1, keepdims=True) + jnp.square(y.sum(-1, keepdims=True))
+    return y * jax.lax.rsqrt(sum_of_squares / d + epsilon)
+
+
+class Affine(nn.Module):
+    """x -> scale ⊙ x + bias over the last axis. Parameters `scale` and `bias` of the input's width, as switched on.
+
+    Attributes:
+      axis: the logical axis name of both parameters (see `stream.py`).
+    """
+
+    use_scale: bool = True
+    use_bias: bool = True
+    param_dtype: Any = jnp.float32
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for name, used, init in (
+            ("scale", self.use_scale, nn.initializers.ones_init()),
+            ("bias", self.use_bias, nn.initializers.zeros_init()),
+        ):
+            if used:
+                boxed_init = nn.with_logical_partitioning(init, (self.axis,))
+                value = self.param(name, boxed_init, x.shape[-1:], self.param_dtype).astype(x.dtype)
+                x = x * value if name == "scale" else x + value
+        return x
+
+
+class _Norm(nn.Module):
+    """What the three norms share: the signature, the affine map, the dtypes.
+
+    Attributes:
+      epsilon: added to the mean square.
+      use_scale, use_bias: whether there are parameters γ (`scale`) and β (`bias`).
+      dtype: of the result; None: the input's. Statistics and the affine map are in float32 at least.
+      param_dtype: of γ and β.
+      axis: the logical axis name of γ and β (see `stream.py`).
+    """
+
+    epsilon: float = 1e-5
+    use_scale: bool = True
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.normalize(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon)
+        affine = Affine(self.use_scale, self.use_bias, self.param_dtype, self.axis)
+        nn.share_scope(self, affine)
+        return affine(y).astype(self.dtype or x.dtype)
+
+
+class LayerNorm(_Norm):
+    """LN over the last axis, of width d."""
+
+    normalize = staticmethod(layer_norm)
+
+
+class RMSNorm(_Norm):
+    """RMSNorm over the last axis, of width d."""
+
+    normalize = staticmethod(rms_norm)
+
+
+class CRMSNorm(_Norm):
+    """CRMSNorm over the last axis, of width d-1: a zero-mean vector of width d without its last entry."""
+
+    normalize = staticmethod(crms_norm)

@@ -1,0 +1,57 @@
+"""Learning-rate schedule and optimizers, all from optax, chosen by `config.optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from ml_collections import ConfigDict
+
+from prenorm_jax.errors import PrenormError
+
+
+def make_schedule(config: ConfigDict) -> Callable[[Any], jax.Array]:
+    """Updates made so far -> learning rate: linear warm-up to the peak, then a cosine that ends at `config.steps`."""
+    peak, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate
+    warmup = config.optimizer.warmup_steps
+
+    def schedule(count: Any) -> jax.Array:
+        progress = jnp.clip((count - warmup) / max(config.steps - warmup, 1), 0, 1)
+        cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return peak * cosine * jnp.minimum(1, (count + 1) / max(warmup, 1))
+
+    return schedule
+
+
+def _is_matrix(params: Any) -> Any:
+    # Kernels and embeddings have two axes, biases and norms one.
+    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Global-norm clipping, then the named optimizer; weight decay on matrices only. Raises PrenormError on its name."""
+    o = config.optimizer
+    rate = make_schedule(config)
+    makers: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=_is_matrix),
+        "sgd": lambda: optax.chain(
+            optax.trace(o.b1), optax.add_decayed_weights(o.weight_decay, _is_matrix), optax.scale_by_learning_rate(rate)
+        ),
+        # optax applies this decay after the learning rate, so that it has to carry one itself.
+        "adafactor": lambda: optax.adafactor(
+            rate, weight_decay_rate=o.weight_decay * o.learning_rate, weight_decay_mask=_is_matrix
+        ),
+        "lamb": lambda: optax.lamb(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=_is_matrix),
+        "muon": lambda: optax.contrib.muon(
+            rate, beta=o.b1, weight_decay=o.weight_decay, weight_decay_mask=_is_matrix, adam_b2=o.b2
+        ),
+    }
+    if o.name not in makers:
+        raise PrenormError(f"optimizer.name={o.name!r} is not one of {', '.join(makers)}")
+    if o.clip > 0:
+        return optax.chain(optax.clip_by_global_norm(o.clip), makers[o.name]())
+    return makers[o.name]()

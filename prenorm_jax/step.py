@@ -1,0 +1,132 @@
+"""The training step and the evaluation step: each one function under one `jax.jit`.
+
+With parameterization `pre_ln` the trained parameters θ are the Pre-LN tree, and the step computes φ = h(θ), the variant's
+parameters, inside the differentiated loss. The gradients are then those of Pre-LN, so that any optimizer follows the
+Pre-LN trajectory. With `native` the variant's own parameters are trained, from the same function at the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from prenorm_jax.config import PARAMETERIZATIONS, ModelConfig
+from prenorm_jax.convert import convert_config, convert_params
+from prenorm_jax.errors import PrenormError
+from prenorm_jax.models import build_model
+from prenorm_jax.optim import make_optimizer
+from prenorm_jax.sharding import replicated, split_batch
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]  # tokens: (B, T+1) int32; weights: (B, T) float32, of the predictions of tokens[:, 1:]
+
+
+class RunModels(NamedTuple):
+    """The model whose parameters are trained (and stored), and the one that is computed. Often the same."""
+
+    trained: ModelConfig
+    computed: ModelConfig
+
+
+def run_models(config: ConfigDict) -> RunModels:
+    """What `config.model` and `config.parameterization` mean for a run. Raises PrenormError if they do not make sense."""
+    if config.parameterization not in PARAMETERIZATIONS:
+        raise PrenormError(f"parameterization={config.parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
+    requested = ModelConfig.create(config.model)
+    pre_ln = dataclasses.replace(requested, norm="layernorm")
+    if requested.norm == "layernorm":
+        return RunModels(pre_ln, pre_ln)
+    variant = convert_config(pre_ln, requested.norm)
+    return RunModels(pre_ln if config.parameterization == "pre_ln" else variant, variant)
+
+
+def computed_params(params: Params, models: RunModels) -> Params:
+    """φ from the trained parameters: h(θ), or θ itself. Differentiable."""
+    if models.trained == models.computed:
+        return params
+    return convert_params(params, models.trained, models.computed.norm)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a run is between two steps. `step` counts the updates made: a scalar int32."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_params(config: ConfigDict, models: RunModels) -> Params:
+    """The trained parameters at step 0: the Pre-LN initialisation of the seed, converted if a variant is trained."""
+    pre_ln = dataclasses.replace(ModelConfig.create(config.model), norm="layernorm")
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = build_model(pre_ln).init(_keys(config)[0], tokens)["params"]
+    return params if models.trained.norm == "layernorm" else convert_params(params, pre_ln, models.trained.norm)
+
+
+def init_state(config: ConfigDict, models: RunModels) -> TrainState:
+    """The state at step 0. Traceable: `jax.eval_shape(lambda: init_state(...))` makes no array."""
+    params = init_params(config, models)
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    return init_key, dropout_key
+
+
+def cross_entropy(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """-log p(token) in nats, (B, T), in float32 at least."""
+    logits_BxTxV = logits_BxTxV.astype(jnp.promote_types(logits_BxTxV.dtype, jnp.float32))
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, tokens_BxT)
+
+
+def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch, jax.Array], jax.Array]:
+    """(trained params, batch, step) -> mean loss over the batch's weights, in nats per token, dropout on."""
+    model = build_model(models.computed)
+
+    def loss(params: Params, batch: Batch, step: jax.Array) -> jax.Array:
+        dropout_key = jax.random.fold_in(_keys(config)[1], step)
+        variables = {"params": computed_params(params, models)}
+        logits_BxTxV = model.apply(variables, batch["tokens"][:, :-1], train=True, rngs={"dropout": dropout_key})
+        nats_BxT = cross_entropy(logits_BxTxV, batch["tokens"][:, 1:])
+        return (nats_BxT * batch["weights"]).sum() / batch["weights"].sum()
+
+    return loss
+
+
+def make_train_step(
+    config: ConfigDict, models: RunModels, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step: (state, batch) -> (state, {loss, grad_norm}). The state passed in is donated."""
+    loss = make_loss(config, models)
+    optimizer = make_optimizer(config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        value, grads = jax.value_and_grad(loss)(state.params, batch, state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    shardings = (replicated(mesh), split_batch(mesh))
+    return jax.jit(train_step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0)
+
+
+def make_eval_step(model_config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted evaluation step: (computed params, batch) -> (sum of the weighted losses in nats, sum of the weights)."""
+    model = build_model(model_config)
+
+    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        nats_BxT = cross_entropy(model.apply({"params": params}, batch["tokens"][:, :-1]), batch["tokens"][:, 1:])
+        return (nats_BxT * batch["weights"]).sum(), batch["weights"].sum()
+
+    shardings = (replicated(mesh), split_batch(mesh))
+    return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(mesh))

@@ -1,0 +1,165 @@
+"""The residual stream: its coordinates under each norm, and which parameter does what to it.
+
+Under layernorm a position of the stream is x in R^d. Under rmsnorm it is z = Cx, the same without its mean
+(C = I - 11ᵀ/d). Under crmsnorm it is y = Pz: the last of z's entries is dropped, being minus the sum of the others.
+`center`, `drop_last` and `restore_last` are these maps; they work on NumPy and JAX arrays along any axis, so the
+models (on activations) and the converter (on parameters) use the same ones.
+
+Every parameter of a model names its axes where it is created, and at most one of them lies on the stream:
+
+    write   adds to the stream: embeddings, attention output, MLP down
+    read    consumes a normalised stream: query, key, value, up, gate, head
+    norm    the affine map of the norm that feeds readers
+    raw     d wide, but not in stream coordinates: what follows at run time centres it (ModelConfig.raw_embedding, ...)
+
+`parameter_roles` turns these names into what the converter needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from prenorm_jax.config import ModelConfig
+from prenorm_jax.norms import CRMSNorm, LayerNorm, RMSNorm
+
+Array = Any  # jax.Array or numpy.ndarray
+Path = tuple[str, ...]
+STREAM_AXES = ("write", "read", "norm")
+OTHER_AXES = ("raw", "vocab", "position", "heads", "kv_heads", "mlp")
+
+
+def center(x: Array, axis: int = -1) -> Array:
+    """C x: removes the mean along `axis`. In float32 at least; the result has the input's dtype."""
+    dtype, x = x.dtype, _at_least_float32(x)
+    return (x - x.mean(axis, keepdims=True)).astype(dtype)
+
+
+def drop_last(z: Array, axis: int = -1) -> Array:
+    """P z: d entries along `axis` -> the first d-1."""
+    return entries(z, slice(0, -1), axis)
+
+
+def restore_last(y: Array, axis: int = -1) -> Array:
+    """E y: d-1 entries along `axis` -> d, the last being minus the sum of the others."""
+    last = -_at_least_float32(y).sum(axis, keepdims=True).astype(y.dtype)
+    return y.__array_namespace__().concat([y, last], axis=axis)
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def entries(x: Array, which: slice, axis: int) -> Array:
+    """The entries `which` of x along `axis`."""
+    index = [slice(None)] * x.ndim
+    index[axis] = which
+    return x[tuple(index)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """What a model needs to know about its stream.
+
+    Attributes:
+      norm: the module that normalises it.
+      enter: a raw d-wide value -> stream coordinates.
+      leave: stream coordinates -> d wide.
+    """
+
+    norm: type[nn.Module]
+    enter: Callable[[Array], Array]
+    leave: Callable[[Array], Array]
+
+
+COORDINATES = {
+    "layernorm": Coordinates(LayerNorm, enter=lambda x: x, leave=lambda x: x),
+    "rmsnorm": Coordinates(RMSNorm, enter=center, leave=lambda z: z),
+    "crmsnorm": Coordinates(CRMSNorm, enter=lambda x: drop_last(center(x)), leave=restore_last),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one leaf of a parameter tree does to the stream.
+
+    Attributes:
+      kind: writer, reader, norm, or internal (nothing).
+      axis: the stream axis, counted from the end (negative), so that stacking layers in front changes nothing.
+      scale, shift: of a reader: the leaves γ and β of the norm that feeds it; None where there is no such norm.
+      bias: of a reader: the leaf that takes up Wβ; it need not exist yet.
+    """
+
+    kind: str
+    axis: int | None = None
+    scale: Path | None = None
+    shift: Path | None = None
+    bias: Path | None = None
+
+
+Roles = dict[Path, Role]
+_KINDS = {"write": "writer", "read": "reader", "norm": "norm"}
+
+
+@functools.lru_cache
+def abstract_params(config: ModelConfig) -> dict[Path, nn.LogicallyPartitioned]:
+    """Path -> the leaf's logical axis names (`.names`) and its shape and dtype (`.value`); no array is made."""
+    from prenorm_jax.models.gpt import GPT  # the models are built on this module
+
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(GPT(config).annotated_init, jax.random.key(0), tokens)
+    return flatten_dict(variables["params"])
+
+
+@functools.lru_cache
+def parameter_roles(config: ModelConfig) -> Roles:
+    """The role of every leaf of the model's parameter tree, from the axis names given where it is created.
+
+    Raises ValueError for a leaf whose names are unknown or put it on the stream twice: no leaf is internal by default.
+    """
+    leaves = abstract_params(config)
+    roles = {}
+    for path, leaf in leaves.items():
+        names = getattr(leaf, "names", ())
+        on_stream = [name for name in names if name in STREAM_AXES]
+        if not names or len(on_stream) > 1 or any(name not in STREAM_AXES + OTHER_AXES for name in names):
+            raise ValueError(f"parameter {'/'.join(path)}: axis names {names} do not give it a role")
+        if not on_stream:
+            roles[path] = Role("internal")
+            continue
+        axis = names.index(on_stream[0]) - len(names)
+        if on_stream == ["read"]:
+            norm = _feeding_norm(path, leaves)
+            scale, shift = ((*norm, leaf_name) for leaf_name in ("scale", "bias"))
+            roles[path] = Role(
+                "reader",
+                axis,
+                scale=scale if scale in leaves else None,
+                shift=shift if shift in leaves else None,
+                bias=(*path[:-1], "bias"),
+            )
+        else:
+            roles[path] = Role(_KINDS[on_stream[0]], axis)
+    return roles
+
+
+def _feeding_norm(path: Path, leaves: dict[Path, Any]) -> Path:
+    """The norm that feeds the reader at `path`: beside some module X around it, `X_norm`, or else `norm`.
+
+    So `block_0/attention/query/kernel` is fed by `block_0/attention_norm`, or by `block_0/norm` if both branches share
+    it. Where neither has parameters, the path returned holds none.
+    """
+    modules = {leaf_path[:-1] for leaf_path in leaves}
+    for depth in range(len(path) - 2, -1, -1):
+        for name in (f"{path[depth]}_norm", "norm"):
+            candidate = (*path[:depth], name)
+            if candidate in modules:
+                return candidate
+    return ("norm",)

@@ -1,0 +1,92 @@
+"""The files of a run's folder beside its checkpoints.
+
+config.json      the run's configuration, every key
+run.json         what the run is and was made with: parameters, device, versions, and each start with its step and norm
+metrics.jsonl    one object a line: {step, loss, grad_norm, learning_rate, tokens_per_s} or {step, eval_loss, ...}
+tensorboard/     the same as event files
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from prenorm_jax.config import ModelConfig
+from prenorm_jax.errors import PrenormError
+from prenorm_jax.step import run_models
+
+# What may differ when a run goes on: none of it changes which run it is.
+MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def load_config(workdir: str | Path) -> ConfigDict:
+    """The configuration of the run in `workdir`. Raises PrenormError if there is none."""
+    path = Path(workdir) / "config.json"
+    if not Path(workdir).is_dir():
+        raise PrenormError(f"no such workdir: {workdir}")
+    if not path.is_file():
+        raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise PrenormError(f"{path} is damaged: {error}") from error
+
+
+def literal_config(config: ConfigDict) -> ConfigDict:
+    """The form that is stored and compared: every model key resolved, and with `native` the tree that is trained.
+
+    (A `pre_ln` run keeps the Pre-LN description, with the norm that is computed.)
+    """
+    models = run_models(config)
+    model = dataclasses.asdict(models.trained) | {"norm": models.computed.norm}
+    result = ConfigDict(config)
+    with result.unlocked():
+        result.model = ConfigDict(model)
+        if models.computed.norm == "layernorm":  # the two parameterisations are one
+            result.parameterization = "pre_ln"
+    return result
+
+
+def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """ "key: old -> new" for each key in which two literal configs describe different runs."""
+    old_values, new_values = flat_config(old), flat_config(new)
+    return [
+        f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
+        for key in sorted(old_values.keys() | new_values.keys())
+        if key not in MAY_CHANGE and old_values.get(key) != new_values.get(key)
+    ]
+
+
+def flat_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"model.norm": "layernorm", ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flat_config(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def use_precision_of(config: ConfigDict) -> None:
+    """Turns on JAX's 64-bit mode if the model asks for float64. To be called before any array is made."""
+    if "float64" in (config.model.get("dtype"), config.model.get("param_dtype")):
+        jax.config.update("jax_enable_x64", True)
+
+
+def describe_model(model: ModelConfig, parameters: int) -> str:
+    """One line for a log."""
+    return f"{model.norm}, {model.depth} blocks, d_model {model.d_model}, {parameters:,} parameters"
