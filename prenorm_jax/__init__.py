@@ -1,6 +1,6 @@
 """Pre-LN, Pre-RMSNorm and Pre-CRMSNorm Transformers: one function, three parameterisations, conversion both ways."""
 
-from prenorm_jax.convert import convert_config, convert_params
+from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.models import build_model
 

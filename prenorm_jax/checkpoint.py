@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class Checkpoints:
             raise PrenormError(f"{self.directory.parent} has no checkpoint at step {step}; it has {steps}")
         return steps[-1] if step is None else step
 
-    def save(self, step: int, params: Any, opt_state: Any, model: Mapping[str, Any]) -> None:
+    def save(self, step: int, params: Any, opt_state: Any, model: ModelConfig) -> None:
         """Starts writing in the background; returns once the arrays may change. `opt_state` None: there is none."""
-        metadata = {"step": step, "model": dict(model), "has_optimizer": opt_state is not None}
+        metadata = {"step": step, "model": dataclasses.asdict(model), "has_optimizer": opt_state is not None}
         items = {"params": ocp.args.StandardSave(params), "metadata": ocp.args.JsonSave(metadata)}
         if opt_state is not None:
             items["optimizer"] = ocp.args.StandardSave(opt_state)

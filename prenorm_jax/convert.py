@@ -1,246 +1,123 @@
-"""Conversion between Pre-LN, Pre-RMSNorm and Pre-CRMSNorm parameters, in every direction.
-
-The parameters change in three steps, each a few lines on (tree, roles), whatever model the tree belongs to:
-
-    fold      a norm's affine goes into its readers:         b ← b + Wβ,  W ← W diag(γ)
-    to rms    from layernorm: writers W ← C W                 from crmsnorm: writers W ← E W, readers W ← [W, 0] C
-    from rms  to layernorm: nothing                           to crmsnorm: writers drop the last entry,
-                                                              readers W ← W[:d-1] - W[d-1]   (along the stream axis)
-
-Source: arXiv 2305.14858, section 3; README, "The idea", for what goes beyond it.
-"""
+"""Converts a run's checkpoint: `python -m prenorm_jax.convert runs/ln runs/ln-as-crms --to=crmsnorm`."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+import shutil
+from pathlib import Path
 from typing import Any
 
-import flax.core
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.config import NORMS, ModelConfig
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.stream import (
-    Array,
-    Path,
-    Roles,
-    abstract_params,
-    center,
-    drop_last,
-    entries,
-    parameter_roles,
-    restore_last,
-)
-
-Flat = dict[Path, Array]
+from prenorm_jax.conversion import convert_config, convert_params
+from prenorm_jax.errors import PrenormError, run_command
+from prenorm_jax.models import build_model
+from prenorm_jax.step import count, init_state, run_models
+from prenorm_jax.workdir import load_config, use_precision_of, write_json
 
 
-def convert_config(config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str) -> Any:
-    """The model config that describes `convert_params(params, config, to)`; same type as `config`.
+def convert(
+    source: str | Path, target: str | Path, to: str, step: int | None = None, materialize: bool = False
+) -> None:
+    """Writes folder `target` with the checkpoint of run `source` as the parameters of norm `to`; prints what it did.
 
-    Raises PrenormError if `to` is no norm or is the config's own, or if the network has no equivalent of that norm.
+    `target` is a workdir that eval.py and train.py accept: it trains the converted parameters themselves
+    (parameterization native). With `materialize` a run may also be "converted" to the norm that it computes, which
+    writes the parameters that its Pre-LN ones stand for. Raises PrenormError; `target` is then not made.
     """
-    source = ModelConfig.create(config)
+    target = Path(target)
     if to not in NORMS:
-        raise PrenormError(f"unknown norm {to!r}; one of {', '.join(NORMS)}")
-    if to == source.norm:
-        raise PrenormError(f"the model is {to} already: there is nothing to convert")
-    _check_convertible(source)
-    changes: dict[str, Any] = {"norm": to}
-    if not source.post_norm:
-        changes["norm_affine"] = False
-        changes["reader_bias"] = source.reader_bias or (source.norm_affine and source.norm_bias)
-        changes["embed_norm_affine"] = source.embed_norm_affine
-    changes["final_norm_affine"] = source.final_norm_affine and source.tie_embeddings
-    if source.final_norm and source.final_norm_affine and source.norm_bias and not source.tie_embeddings:
-        changes["head_bias"] = True
-    if isinstance(config, ModelConfig):
-        return dataclasses.replace(config, **changes)
-    converted = ConfigDict(config)
-    with converted.unlocked():
-        converted.update(changes)
-    return converted
-
-
-def _check_convertible(config: ModelConfig) -> None:
-    """Raises unless everything that reads the stream reads it through a norm, and the mean can be kept out of it."""
-    if not config.post_norm:
-        if not config.final_norm:
-            raise PrenormError(
-                "model.final_norm=False: the head reads the raw stream, whose mean conversion removes; not convertible"
+        raise PrenormError(f"--to={to} is not one of {', '.join(NORMS)}")
+    config = load_config(source)
+    if target.exists():
+        raise PrenormError(f"{target} exists: name a new folder")
+    use_precision_of(config)
+    with Checkpoints(source, read_only=True) as checkpoints:
+        step = checkpoints.resolve(step)
+        model, params = checkpoints.params(step)
+        if to == config.model.norm and not (materialize and to != model.norm):
+            why = (
+                f"it trains its Pre-LN parameters; add --materialize to write the {to} parameters that they stand for"
+                if to != model.norm
+                else "there is nothing to convert"
             )
-        return
-    if config.norm_affine:
-        raise PrenormError(
-            "model.post_norm=True with model.norm_affine=True: each norm's affine puts a mean back into the stream, "
-            "every block would need a centring at run time and nothing would be gained: set model.norm_affine=False"
+            raise PrenormError(f"{source} is {to} already: {why}")
+        opt_state = None
+        if to == model.norm and checkpoints.metadata(step)["has_optimizer"]:
+            models = run_models(config)
+            opt_state = checkpoints.optimizer(step, jax.eval_shape(lambda: init_state(config, models).opt_state))
+
+    if to == model.norm:
+        new_model, new_params = model, params
+        print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
+    else:
+        new_model, new_params = convert_config(model, to), convert_params(params, model, to)
+        print(f"{source} at step {step}: {model.norm}, {count(params):,} parameters")
+        print(f"{target}: {to}, {count(new_params):,} parameters")
+        difference = relative_difference((model, params), (new_model, new_params))
+        print(f"largest difference of their logits on random tokens: {difference:.1e} of the largest ({model.dtype})")
+        print("the optimizer state is not carried over: its moments belong to the old parameters, and start anew")
+
+    new_config = ConfigDict(config)
+    with new_config.unlocked():
+        new_config.model = ConfigDict(dataclasses.asdict(new_model))
+        new_config.parameterization = "pre_ln" if to == "layernorm" else "native"
+    _write(target, new_config, step, new_params, opt_state, new_model, str(source))
+    print(f"evaluate: python eval.py --workdir={target}")
+    print(f"train on: python train.py --workdir={target} --config.steps=N   (now at step {step} of {config.steps})")
+
+
+def relative_difference(one: tuple[ModelConfig, Any], other: tuple[ModelConfig, Any]) -> float:
+    """Largest |difference| of two models' logits on random tokens, as a fraction of the largest |logit|."""
+    config = one[0]
+    tokens_BxT = np.random.default_rng(0).integers(config.vocab_size, size=(2, min(config.max_len, 128)))
+    logits = [jax.jit(build_model(model).apply)({"params": params}, tokens_BxT) for model, params in (one, other)]
+    return float(jnp.abs(logits[0] - logits[1]).max() / jnp.abs(logits[0]).max())
+
+
+def _write(
+    target: Path, config: ConfigDict, step: int, params: Any, opt_state: Any, model: ModelConfig, source: str
+) -> None:
+    """Makes `target` beside its place, then moves it there: it is never seen half-written."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        with Checkpoints(temporary) as checkpoints:
+            checkpoints.save(step, params, opt_state, model)
+            checkpoints.wait()
+        write_json(temporary / "config.json", config.to_dict())
+        counts = {"trained": count(params), "computed": count(params)}
+        write_json(
+            temporary / "run.json",
+            {"norm": model.norm, "parameters": counts, "converted_from": source, "sessions": []},
         )
-    if not config.embed_norm or config.embed_norm_affine or config.embed_dropout > 0:
-        raise PrenormError(
-            "model.post_norm=True: block_0/attention reads the raw embedding, whose mean conversion removes; it "
-            "converts only with model.embed_norm=True, model.embed_norm_affine=False and model.embed_dropout=0"
-        )
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def convert_params(
-    params: Mapping[str, Any], config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str
-) -> dict[str, Any]:
-    """The parameter tree of the equivalent network with norm `to`.
-
-    Args:
-      params: nested dict of arrays, as `build_model(config).init(...)["params"]`; not changed.
-      config: the model config that describes it.
-      to: layernorm, rmsnorm or crmsnorm.
-
-    Returns:
-      The tree of `build_model(convert_config(config, to))`, each leaf with the dtype it had (a new bias: its
-      kernel's). Concrete arrays are converted in float64 on the host and rounded once. Under `jax.jit` or `jax.grad`
-      the same formulas run in the leaves' own dtype, float32 at least; the values are then unknown, so that the zero
-      mean of an rmsnorm tree cannot be checked.
-
-    Raises:
-      PrenormError: what `convert_config` raises; leaves that are unknown, missing or of another shape; and, from
-        rmsnorm, a writer that is not zero-mean: such a network has no Pre-LN or Pre-CRMSNorm equivalent.
-    """
-    source = ModelConfig.create(config)
-    target = convert_config(source, to)
-    params = nn.unbox(flax.core.unfreeze(params) if isinstance(params, flax.core.FrozenDict) else params)
-    flat = check_tree(params, source)
-    roles = parameter_roles(source)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values())
-    if source.norm == "rmsnorm" and not traced:
-        check_zero_mean(flat, roles)
-
-    dtypes = {path: leaf.dtype for path, leaf in flat.items()}
-    for path, role in roles.items():
-        if role.bias is not None:
-            dtypes.setdefault(role.bias, dtypes[path])
-    changed = _with_work_dtype(flat, roles, traced)
-    changed = fold_norms(changed, roles)
-    changed = _map_stream(changed, roles, *_TO_RMS[source.norm])
-    changed = _map_stream(changed, roles, *_FROM_RMS[to])
-    result = {}
-    for path in abstract_params(target):
-        leaf = changed[path]
-        if leaf is not flat.get(path):
-            leaf = leaf.astype(dtypes[path])
-            leaf = jnp.asarray(leaf) if any(isinstance(x, jax.Array) for x in flat.values()) else leaf
-        result[path] = leaf
-    return unflatten_dict(result)
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(prog="python -m prenorm_jax.convert", description=__doc__)
+    parser.add_argument("source", help="folder of a run, or of a converted checkpoint")
+    parser.add_argument("target", help="folder to write: must not exist")
+    parser.add_argument("--to", required=True, help=" | ".join(NORMS))
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
+    parser.add_argument(
+        "--materialize",
+        action="store_true",
+        help="allow --to the norm of a pre_ln run: writes the parameters that its Pre-LN ones stand for",
+    )
+    args = parser.parse_args()
+    convert(args.source, args.target, args.to, args.step, args.materialize)
 
 
-def _with_work_dtype(flat: Flat, roles: Roles, traced: bool) -> Flat:
-    """Leaves that conversion may change, in the dtype it works in; the others as they are."""
-    biases = {role.bias for role in roles.values()}
-
-    def widen(leaf: Array) -> Array:
-        return (
-            leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if traced else np.asarray(leaf).astype(np.float64)
-        )
-
-    return {path: widen(x) if roles[path].kind != "internal" or path in biases else x for path, x in flat.items()}
-
-
-def fold_norms(flat: Flat, roles: Roles) -> Flat:
-    """Moves each norm's γ and β into the readers it feeds: W(γ ⊙ n + β) + b = (W diag(γ)) n + (b + Wβ)."""
-    folded = {path: leaf for path, leaf in flat.items() if roles[path].kind != "norm"}
-    for path, role in roles.items():
-        if role.kind != "reader":
-            continue
-        kernel = flat[path]
-        if role.shift is not None:
-            added = (kernel * _along(flat[role.shift], kernel, role.axis)).sum(role.axis)
-            folded[role.bias] = folded[role.bias] + added if role.bias in folded else added
-        if role.scale is not None:
-            folded[path] = kernel * _along(flat[role.scale], kernel, role.axis)
-    return folded
-
-
-def _along(vector: Array, like: Array, axis: int) -> Array:
-    """Shapes a norm's (..., D) parameter to multiply `like` along `axis`; leading (stacked) axes stay aligned."""
-    stacked = vector.shape[:-1]
-    own_axes = range(len(stacked) - like.ndim, 0)
-    return vector.reshape(stacked + tuple(vector.shape[-1] if i == axis else 1 for i in own_axes))
-
-
-def _keep(x: Array, axis: int) -> Array:
-    return x
-
-
-def _center_writer(writer: Array, axis: int) -> Array:
-    """C W. Twice, because one subtraction leaves a mean of the rounding of the one removed, which may be far larger."""
-    return center(center(writer, axis), axis)
-
-
-def _read_restored(kernel: Array, axis: int) -> Array:
-    """[W, 0] C: the reader of z = E y whose entries along the stream sum to zero, from the reader of y."""
-    xp = kernel.__array_namespace__()
-    zero = xp.zeros_like(kernel.sum(axis, keepdims=True))
-    return center(xp.concat([kernel, zero], axis=axis), axis)
-
-
-def _read_compressed(kernel: Array, axis: int) -> Array:
-    """The reader of y from the reader of z = E y: W z = W[:d-1] y - W[d-1] 1ᵀy."""
-    return drop_last(kernel, axis) - entries(kernel, slice(-1, None), axis)
-
-
-# norm -> (map of writers, map of readers)
-_StreamMap = Callable[[Array, int], Array]
-_TO_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
-    "layernorm": (_center_writer, _keep),
-    "rmsnorm": (_keep, _keep),
-    "crmsnorm": (restore_last, _read_restored),
-}
-_FROM_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
-    "layernorm": (_keep, _keep),
-    "rmsnorm": (_keep, _keep),
-    "crmsnorm": (drop_last, _read_compressed),
-}
-
-
-def _map_stream(flat: Flat, roles: Roles, map_writer: _StreamMap, map_reader: _StreamMap) -> Flat:
-    maps = {"writer": map_writer, "reader": map_reader}
-    return {
-        path: maps[roles[path].kind](leaf, roles[path].axis) if path in roles and roles[path].kind in maps else leaf
-        for path, leaf in flat.items()
-    }
-
-
-def check_tree(params: Mapping[str, Any], config: ModelConfig) -> Flat:
-    """The leaves by path, if they are exactly those of the config's model; else PrenormError listing what is not."""
-    expected = {path: leaf.value.shape for path, leaf in abstract_params(config).items()}
-    flat = flatten_dict(dict(params))
-    problems = [f"unknown leaf {'/'.join(map(str, path))}" for path in flat if path not in expected]
-    problems += [f"missing leaf {'/'.join(path)}" for path in expected if path not in flat]
-    problems += [
-        f"{'/'.join(path)} has shape {flat[path].shape}, not {shape}"
-        for path, shape in expected.items()
-        if path in flat and flat[path].shape != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        hint = " (this looks like a whole train state: pass its 'params' entry)" if "params" in params else ""
-        raise PrenormError(f"the tree is not that of the {config.norm} model in the config: {shown}{hint}")
-    return flat
-
-
-def check_zero_mean(flat: Flat, roles: Roles) -> None:
-    """Raises PrenormError unless every writer's mean along the stream is zero to the rounding of its dtype."""
-    for path, role in roles.items():
-        if role.kind != "writer":
-            continue
-        tolerance = 2 * float(jnp.finfo(flat[path].dtype).eps)
-        leaf = np.asarray(flat[path]).astype(np.float64)
-        mean, size = np.abs(leaf.mean(role.axis)).max(), np.abs(leaf).max()
-        if mean > tolerance * size:
-            raise PrenormError(
-                f"{'/'.join(path)} is not zero-mean along the stream (mean {mean:.2g}, entries to {size:.2g}): a general "
-                "RMSNorm network has no equivalent with layernorm or crmsnorm, only one that came from them has; "
-                "training with parameterization=pre_ln keeps it"
-            )
+if __name__ == "__main__":
+    run_command(main)

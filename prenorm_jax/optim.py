@@ -19,10 +19,10 @@ def make_schedule(config: ConfigDict) -> Callable[[Any], jax.Array]:
     peak, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate
     warmup = config.optimizer.warmup_steps
 
-    def schedule(count: Any) -> jax.Array:
-        progress = jnp.clip((count - warmup) / max(config.steps - warmup, 1), 0, 1)
+    def schedule(step: Any) -> jax.Array:
+        progress = jnp.clip((step - warmup) / max(config.steps - warmup, 1), 0, 1)
         cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return peak * cosine * jnp.minimum(1, (count + 1) / max(warmup, 1))
+        return peak * cosine * jnp.minimum(1, (step + 1) / max(warmup, 1))
 
     return schedule
 
@@ -33,21 +33,20 @@ def _is_matrix(params: Any) -> Any:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Global-norm clipping, then the named optimizer; weight decay on matrices only. Raises PrenormError on its name."""
+    """Global-norm clipping, then the named optimizer, decoupled weight decay on matrices included.
+
+    Its updates are for a learning rate of 1: the training step multiplies them by the schedule, which so depends on
+    the step alone and not on a counter in the optimizer's state. Raises PrenormError on an unknown name.
+    """
     o = config.optimizer
-    rate = make_schedule(config)
+    decay = {"weight_decay": o.weight_decay, "mask": _is_matrix}
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "adamw": lambda: optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=_is_matrix),
-        "sgd": lambda: optax.chain(
-            optax.trace(o.b1), optax.add_decayed_weights(o.weight_decay, _is_matrix), optax.scale_by_learning_rate(rate)
-        ),
-        # optax applies this decay after the learning rate, so that it has to carry one itself.
-        "adafactor": lambda: optax.adafactor(
-            rate, weight_decay_rate=o.weight_decay * o.learning_rate, weight_decay_mask=_is_matrix
-        ),
-        "lamb": lambda: optax.lamb(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=_is_matrix),
+        "adamw": lambda: optax.adamw(1.0, o.b1, o.b2, o.eps, **decay),
+        "lamb": lambda: optax.lamb(1.0, o.b1, o.b2, o.eps, **decay),
+        "sgd": lambda: optax.chain(optax.trace(o.b1), optax.add_decayed_weights(**decay), optax.scale(-1.0)),
+        "adafactor": lambda: optax.adafactor(1.0, weight_decay_rate=o.weight_decay, weight_decay_mask=_is_matrix),
         "muon": lambda: optax.contrib.muon(
-            rate, beta=o.b1, weight_decay=o.weight_decay, weight_decay_mask=_is_matrix, adam_b2=o.b2
+            1.0, beta=o.b1, weight_decay=o.weight_decay, weight_decay_mask=_is_matrix, adam_b2=o.b2
         ),
     }
     if o.name not in makers:

@@ -1,6 +1,8 @@
-"""Where arrays live: one mesh axis, `data`, over all devices. Batches are split along it, the state is on every device."""
+"""Where arrays live: one mesh axis, `data`, over all devices, splits the batch; the state is on every device."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -8,14 +10,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from prenorm_jax.errors import PrenormError
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """A mesh of all devices. Raises PrenormError if they do not divide the batch."""
-    devices = jax.device_count()
-    if batch_size % devices:
-        raise PrenormError(
-            f"batch_size={batch_size} does not divide over {devices} devices: make it a multiple of them"
-        )
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `devices` (None: all). Raises PrenormError if they do not divide the batch."""
+    devices = jax.devices() if devices is None else devices
+    if batch_size % len(devices):
+        raise PrenormError(f"batch_size={batch_size} is not a multiple of the {len(devices)} devices it is split over")
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,8 +1,8 @@
 """The training step and the evaluation step: each one function under one `jax.jit`.
 
-With parameterization `pre_ln` the trained parameters θ are the Pre-LN tree, and the step computes φ = h(θ), the variant's
-parameters, inside the differentiated loss. The gradients are then those of Pre-LN, so that any optimizer follows the
-Pre-LN trajectory. With `native` the variant's own parameters are trained, from the same function at the start.
+With parameterization `pre_ln` the trained parameters θ are the Pre-LN tree, and the step computes φ = h(θ), the
+variant's parameters, inside the differentiated loss. The gradients are then those of Pre-LN, so that any optimizer
+follows the Pre-LN trajectory. With `native` the variant's own parameters are trained, from the same initial function.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prenorm_jax.config import PARAMETERIZATIONS, ModelConfig
-from prenorm_jax.convert import convert_config, convert_params
+from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.models import build_model
-from prenorm_jax.optim import make_optimizer
+from prenorm_jax.optim import make_optimizer, make_schedule
 from prenorm_jax.sharding import replicated, split_batch
 
 Params = dict[str, Any]
@@ -37,7 +37,7 @@ class RunModels(NamedTuple):
 
 
 def run_models(config: ConfigDict) -> RunModels:
-    """What `config.model` and `config.parameterization` mean for a run. Raises PrenormError if they do not make sense."""
+    """What `config.model` and `config.parameterization` mean for a run. Raises PrenormError."""
     if config.parameterization not in PARAMETERIZATIONS:
         raise PrenormError(f"parameterization={config.parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
     requested = ModelConfig.create(config.model)
@@ -53,6 +53,11 @@ def computed_params(params: Params, models: RunModels) -> Params:
     if models.trained == models.computed:
         return params
     return convert_params(params, models.trained, models.computed.norm)
+
+
+def count(params: Params) -> int:
+    """Numbers in a tree of (abstract) arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -105,15 +110,16 @@ def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch,
 def make_train_step(
     config: ConfigDict, models: RunModels, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step: (state, batch) -> (state, {loss, grad_norm}). The state passed in is donated."""
+    """The jitted step: (state, batch) -> (state, {loss, grad_norm, learning_rate}). The state passed in is donated."""
     loss = make_loss(config, models)
-    optimizer = make_optimizer(config)
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         value, grads = jax.value_and_grad(loss)(state.params, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
+        rate = schedule(state.step)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
+        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = (replicated(mesh), split_batch(mesh))
@@ -121,7 +127,7 @@ def make_train_step(
 
 
 def make_eval_step(model_config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted evaluation step: (computed params, batch) -> (sum of the weighted losses in nats, sum of the weights)."""
+    """The jitted evaluation step: (computed params, batch) -> (sum of weighted losses in nats, sum of weights)."""
     model = build_model(model_config)
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

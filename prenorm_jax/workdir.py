@@ -17,7 +17,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from prenorm_jax.config import ModelConfig
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.step import run_models
 
@@ -32,6 +31,14 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> Any:
+    """Raises PrenormError if the file is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise PrenormError(f"{path} is damaged: {error}") from error
+
+
 def load_config(workdir: str | Path) -> ConfigDict:
     """The configuration of the run in `workdir`. Raises PrenormError if there is none."""
     path = Path(workdir) / "config.json"
@@ -39,10 +46,7 @@ def load_config(workdir: str | Path) -> ConfigDict:
         raise PrenormError(f"no such workdir: {workdir}")
     if not path.is_file():
         raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
-    try:
-        return ConfigDict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise PrenormError(f"{path} is damaged: {error}") from error
+    return ConfigDict(read_json(path))
 
 
 def literal_config(config: ConfigDict) -> ConfigDict:
@@ -85,8 +89,3 @@ def use_precision_of(config: ConfigDict) -> None:
     """Turns on JAX's 64-bit mode if the model asks for float64. To be called before any array is made."""
     if "float64" in (config.model.get("dtype"), config.model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)
-
-
-def describe_model(model: ModelConfig, parameters: int) -> str:
-    """One line for a log."""
-    return f"{model.norm}, {model.depth} blocks, d_model {model.d_model}, {parameters:,} parameters"

@@ -1,0 +1,7 @@
+"""Evaluates a checkpoint on the held-out split: `python eval.py --workdir=runs/ln [--norm=crmsnorm]`."""
+
+from prenorm_jax.errors import run_command
+from prenorm_jax.evaluate import main
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,271 @@
+"""Conversion keeps the function, in all six directions, over the options of the config; the wrong rules do not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import logits, model_configs, random_params, random_tokens, relative, tiny
+from flax.traverse_util import flatten_dict, unflatten_dict
+from hypothesis import given, settings
+
+from prenorm_jax import PrenormError, build_model, convert_config, convert_params
+from prenorm_jax.config import NORMS, ModelConfig, base_config
+from prenorm_jax.conversion import fold_norms
+from prenorm_jax.stream import abstract_params, center, parameter_roles
+
+# From each norm to each other one, both ways: six directions.
+ROUND = ["rmsnorm", "crmsnorm", "layernorm", "crmsnorm", "rmsnorm", "layernorm"]
+
+
+def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
+    tokens = random_tokens(config)
+    expected = logits(config, params, tokens)
+    for to in ROUND:
+        params, config = convert_params(params, config, to), convert_config(config, to)
+        assert config.norm == to
+        assert relative(logits(config, params, tokens), expected) < tolerance, to
+
+
+@given(config=model_configs())
+@settings(max_examples=60)
+def test_all_six_directions_in_float64(config):
+    check_round(config, random_params(config, 1), 1e-10)
+
+
+@pytest.mark.parametrize("start", ["rmsnorm", "crmsnorm"])
+@given(config=model_configs())
+@settings(max_examples=15)
+def test_from_networks_born_as_a_variant(start, config):
+    """With an affine of their own in their norms, and, for rmsnorm, zero-mean writers."""
+    config = ModelConfig.create({**vars(config), "norm": start})
+    params = random_params(config, 2)
+    if start == "rmsnorm":
+        roles, flat = parameter_roles(config), flatten_dict(params)
+        for path, role in roles.items():
+            if role.kind == "writer":
+                flat[path] = center(flat[path], role.axis)
+        params = unflatten_dict(flat)
+    others = [norm for norm in NORMS if norm != start]
+    tokens = random_tokens(config)
+    expected = logits(config, params, tokens)
+    for to in others:
+        converted = convert_params(params, config, to)
+        assert relative(logits(convert_config(config, to), converted, tokens), expected) < 1e-10
+    for to in [*others, start]:
+        params, config = convert_params(params, config, to), convert_config(config, to)
+    assert relative(logits(config, params, tokens), expected) < 1e-10
+
+
+@given(config=model_configs())
+@settings(max_examples=25)
+def test_in_training_too_with_the_same_dropout_masks(config):
+    config = ModelConfig.create({**vars(config), "dropout": 0.4, "attention_dropout": 0.4})
+    params, tokens = random_params(config, 1), random_tokens(config)
+    key = jax.random.key(5)
+    expected = logits(config, params, tokens, train=True, rngs={"dropout": key})
+    for to in ("rmsnorm", "crmsnorm"):
+        actual = logits(
+            convert_config(config, to), convert_params(params, config, to), tokens, train=True, rngs={"dropout": key}
+        )
+        assert relative(actual, expected) < 1e-10
+
+
+def test_post_ln_without_affine_converts():
+    config = tiny(post_norm=True, norm_affine=False, embed_norm=True, tie_embeddings=False)
+    check_round(config, random_params(config, 1), 1e-10)
+    config = tiny(post_norm=True, norm_affine=False, embed_norm=True, final_norm=False)
+    check_round(config, random_params(config, 1), 1e-10)
+
+
+@pytest.mark.slow
+@given(config=model_configs())
+@settings(max_examples=300)
+def test_all_six_directions_in_float64_long(config):
+    check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("embedding_mean", [0.0, 100.0])
+@pytest.mark.parametrize("d_model", [65, 384])
+def test_float32_errs_no_more_than_twice_as_much_as_pre_ln(tie_embeddings, embedding_mean, d_model):
+    """Error: root mean square over the logits of several models, against the float64 Pre-LN network."""
+    changes = {"d_model": d_model, "head_dim": 16, "tie_embeddings": tie_embeddings, "max_len": 16, "vocab_size": 101}
+    single = tiny(dtype="float32", param_dtype="float32", **changes)
+    double = tiny(**changes)
+    squares = dict.fromkeys(NORMS, 0.0)
+    for seed in range(3):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), random_params(double, seed, embedding_mean))
+        tokens = random_tokens(double, seed)
+        exact = logits(double, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), tokens)
+        for norm in NORMS:
+            config, tree = single, params
+            if norm != "layernorm":
+                config, tree = convert_config(single, norm), convert_params(params, single, norm)
+            assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tree))
+            squares[norm] += np.square(logits(config, tree, tokens) - exact).mean()
+    for norm in ("rmsnorm", "crmsnorm"):
+        assert squares[norm] ** 0.5 <= 2 * squares["layernorm"] ** 0.5, squares
+
+
+def test_jits_and_differentiates_like_the_host_conversion():
+    config = tiny(dropout=0.1, tie_embeddings=False)
+    params = random_params(config, 1)
+    for to in ("rmsnorm", "crmsnorm"):
+        traced = jax.jit(lambda params, to=to: convert_params(params, config, to))(params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11),
+            traced,
+            convert_params(params, config, to),
+        )
+        grads = jax.grad(lambda p, to=to: sum(x.sum() for x in jax.tree.leaves(convert_params(p, config, to))))(params)
+        assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+def test_keeps_what_it_was_given():
+    config = base_config().model
+    config.update({"depth": 1, "d_model": 8, "heads": 2, "vocab_size": 5})
+    params = build_model(config).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    before = jax.tree.map(np.array, params)
+    config_before = config.to_dict()
+    converted = convert_params(params, config, to="crmsnorm")
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    assert config.to_dict() == config_before
+    crms_config = convert_config(config, to="crmsnorm")
+    assert type(crms_config) is type(config)
+    build_model(crms_config).apply({"params": converted}, jnp.zeros((1, 1), int))
+    assert isinstance(convert_config(config.to_dict(), to="rmsnorm")["norm"], str)
+    # NumPy trees (as a checkpoint reader gives) stay NumPy.
+    numpy_tree = convert_params(before, config, to="crmsnorm")
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(numpy_tree))
+    jax.tree.map(np.testing.assert_array_equal, numpy_tree, converted)
+
+
+def test_converts_layer_stacked_trees_by_the_same_rule():
+    """The roles count the stream axis from the end: leading (scanned) axes change nothing."""
+    config = tiny(depth=1)
+    trees = [random_params(config, seed) for seed in (1, 2)]
+    roles = parameter_roles(config)
+    stacked = {path: jnp.stack([flatten_dict(tree)[path] for tree in trees]) for path in roles}
+    folded = fold_norms(stacked, roles)
+    for i, tree in enumerate(trees):
+        for path, leaf in fold_norms(flatten_dict(tree), roles).items():
+            np.testing.assert_allclose(folded[path][i], leaf, rtol=1e-13)
+
+
+# --- Negative controls: the rules that look right and are wrong must not pass for right. ---
+
+
+def wrongly(config: ModelConfig, params: dict, changes: dict, edit=lambda flat: flat) -> float:
+    """Relative error of an rmsnorm network with `changes` in its config and `edit` on its converted leaves."""
+    rms = convert_config(config, "rmsnorm")
+    flat = flatten_dict(convert_params(params, config, "rmsnorm"))
+    wrong = ModelConfig.create({**vars(rms), **changes})
+    tokens = random_tokens(config)
+    actual = logits(wrong, unflatten_dict(edit(flat)), tokens)
+    return relative(actual, logits(config, params, tokens))
+
+
+def test_a_swap_of_the_norm_without_recentring_is_another_function():
+    config = tiny(norm_affine=False, tie_embeddings=False)
+    params, tokens = random_params(config, 1, embedding_mean=1.0), random_tokens(config)
+    swapped = ModelConfig.create({**vars(config), "norm": "rmsnorm"})
+    assert relative(logits(swapped, params, tokens), logits(config, params, tokens)) > 0.1
+
+
+def test_centring_a_tied_table_changes_the_logits():
+    config = tiny(tie_embeddings=True)
+    params = random_params(config, 1, embedding_mean=1.0)
+    table = ("token_embedding",)
+    assert wrongly(config, params, {}) < 1e-10
+    assert wrongly(config, params, {}, lambda flat: flat | {table: center(flat[table])}) > 0.1
+
+
+def test_centring_the_weights_before_dropout_is_another_function():
+    config = tiny(branch_dropout=0.5)
+    params, tokens, key = random_params(config, 1), random_tokens(config), jax.random.key(1)
+    rms, converted = convert_config(config, "rmsnorm"), flatten_dict(convert_params(params, config, "rmsnorm"))
+    expected = logits(config, params, tokens, train=True, rngs={"dropout": key})
+    actual = logits(rms, unflatten_dict(converted), tokens, train=True, rngs={"dropout": key})
+    assert relative(actual, expected) < 1e-10
+    for path in converted:
+        if path[-1] == "kernel" and path[-2] in ("out", "down"):
+            converted[path] = center(converted[path])
+    actual = logits(rms, unflatten_dict(converted), tokens, train=True, rngs={"dropout": key})
+    assert relative(actual, expected) > 1e-2
+
+
+def test_another_epsilon_is_another_function():
+    config = tiny(epsilon=1e-3, tie_embeddings=False)
+    params = random_params(config, 1, embedding_mean=0.0)
+    assert wrongly(config, params, {"epsilon": 1e-5}) > 1e-6
+
+
+# --- What does not convert says so. ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"final_norm": False}, "model.final_norm=False: the head reads the raw stream"),
+        ({"post_norm": True}, "model.post_norm=True with model.norm_affine=True"),
+        ({"post_norm": True, "norm_affine": False}, "block_0/attention reads the raw embedding"),
+        (
+            {"post_norm": True, "norm_affine": False, "embed_norm": True, "embed_dropout": 0.1},
+            "model.embed_dropout=0",
+        ),
+    ],
+)
+def test_networks_without_an_equivalent_are_refused(changes, message):
+    config = tiny(**changes)
+    for action in (
+        lambda: convert_config(config, "rmsnorm"),
+        lambda: convert_params(random_params(config, 0), config, "rmsnorm"),
+    ):
+        with pytest.raises(PrenormError) as error:
+            action()
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_to_the_norm_it_has_or_to_none(norm):
+    config = tiny(norm=norm)
+    with pytest.raises(PrenormError, match=f"is {norm} already"):
+        convert_params(random_params(config, 0), config, norm)
+    with pytest.raises(PrenormError, match="unknown norm 'batchnorm'"):
+        convert_config(config, "batchnorm")
+
+
+@pytest.mark.parametrize("to", ["layernorm", "crmsnorm"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_an_rmsnorm_tree_that_is_not_zero_mean_is_refused(to, dtype):
+    pre_ln = tiny(param_dtype=dtype, d_model=64)
+    fine = convert_params(random_params(pre_ln, 0), pre_ln, "rmsnorm")
+    config = convert_config(pre_ln, "rmsnorm")
+    convert_params(fine, config, to)
+    kernel = fine["block_1"]["mlp"]["down"]["kernel"]
+    fine["block_1"]["mlp"]["down"]["kernel"] = kernel + 0.05
+    with pytest.raises(PrenormError, match="block_1/mlp/down/kernel is not zero-mean along the stream"):
+        convert_params(fine, config, to)
+
+
+def test_trees_that_are_not_the_models_are_refused():
+    config = tiny()
+    params = random_params(config, 0)
+    with pytest.raises(PrenormError, match="unknown leaf extra/kernel; missing leaf head_affine/bias"):
+        broken = {k: v for k, v in params.items() if k != "head_affine"} | {"extra": {"kernel": jnp.ones(3)}}
+        convert_params(broken, config, "rmsnorm")
+    with pytest.raises(PrenormError, match=r"token_embedding has shape \(12, 11\), not \(11, 12\)"):
+        convert_params(params | {"token_embedding": params["token_embedding"].T}, config, "rmsnorm")
+    with pytest.raises(PrenormError, match="whole train state: pass its 'params' entry"):
+        convert_params({"params": params, "step": jnp.zeros(())}, config, "rmsnorm")
+    with pytest.raises(PrenormError, match="and [0-9]+ more"):
+        convert_params({}, config, "rmsnorm")
+
+
+def test_result_is_exactly_the_tree_of_the_converted_config():
+    for changes in ({}, {"dropout": 0.1}, {"tie_embeddings": False, "use_bias": False}, {"embed_norm": True}):
+        config = tiny(**changes)
+        for to in ("rmsnorm", "crmsnorm"):
+            expected = {path: leaf.value.shape for path, leaf in abstract_params(convert_config(config, to)).items()}
+            actual = flatten_dict(convert_params(random_params(config, 0), config, to))
+            assert {path: leaf.shape for path, leaf in actual.items()} == expected

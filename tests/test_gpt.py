@@ -1,0 +1,237 @@
+"""The model itself: against an independent NumPy implementation, causality, dropout, parameter counts, bad configs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import logits, model_configs, random_params, random_tokens, relative, tiny
+from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from scipy.special import erf
+
+from prenorm_jax import PrenormError, build_model, convert_config
+from prenorm_jax.config import NORMS, ModelConfig, base_config
+from prenorm_jax.stream import abstract_params, parameter_roles
+
+ACTIVATE = {
+    "gelu": lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+}
+
+
+def numpy_gpt(c: ModelConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
+    """The Pre-LN network of the config, one position and one head at a time."""
+    p = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+
+    def norm(x, name):
+        mean = x.mean()
+        y = (x - mean) / np.sqrt(((x - mean) ** 2).mean() + c.epsilon)
+        return y * p.get(f"{name}/scale", 1) + p.get(f"{name}/bias", 0)
+
+    def linear(x, name):
+        return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0)
+
+    def turn(x, t):
+        if c.positions != "rotary":
+            return x
+        half = c.head_dim // 2
+        turned = (x[:half] + 1j * x[half:]) * np.exp(1j * t * c.rotary_base ** (-np.arange(half) / half))
+        return np.concatenate([turned.real, turned.imag])
+
+    def attend(xs, name):
+        q, k, v = ([linear(x, f"{name}/{part}") for x in xs] for part in ("query", "key", "value"))
+        outputs = []
+        for t in range(len(xs)):
+            heads = []
+            for h in range(c.heads):
+                mine = slice(h * c.head_dim, (h + 1) * c.head_dim)
+                g = h // (c.heads // c.kv_heads)
+                theirs = slice(g * c.head_dim, (g + 1) * c.head_dim)
+                scores = np.array([turn(q[t][mine], t) @ turn(k[s][theirs], s) for s in range(t + 1)])
+                weights = np.exp(scores / np.sqrt(c.head_dim) - scores.max() / np.sqrt(c.head_dim))
+                heads.append(sum(w * v[s][theirs] for s, w in enumerate(weights / weights.sum())))
+            outputs.append(linear(np.concatenate(heads), f"{name}/out"))
+        return outputs
+
+    def feed(xs, name):
+        act = ACTIVATE[c.activation]
+        if c.gated_mlp:
+            return [linear(act(linear(x, f"{name}/gate")) * linear(x, f"{name}/up"), f"{name}/down") for x in xs]
+        return [linear(act(linear(x, f"{name}/up")), f"{name}/down") for x in xs]
+
+    def add(*lists):
+        return [sum(terms) for terms in zip(*lists, strict=True)]
+
+    rows = []
+    for row in tokens:
+        xs = [p["token_embedding"][token] for token in row]
+        if c.positions == "learned":
+            xs = add(xs, p["position_embedding"][: len(xs)])
+        if c.positions == "sinusoidal":
+            i = np.arange((c.d_model + 1) // 2)
+            angles = [t / 10000 ** (2 * i / c.d_model) for t in range(len(xs))]
+            xs = add(xs, [np.concatenate([np.sin(a), np.cos(a)])[: c.d_model] for a in angles])
+        if c.embed_norm:
+            xs = [norm(x, "embedding_norm") for x in xs]
+        for i in range(c.depth):
+            b = f"block_{i}"
+            names = [f"{b}/norm"] * 2 if c.shared_norm else [f"{b}/attention_norm", f"{b}/mlp_norm"]
+            if c.parallel:
+                normed = [[norm(x, name) for x in xs] for name in names]
+                xs = add(xs, attend(normed[0], f"{b}/attention"), feed(normed[1], f"{b}/mlp"))
+            elif c.post_norm:
+                xs = [norm(x, names[0]) for x in add(xs, attend(xs, f"{b}/attention"))]
+                xs = [norm(x, names[1]) for x in add(xs, feed(xs, f"{b}/mlp"))]
+            else:
+                xs = add(xs, attend([norm(x, names[0]) for x in xs], f"{b}/attention"))
+                xs = add(xs, feed([norm(x, names[1]) for x in xs], f"{b}/mlp"))
+        if c.final_norm:
+            xs = [norm(x, "head_norm") for x in xs]
+        if c.tie_embeddings:
+            xs = [x * p.get("head_affine/scale", 1) + p.get("head_affine/bias", 0) for x in xs]
+            rows.append([p["token_embedding"] @ x + p.get("head_bias", 0) for x in xs])
+        else:
+            rows.append([linear(x, "head") for x in xs])
+    return np.array(rows)
+
+
+@given(config=model_configs())
+@settings(max_examples=25)
+def test_matches_an_independent_implementation(config):
+    params, tokens = random_params(config, 1, embedding_mean=3.0), random_tokens(config)
+    assert relative(logits(config, params, tokens), numpy_gpt(config, params, tokens)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "changes", [{"post_norm": True}, {"final_norm": False}, {"final_norm": False, "tie_embeddings": False}]
+)
+def test_matches_it_where_conversion_is_refused(changes):
+    config = tiny(**changes)
+    params, tokens = random_params(config, 1, embedding_mean=3.0), random_tokens(config)
+    assert relative(logits(config, params, tokens), numpy_gpt(config, params, tokens)) < 1e-11
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"parallel": True, "positions": "rotary", "kv_heads": 1}, {"embed_dropout": 0.2, "branch_dropout": 0.2}],
+)
+def test_is_causal(norm, changes):
+    # Each position has a token of its own, so that a row of the table is the embedding of one position.
+    # The head must be untied: else it would read the table too.
+    config = tiny(norm=norm, vocab_size=7, max_len=7, tie_embeddings=False, **changes)
+    params = random_params(config, 2)
+
+    def logits_of(table_TxD):
+        return build_model(config).apply({"params": params | {"token_embedding": table_TxD}}, jnp.arange(7)[None])[0]
+
+    jacobian_TxVxTxD = jax.jit(jax.jacrev(logits_of))(params["token_embedding"])
+    reached_TxT = np.abs(jacobian_TxVxTxD).max((1, 3))
+    assert (reached_TxT[np.triu_indices(7, 1)] == 0).all(), "a prediction depends on a later token"
+    assert (reached_TxT[np.tril_indices(7)] > 0).all(), "a prediction does not depend on an earlier token"
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_dropout_is_on_in_training_alone_and_keyed(norm):
+    config = tiny(norm=norm, dropout=0.5)
+    params, tokens = random_params(config, 3), random_tokens(config)
+    one, same, other = (
+        logits(config, params, tokens, train=True, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 0, 1)
+    )
+    assert (one == same).all()
+    assert relative(other, one) > 1e-3
+    assert relative(logits(config, params, tokens), one) > 1e-3
+    # Without the key it is an error of Flax, never silently no dropout.
+    with pytest.raises(Exception, match="dropout"):
+        logits(config, params, tokens, train=True)
+
+
+@pytest.mark.parametrize("rate_of", ["attention_dropout", "branch_dropout", "embed_dropout"])
+def test_each_dropout_does_something(rate_of):
+    config = tiny(**{rate_of: 0.5})
+    params, tokens = random_params(config, 3), random_tokens(config)
+    dropped = logits(config, params, tokens, train=True, rngs={"dropout": jax.random.key(0)})
+    assert relative(dropped, logits(config, params, tokens)) > 1e-3
+
+
+def test_parameter_count_does_not_grow_with_a_tied_table():
+    pre_ln = tiny(norm="layernorm", tie_embeddings=True)
+
+    def size(config):
+        return sum(leaf.value.size for leaf in abstract_params(config).values())
+
+    for norm in ("rmsnorm", "crmsnorm"):
+        assert size(convert_config(pre_ln, norm)) < size(pre_ln)
+
+
+def test_init_gives_plain_arrays_and_jits():
+    model = build_model(tiny())
+    plain = model.init(jax.random.key(0), jnp.zeros((1, 3), int))
+    assert all(type(leaf).__name__ == "ArrayImpl" for leaf in jax.tree.leaves(plain))
+    jitted = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 3), int))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), plain, jitted)
+
+
+@given(config=model_configs())
+@settings(max_examples=30)
+def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
+    for norm in NORMS:
+        variant = config if norm == "layernorm" else convert_config(config, norm)
+        leaves, roles = abstract_params(variant), parameter_roles(variant)
+        assert leaves.keys() == roles.keys()
+        for path, role in roles.items():
+            if role.axis is not None:
+                assert leaves[path].value.shape[role.axis] == variant.stream_width
+
+
+def test_a_leaf_without_a_role_is_an_error(monkeypatch):
+    import prenorm_jax.stream as stream
+
+    monkeypatch.setattr(stream, "OTHER_AXES", tuple(name for name in stream.OTHER_AXES if name != "mlp"))
+    stream.parameter_roles.cache_clear()
+    with pytest.raises(ValueError, match="mlp"):
+        stream.parameter_roles(tiny())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "batchnorm"}, "model.norm='batchnorm' is not one of layernorm, rmsnorm, crmsnorm"),
+        ({"nrom": "rmsnorm"}, "unknown key model.nrom"),
+        ({"d_model": 10, "heads": 4}, "model.heads=4 does not divide model.d_model=10"),
+        ({"heads": 4, "kv_heads": 3}, "model.kv_heads=3 does not divide model.heads=4"),
+        ({"d_model": "64"}, "model.d_model='64' must be of type int, not str"),
+        ({"d_model": 64.0}, "model.d_model=64.0 must be of type int, not float"),
+        ({"depth": 0}, "model.depth=0 must be at least 1"),
+        ({"dropout": 1.0}, "model.dropout=1.0 must be at least 0 and below 1"),
+        ({"epsilon": -1e-5}, "model.epsilon=-1e-05 must be at least 0"),
+        ({"positions": "rotary", "head_dim": 3}, "needs an even model.head_dim, not 3"),
+        ({"positions": "alibi"}, "model.positions='alibi' is not one of"),
+        ({"activation": "swish"}, "model.activation='swish' is not one of"),
+        ({"dtype": "fp32"}, "model.dtype='fp32' is not one of"),
+        ({"shared_norm": True}, "model.shared_norm=True needs model.parallel=True"),
+    ],
+)
+def test_a_wrong_config_is_named(changes, message):
+    config = base_config().model.to_dict() | changes
+    with pytest.raises(PrenormError) as error:
+        build_model(config)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_float64_without_64_bit_mode_is_an_error():
+    jax.config.update("jax_enable_x64", False)
+    try:
+        with pytest.raises(PrenormError, match="JAX_ENABLE_X64=1"):
+            build_model(base_config().model.to_dict() | {"dtype": "float64"})
+    finally:
+        jax.config.update("jax_enable_x64", True)
+
+
+def test_a_sequence_that_is_too_long_is_an_error():
+    with pytest.raises(PrenormError, match=r"a sequence of 8 tokens is longer than model\.max_len=7"):
+        build_model(tiny()).init(jax.random.key(0), jnp.zeros((1, 8), int))
