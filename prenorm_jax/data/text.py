@@ -1,0 +1,170 @@
+"""From documents to token streams: `load_text` reads and tokenises what `config.data` names."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from prenorm_jax.data.batches import window_count
+from prenorm_jax.data.sources import find_files, first_line, hold_out, read_files, read_hub, read_stdlib
+from prenorm_jax.errors import PrenormError
+
+EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
+
+# A run's output is lines of ours: `TextData.description`, or a PrenormError with the reason.
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextData:
+    """Token streams for `batches`: 1-D, each starting with one end-of-text that is context, never predicted.
+
+    So a stream has len - 1 tokens to predict. Its dtype is the smallest unsigned one that holds all ids.
+    """
+
+    train: np.ndarray
+    eval: np.ndarray
+    vocab_size: int  # ids are below it, end-of-text included
+    eval_bytes: int  # of the evaluation text in UTF-8, without end-of-text tokens: for bits per byte
+    eot: int
+    description: str  # one line for logs
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTokenizer:
+    """Text to ids without special tokens: `encode` gives each text a 1-D array of unsigned integers."""
+
+    encode: Callable[[list[str]], list[np.ndarray]]
+    vocab_size: int
+    eot: int
+
+
+def load_text(config: ConfigDict) -> TextData:
+    """Reads and tokenises what `config` (a run's `config.data`) names.
+
+    Raises PrenormError, naming the key to change, if keys contradict each other, data or tokenizer cannot be
+    read, or there is too little text for one training window.
+    """
+    if config.path and config.hub:
+        raise PrenormError("data.path and data.hub exclude each other: unset one")
+    if config.eval_path and config.eval_split:
+        raise PrenormError("data.eval_path and data.eval_split exclude each other: unset one")
+    if config.eval_split and not config.hub:
+        raise PrenormError("data.eval_split is for hub data: set data.hub, or give files as data.eval_path")
+    tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+    train, evaluation, source = _documents(config)
+    train_stream, _ = _stream(train, tokenizer, config.separate_documents)
+    eval_stream, eval_bytes = _stream(evaluation, tokenizer, config.separate_documents)
+    window_count(train_stream, config.seq_len)  # raises if there is none
+    if len(eval_stream) < 2:
+        raise PrenormError("the evaluation data hold no tokens: raise data.holdout or give data.eval_path")
+    description = (
+        f"{source}, tokenizer {config.tokenizer} ({tokenizer.vocab_size:,} ids): "
+        f"train {len(train):,} documents, {len(train_stream) - 1:,} tokens; "
+        f"eval {len(evaluation):,} documents, {len(eval_stream) - 1:,} tokens, {eval_bytes:,} bytes"
+    )
+    return TextData(train_stream, eval_stream, tokenizer.vocab_size, eval_bytes, tokenizer.eot, description)
+
+
+def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
+    """The tokenizer `name`: "bytes" (end-of-text is 256), a `tokenizers` .json file, or a name on the hub.
+
+    Raises PrenormError if it cannot be loaded or does not know `eot_token` (None: any of EOT_TOKENS).
+    """
+    if name == "bytes":
+        if eot_token:
+            raise PrenormError("data.eot_token has no use with data.tokenizer='bytes': unset it")
+        return TextTokenizer(_encode_bytes, vocab_size=257, eot=256)
+    path = Path(name).expanduser()
+    local = path.exists() or path.suffix == ".json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if local else Tokenizer.from_pretrained(name)
+    except Exception as error:  # `tokenizers` raises plain Exception
+        problem = f"data.tokenizer={name!r} cannot be loaded: {first_line(error)}; "
+        remedy = "give a valid" if local else "it needs network access, or give a local"
+        raise PrenormError(f"{problem}{remedy} tokenizers .json file, or 'bytes'") from error
+    # Files made for short contexts may ask for both, which would silently drop or add tokens.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    candidates = [eot_token] if eot_token else EOT_TOKENS
+    eots = [i for token in candidates if (i := tokenizer.token_to_id(token)) is not None]
+    if not eots:
+        raise PrenormError(
+            f"data.tokenizer={name!r} knows no {' or '.join(candidates)}: "
+            "set data.eot_token to the token that ends its texts"
+        )
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # not their count: ids may have gaps
+    dtype = np.min_scalar_type(vocab_size - 1)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return TextTokenizer(encode, vocab_size, eots[0])
+
+
+def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+def _documents(config: ConfigDict) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+    """Training documents, evaluation documents, and what to call them."""
+    column = config.text_column
+    eval_files = find_files(config.eval_path, "data.eval_path") if config.eval_path else {}
+    if config.path:
+        taken = {file.resolve() for file in eval_files.values()}
+        files = find_files(config.path, "data.path")
+        files = {name: file for name, file in files.items() if file.resolve() not in taken}
+        if not files:
+            raise PrenormError("data.eval_path takes every file of data.path: unset it to hold some out")
+        train, source = read_files(files, column, f"data.path={config.path!r}"), config.path
+    elif config.hub:
+        train = read_hub(config.hub, config.hub_config, config.train_split, column, "data.train_split")
+        source = config.hub
+    else:
+        train, source = read_stdlib(), f"Python {platform.python_version()} standard library"
+    if eval_files:
+        evaluation = read_files(eval_files, column, f"data.eval_path={config.eval_path!r}")
+    elif config.eval_split:
+        evaluation = read_hub(config.hub, config.hub_config, config.eval_split, column, "data.eval_split")
+    else:
+        train, evaluation = hold_out(train, config.holdout)
+    return train, evaluation, source
+
+
+def _stream(documents: datasets.Dataset, tokenizer: TextTokenizer, separate: bool) -> tuple[np.ndarray, int]:
+    """The stream that `TextData` describes, and the size of the documents in UTF-8 bytes."""
+    encode = tokenizer.encode
+    start = np.array([tokenizer.eot], np.min_scalar_type(tokenizer.vocab_size - 1))
+    end = start if separate else start[:0]
+
+    # For hub data `datasets` caches the result, under a hash of this function and all that it captures.
+    def tokenise(batch: dict[str, list[str]]) -> dict[str, list]:
+        return {
+            "tokens": [np.concatenate([ids, end]) for ids in encode(batch["text"])],
+            "bytes": [len(text.encode()) for text in batch["text"]],
+        }
+
+    tokens_feature = datasets.List(datasets.Value(start.dtype.name))
+    tokenised = documents.map(
+        tokenise,
+        batched=True,
+        batch_size=256,
+        remove_columns=documents.column_names,
+        features=datasets.Features({"tokens": tokens_feature, "bytes": datasets.Value("int64")}),
+        keep_in_memory=not documents.cache_files,  # what was read into memory shall leave no files
+    )
+    pieces, size = [start], 0
+    for table in tokenised.with_format("arrow").iter(batch_size=1000):
+        pieces += [chunk.flatten().to_numpy() for chunk in table["tokens"].chunks]
+        size += sum(table["bytes"].to_pylist())
+    return np.concatenate(pieces), size

@@ -1,0 +1,505 @@
+"""The data pipeline: what is read, how it is split, that each token is predicted once, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from prenorm_jax.config import base_config
+from prenorm_jax.data import batches, sources
+from prenorm_jax.data.batches import eval_batches, train_batch
+from prenorm_jax.data.text import TextData, load_text, load_tokenizer
+from prenorm_jax.errors import PrenormError
+
+settings.register_profile("no_deadline", deadline=None)  # machines that run tests are busy
+settings.load_profile("no_deadline")
+
+EOT = 256  # of the bytes tokenizer
+SHAPES = {"batch_size": st.integers(1, 7), "seq_len": st.integers(1, 9)}
+STREAM = st.integers(2, 120).map(lambda n: np.arange(n, dtype=np.uint16))  # a token tells its position
+
+
+def data_config(**changes: object) -> ConfigDict:
+    config = base_config().data
+    config.update({"seq_len": 2, **changes})
+    return config
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> str:
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(folder)
+
+
+def write_rows(file: Path, rows: list[dict]) -> str:
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def texts_of(stream: np.ndarray) -> list[str]:
+    """The documents of a byte stream whose documents are separated."""
+    assert stream[0] == EOT and stream[-1] == EOT
+    ends = np.flatnonzero(stream == EOT)
+    return [bytes(stream[a + 1 : b].tolist()).decode() for a, b in itertools.pairwise(ends)]
+
+
+def save_tokenizer(file: Path, eot: str = "<|endoftext|>") -> str:
+    """Words to ids with a gap in them; the file asks for all that has to be ignored."""
+    vocab = {"[UNK]": 0, "a": 1, "b": 2, "c": 3, "[CLS]": 4, eot: 300}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"[CLS] $A {eot}", special_tokens=[("[CLS]", 4), (eot, 300)]
+    )
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(file))
+    return str(file)
+
+
+# --- batches
+
+
+@given(stream=STREAM, **SHAPES)
+def test_evaluation_predicts_every_token_once_in_context(stream, batch_size, seq_len):
+    found = list(eval_batches(stream, batch_size, seq_len))
+    for batch in found:
+        assert batch["tokens"].shape == (batch_size, seq_len + 1) and batch["tokens"].dtype == np.int32
+        assert batch["weights"].shape == (batch_size, seq_len) and batch["weights"].dtype == np.float32
+    tokens_NxT = np.concatenate([batch["tokens"] for batch in found])
+    counted_NxT = np.concatenate([batch["weights"] for batch in found]) == 1
+    np.testing.assert_array_equal(tokens_NxT[:, 1:][counted_NxT], stream[1:])
+    np.testing.assert_array_equal(tokens_NxT[:, :-1][counted_NxT], stream[:-1])
+    assert sum(batch["weights"].sum() for batch in found) == len(stream) - 1
+    assert found[-1]["weights"].any() and tokens_NxT.max() <= stream[-1]  # no empty batch, no invented id
+
+
+@given(stream=STREAM, seed=st.integers(-(2**63), 2**64), epoch=st.integers(0, 3), **SHAPES)
+def test_an_epoch_has_each_window_once(stream, seed, epoch, batch_size, seq_len):
+    count = (len(stream) - 1) // seq_len
+    if count == 0:
+        with pytest.raises(PrenormError, match=r"lower data\.seq_len"):
+            train_batch(stream, seed, 0, batch_size, seq_len)
+        return
+    first, last = (
+        epoch * count,
+        (epoch + 1) * count,
+    )  # examples of this epoch, found through batches that span it
+    steps = range(first // batch_size, (last - 1) // batch_size + 1)
+    found = [train_batch(stream, seed, step, batch_size, seq_len) for step in steps]
+    tokens_NxT = np.concatenate([batch["tokens"] for batch in found])[first - steps[0] * batch_size :][:count]
+    assert sorted(tokens_NxT[:, 0]) == [seq_len * window for window in range(count)]
+    np.testing.assert_array_equal(tokens_NxT, tokens_NxT[:, :1] + np.arange(seq_len + 1))
+    for batch in found:
+        assert batch["tokens"].shape == (batch_size, seq_len + 1) and batch["tokens"].dtype == np.int32
+        assert batch["weights"].dtype == np.float32
+        np.testing.assert_array_equal(batch["weights"], np.ones((batch_size, seq_len)))
+
+
+@given(seed=st.integers(0, 9), calls=st.lists(st.integers(0, 60), min_size=2, max_size=8))
+def test_a_training_batch_depends_on_seed_and_step_alone(seed, calls):
+    stream = np.arange(50, dtype=np.uint8)
+    fresh = {}
+    for step in calls:
+        batches._permutation.cache_clear()
+        fresh[step] = train_batch(stream, seed, step, 4, 5)["tokens"]
+    for step in reversed(calls):  # now with whatever the other calls have left in the cache
+        np.testing.assert_array_equal(train_batch(stream, seed, step, 4, 5)["tokens"], fresh[step])
+
+
+def test_seeds_and_epochs_differ_and_the_order_is_pinned():
+    stream = np.arange(2001, dtype=np.uint16)
+    orders = [train_batch(stream, seed, epoch, 200, 10)["tokens"] for seed in (0, 1) for epoch in (0, 1)]
+    assert len({order.tobytes() for order in orders}) == 4
+    order = train_batch(np.arange(9), seed=3, step=0, batch_size=8, seq_len=1)["tokens"][:, 0]
+    # A run that is resumed with another NumPy relies on this.
+    assert order.tolist() == [4, 1, 6, 7, 0, 5, 2, 3]
+
+
+@given(sizes=st.tuples(st.integers(1, 12), st.integers(1, 12)), seq_len=st.integers(1, 6))
+def test_the_batch_size_does_not_change_the_order(sizes, seq_len):
+    stream = np.arange(40, dtype=np.uint8)
+    total = 60
+    first, second = (
+        np.concatenate([train_batch(stream, 7, s, size, seq_len)["tokens"] for s in range(-(-total // size))])
+        for size in sizes
+    )
+    np.testing.assert_array_equal(first[:total], second[:total])
+
+
+@given(cuts=st.lists(st.integers(0, 8), max_size=3), step=st.integers(0, 20))
+def test_row_ranges_are_parts_of_the_batch(cuts, step):
+    stream = np.arange(45, dtype=np.uint8)
+    edges = [0, *sorted(cuts), 8]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    whole = train_batch(stream, 1, step, 8, 3)
+    pieces = [train_batch(stream, 1, step, 8, 3, rows=part) for part in parts]
+    for key, value in whole.items():
+        np.testing.assert_array_equal(np.concatenate([piece[key] for piece in pieces]), value)
+    whole = list(eval_batches(stream, 8, 3))
+    pieces = [list(eval_batches(stream, 8, 3, rows=part)) for part in parts]
+    for i, batch in enumerate(whole):
+        for key, value in batch.items():
+            np.testing.assert_array_equal(np.concatenate([piece[i][key] for piece in pieces]), value)
+
+
+# --- sources and splits
+
+
+def test_stdlib_is_the_default_and_has_no_tests():
+    documents = sources.read_stdlib()
+    names = list(documents["name"])
+    assert names == sorted(names) and {"ast.py", "json/decoder.py"} < set(names)
+    assert not [n for n in names if re.search(r"(^|/)(tests?|idle_test|site-packages|__pycache__)/", n)]
+    assert documents[names.index("ast.py")]["text"] == Path(sysconfig.get_path("stdlib"), "ast.py").read_text(
+        encoding="utf-8"
+    )
+    data = load_text(base_config().data)
+    assert 0.002 < len(data.eval) / len(data.train) < 0.1
+    assert set(texts_of(data.train)).isdisjoint(texts_of(data.eval))
+    assert sorted(texts_of(data.train) + texts_of(data.eval)) == sorted(documents["text"])
+    assert data.train.dtype == np.uint16 and data.vocab_size == 257 and data.eot == EOT
+    assert "standard library" in data.description and f"{len(data.train) - 1:,} tokens" in data.description
+
+
+def test_a_folder_gives_one_document_per_file_and_the_split_follows_the_name(tmp_path, monkeypatch):
+    files = {
+        f"sub{i % 3}/f{i}{('.txt', '.md', '.rst', '.py')[i % 4]}": f"text ünïcode {i}\n" for i in range(60)
+    }
+    ignored = {"sub0/.hidden.txt": "h", ".git/x.txt": "h", "picture.png": b"\xff", "empty.txt": ""}
+    path = write(tmp_path / "one", files | ignored)
+    data = load_text(data_config(path=path, holdout=0.2))
+    train, held = texts_of(data.train), texts_of(data.eval)
+    assert sorted(train + held) == sorted(files.values()) and 4 <= len(held) <= 20
+    assert data.eval_bytes == sum(len(text.encode()) for text in held)
+    assert f"eval {len(held)} documents" in data.description and "\n" not in data.description
+
+    # Moved elsewhere, with changed texts and with more files: every old file stays on its side.
+    other = {name: text + "!" for name, text in files.items()} | {f"new{i}.txt": f"new {i}" for i in range(9)}
+    moved = load_text(data_config(path=write(tmp_path / "two", other), holdout=0.2))
+    assert {text + "!" for text in held} <= set(texts_of(moved.eval))
+    assert {text + "!" for text in train} <= set(texts_of(moved.train))
+
+    by_glob = load_text(data_config(path=path + "/sub1/*.txt", holdout=0.2))
+    expected = [text for name, text in files.items() if re.fullmatch(r"sub1/[^/]*\.txt", name)]
+    assert sorted(texts_of(by_glob.train) + texts_of(by_glob.eval)) == sorted(expected)
+    monkeypatch.chdir(tmp_path / "one" / "sub1")
+    relative = load_text(data_config(path="*.txt", holdout=0.2))
+    np.testing.assert_array_equal(relative.train, by_glob.train)
+    recursive = load_text(data_config(path=path + "/**/f*.txt", holdout=0.2))
+    assert set(texts_of(recursive.eval)) <= set(held)  # the same relative names, so the same side
+
+
+def test_names_that_look_like_patterns_and_newlines(tmp_path):
+    path = write(
+        tmp_path, {"a[1].txt": "one\r\ntwo", "__init__.py": "init", "b*.txt": "star", "b1.txt": "b1"}
+    )
+    data = load_text(data_config(path=path, holdout=0.5))
+    assert sorted(texts_of(data.train) + texts_of(data.eval)) == ["b1", "init", "one\ntwo", "star"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_rows_are_documents_and_copies_stay_together(tmp_path, suffix):
+    rows = [{"body": f"row {i % 40} é", "n": i} for i in range(80)] + [
+        {"body": None, "n": 0},
+        {"body": "", "n": 1},
+    ]
+    path = write_rows(tmp_path / f"rows.{suffix}", rows)
+    data = load_text(data_config(path=path, text_column="body", holdout=0.2))
+    train, held = texts_of(data.train), texts_of(data.eval)
+    assert sorted(train + held) == sorted(row["body"] for row in rows if row["body"])
+    assert set(train).isdisjoint(held) and 2 <= len(set(held)) <= 16
+    assert data.eval_bytes == sum(len(text.encode()) for text in held)
+
+
+def test_one_document_is_cut_and_few_leave_no_side_empty(tmp_path):
+    text = "".join(map(str, range(500)))
+    one = load_text(data_config(path=write(tmp_path / "one", {"big.txt": text}) + "/big.txt", holdout=0.1))
+    assert texts_of(one.train)[0] + texts_of(one.eval)[0] == text
+    assert one.eval_bytes == round(0.1 * len(text))
+    path = write(tmp_path / "few", {f"{i}.txt": f"text {i}" for i in range(3)})
+    for holdout in (1e-9, 1 - 1e-9):
+        data = load_text(data_config(path=path, holdout=holdout))
+        sizes = len(texts_of(data.train)), len(texts_of(data.eval))
+        assert sizes == ((2, 1) if holdout < 0.5 else (1, 2))
+    tiny = load_text(
+        data_config(path=write_rows(tmp_path / "t.jsonl", [{"text": "ab"}]), holdout=0.01, seq_len=1)
+    )
+    assert (texts_of(tiny.train), texts_of(tiny.eval)) == (["a"], ["b"])
+
+
+def test_eval_path_is_used_and_kept_out_of_training(tmp_path):
+    path = write(tmp_path, {"a.txt": "aaa", "b.txt": "bbb", "val/c.txt": "ccc"})
+    data = load_text(data_config(path=path, eval_path=path + "/val", holdout=0))  # holdout is not looked at
+    assert (texts_of(data.train), texts_of(data.eval)) == (["aaa", "bbb"], ["ccc"])
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "row"}])
+    assert texts_of(load_text(data_config(path=path + "/*.txt", eval_path=rows)).eval) == ["row"]
+    assert texts_of(load_text(data_config(eval_path=rows)).eval) == [
+        "row"
+    ]  # training on the standard library
+
+
+def test_documents_may_be_joined_without_separators(tmp_path):
+    path = write(tmp_path, {"a.txt": "aaa", "b.txt": "bbb", "val/c.txt": "ccc"})
+    data = load_text(data_config(path=path, eval_path=path + "/val", separate_documents=False))
+    assert data.train.tolist() == [EOT, *b"aaabbb"] and data.eval.tolist() == [EOT, *b"ccc"]
+
+
+def test_changed_files_are_read_anew_even_with_an_old_time(tmp_path):
+    file = tmp_path / "a.txt"
+    for text in ("first text", "other text"):
+        file.write_text(text)
+        os.utime(file, (10**9, 10**9))
+        data = load_text(data_config(path=str(file), holdout=0.5))
+        assert texts_of(data.train) + texts_of(data.eval) == [text[:5], text[5:]]
+
+
+def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    load_text(data_config(path=write(tmp_path / "data", {"a.txt": "aaa", "b.txt": "bbb"})))
+    assert not cache.exists() and not list(temporary.iterdir())
+
+
+SCRIPT = """
+import hashlib, sys
+from prenorm_jax.config import base_config
+from prenorm_jax.data.batches import train_batch
+from prenorm_jax.data.text import load_text
+for path in sys.argv[1:]:
+    config = base_config().data
+    config.path, config.holdout = path, 0.3
+    data = load_text(config)
+    batch = train_batch(data.train, 5, 9, 4, 16)["tokens"]
+    print(*(hashlib.sha256(a.tobytes()).hexdigest() for a in (data.train, data.eval, batch)))
+"""
+
+
+def test_every_process_gets_the_same(tmp_path):
+    files = write(tmp_path / "files", {f"{i}.txt": f"some text {i} " * 20 for i in range(30)})
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"some row {i} " * 20} for i in range(30)])
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, files, rows]
+    children = [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for seed in ("1", "2")
+    ]
+    (first, noise), (second, _) = [child.communicate(timeout=120) for child in children]
+    assert first == second and len(first.split()) == 6
+    assert noise == b"", "nothing but what the caller prints: no progress bars, no warnings"
+
+
+# --- tokenizers
+
+
+@settings(max_examples=15)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=2), min_size=2, unique=True))
+def test_bytes_round_trip(tmp_path_factory, texts):
+    path = write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", [{"text": text} for text in texts])
+    data = load_text(data_config(path=path, holdout=0.5, seq_len=1))
+    assert sorted(texts_of(data.train) + texts_of(data.eval)) == sorted(texts)
+    assert data.eval_bytes == len(data.eval) - 1 - len(texts_of(data.eval))
+
+
+def test_a_tokenizer_file_is_used_without_its_truncation_padding_and_template(tmp_path):
+    name = save_tokenizer(tmp_path / "tokenizer.json")
+    path = write(tmp_path / "data", {"a.txt": "a b c nope c", "val/b.txt": "c a"})
+    data = load_text(data_config(path=path, eval_path=path + "/val", tokenizer=name))
+    assert data.train.tolist() == [300, 1, 2, 3, 0, 3, 300] and data.eval.tolist() == [300, 3, 1, 300]
+    assert (data.vocab_size, data.eot, data.train.dtype, data.eval_bytes) == (301, 300, np.uint16, 3)
+    assert load_tokenizer(name, "c").eot == 3
+
+
+@pytest.mark.parametrize("eot", ["<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>"])
+def test_usual_end_of_text_tokens_are_found(tmp_path, eot):
+    assert load_tokenizer(save_tokenizer(tmp_path / "t.json", eot)).eot == 300
+
+
+@pytest.mark.parametrize(("top", "dtype"), [(255, np.uint8), (256, np.uint16), (65536, np.uint32)])
+def test_the_stream_dtype_is_the_smallest_that_fits(tmp_path, top, dtype):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "</s>": top}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "t.json"))
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
+    data = load_text(data_config(path=path, tokenizer=str(tmp_path / "t.json")))
+    assert data.train.dtype == data.eval.dtype == dtype and data.train[-1] == top == data.vocab_size - 1
+
+
+# --- hub data, with the network replaced
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A fake hub with one data set on disk, as `datasets` would cache it; gives the calls made to it."""
+    calls = []
+    for split in ("train", "test"):
+        rows = {"text": [f"{split} {i}" for i in range(20)] + [""]}
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / split)
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.load_from_disk(tmp_path / kwargs["split"])
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    return calls
+
+
+def test_hub_data_use_their_splits_or_hold_rows_out(hub, tmp_path):
+    data = load_text(data_config(hub="some/set", hub_config="raw", eval_split="test"))
+    assert texts_of(data.eval) == [f"test {i}" for i in range(20)]
+    assert texts_of(data.train) == [f"train {i}" for i in range(20)]
+    assert hub == [(("some/set", "raw"), {"split": split}) for split in ("train", "test")]  # no remote code
+    held_out = load_text(data_config(hub="some/set", holdout=0.3))
+    assert sorted(texts_of(held_out.train) + texts_of(held_out.eval)) == sorted(texts_of(data.train))
+
+
+def test_cached_tokens_are_those_of_the_tokenizer_asked_for(hub, tmp_path):
+    def load(**changes: object) -> TextData:
+        return load_text(data_config(hub="some/set", eval_split="test", **changes))
+
+    def cached() -> set[Path]:
+        return set((tmp_path / "train").glob("cache-*"))
+
+    first, files = load(), cached()
+    words = load(tokenizer=save_tokenizer(tmp_path / "t.json"))
+    assert words.eot == 300 and words.train.tolist() == [300] + [0, 0, 300] * 20
+    joined = load(separate_documents=False)
+    assert bytes(joined.train[1:].tolist()).decode() == "".join(texts_of(first.train))
+    after = cached()
+    np.testing.assert_array_equal(load().train, first.train)
+    assert files and len(after) > len(files) and cached() == after  # the last call found its result
+
+
+# --- what is refused
+
+
+def refusal(**changes: object) -> str:
+    with pytest.raises(PrenormError) as caught:
+        load_text(data_config(**changes))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+def test_refused_keys(tmp_path):
+    path = write(tmp_path, {"a.txt": "aaa", "b.txt": "bbb"})
+    assert "data.path and data.hub exclude" in refusal(path=path, hub="x")
+    assert "data.eval_path and data.eval_split exclude" in refusal(hub="x", eval_path=path, eval_split="test")
+    assert "data.eval_split is for hub data" in refusal(path=path, eval_split="test")
+    assert "data.eval_path takes every file of data.path" in refusal(path=path, eval_path=path)
+    for holdout in (0.0, 1.0, -0.1, float("nan")):
+        assert f"data.holdout={holdout} must be" in refusal(path=path, holdout=holdout)
+    assert "data.seq_len=0 must be" in refusal(path=path, seq_len=0)
+    assert "4 tokens, too few for one window of data.seq_len=5: lower" in refusal(path=path, seq_len=5)
+    assert len(load_text(data_config(path=path, seq_len=4)).train) == 5  # one window is enough
+
+
+def test_refused_files(tmp_path):
+    path = write(
+        tmp_path,
+        {
+            "one.csv": "a",
+            "mixed/a.txt": "a",
+            "mixed/b.jsonl": '{"text": "b"}',
+            "none/a.csv": "a",
+            "empty/a.txt": "",
+            "empty/b.txt": "",
+            "bad/ok.txt": "fine",
+            "bad/no.txt": b"caf\xe9 \xff",
+            "bad.parquet": b"PAR1 not really",
+            "bad.jsonl": '{"text": "a"}\n{"text": ',
+            "char.txt": "a",
+        },
+    )
+    for key in ("path", "eval_path"):
+        assert f"data.{key}='/nowhere' does not exist" in refusal(**{key: "/nowhere"})
+    assert "matches no file" in refusal(path=path + "/*.md")
+    assert "matches no file" in refusal(path=path + "/none")
+    assert "'one.csv' is of an unknown type; the types are .txt .md" in refusal(path=path + "/one.csv")
+    assert "is of an unknown type" in refusal(path=path + "/one*")
+    assert "mixes json (b.jsonl) and text (a.txt): give one kind" in refusal(path=path + "/mixed")
+    assert "holds no text" in refusal(path=path + "/empty")
+    assert "data.eval_path=" in (message := refusal(eval_path=path + "/empty")) and "holds no text" in message
+    assert "'no.txt' is no readable UTF-8 text ('utf-8' codec" in refusal(path=path + "/bad")
+    assert "cannot be read as parquet (" in refusal(path=path + "/bad.parquet")
+    assert "cannot be read as json (" in refusal(path=path + "/bad.jsonl")
+    assert "a single character" in refusal(path=path + "/char.txt")
+
+
+def test_refused_rows(tmp_path):
+    rows = write_rows(tmp_path / "a.jsonl", [{"body": "x", "n": 1}, {"body": "x", "n": 2}])
+    assert "no column data.text_column='text'; it has body, n" in refusal(path=rows)
+    assert "data.text_column='n' holds Value('int64'), not text" in refusal(path=rows, text_column="n")
+    assert "every document is the same" in refusal(path=rows, text_column="body")
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    (tmp_path / "none.jsonl").touch()
+    assert "holds no text: every file is empty" in refusal(path=str(tmp_path / "none.jsonl"))
+    # A file without rows: refused by the parser or, where that takes it, by us.
+    assert re.search("cannot be read|holds no text", refusal(path=str(tmp_path / "none.parquet")))
+    blank = write_rows(tmp_path / "blank.jsonl", [{"text": ""}, {"text": ""}])
+    assert "holds no text: it has 2 documents, all empty" in refusal(path=blank)
+
+
+def test_refused_tokenizers(tmp_path):
+    path = write(tmp_path, {"a.txt": "aaa", "b.txt": "bbb", "broken.json": "{}"})
+    path += "/*.txt"
+    name = save_tokenizer(tmp_path / "t.json", eot="<unusual>")
+    assert "data.eot_token has no use" in refusal(path=path, eot_token="</s>")
+    assert "knows no <|endoftext|> or <|end_of_text|>" in (message := refusal(path=path, tokenizer=name))
+    assert "set data.eot_token" in message
+    assert "knows no </s>: set data.eot_token" in refusal(path=path, tokenizer=name, eot_token="</s>")
+    for bad in ("missing.json", "broken.json", "."):
+        message = refusal(path=path, tokenizer=str(tmp_path / bad))
+        assert "data.tokenizer=" in message and "give a valid tokenizers .json file" in message
+    # An empty text after tokenisation: whitespace is no word.
+    spaces = write(tmp_path / "spaces", {"s.txt": "   "})
+    message = refusal(
+        path=path, eval_path=spaces, separate_documents=False, tokenizer=name, eot_token="<unusual>"
+    )
+    assert "the evaluation data hold no tokens" in message
+
+
+def test_refused_hub_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    message = refusal(hub="no-such-owner/no-such-set")
+    assert "data.hub='no-such-owner/no-such-set'" in message and "data.train_split='train'" in message
+    assert "network" in message and "data.path" in message
+
+    def from_pretrained(name: str) -> None:
+        raise Exception("no route to host\nmore that nobody reads")
+
+    monkeypatch.setattr("prenorm_jax.data.text.Tokenizer.from_pretrained", from_pretrained, raising=False)
+    message = refusal(tokenizer="gpt2")
+    assert "data.tokenizer='gpt2' cannot be loaded: no route to host; it needs network access" in message
