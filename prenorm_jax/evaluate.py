@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.conversion import convert_config, convert_params
-from prenorm_jax.data.text import TextData, eval_batches, load_text
+from prenorm_jax.data.batches import eval_batches
+from prenorm_jax.data.text import TextData, load_text
 from prenorm_jax.sharding import make_mesh, replicated, split_batch
 from prenorm_jax.step import make_eval_step
 from prenorm_jax.workdir import load_config, use_precision_of

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints
-from prenorm_jax.data.text import TextData, load_text, train_batch
+from prenorm_jax.data.batches import train_batch
+from prenorm_jax.data.text import TextData, load_text
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.evaluate import evaluate
 from prenorm_jax.metrics import MetricsWriter

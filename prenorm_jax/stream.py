@@ -39,8 +39,8 @@ OTHER_AXES = ("raw", "vocab", "position", "heads", "kv_heads", "mlp")
 def center(x: Array, axis: int = -1) -> Array:
     """C x: removes the mean along `axis`. In float32 at least; the result has the input's dtype.
 
-    Twice: one subtraction leaves the rounding error of the mean in every entry, and where |mean| ≫ std that is far above
-    the entries' own. It matters: LayerNorm would remove it, but RMSNorm keeps it and CRMSNorm multiplies it by d.
+    Twice: one subtraction leaves the rounding error of the mean in every entry, and where |mean| ≫ std that is far
+    above the entries' own. It matters: LayerNorm would remove it, but RMSNorm keeps it and CRMSNorm multiplies it by d.
     """
     dtype, x = x.dtype, _at_least_float32(x)
     for _ in range(2):

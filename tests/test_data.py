@@ -187,9 +187,7 @@ def test_stdlib_is_the_default_and_has_no_tests():
 
 
 def test_a_folder_gives_one_document_per_file_and_the_split_follows_the_name(tmp_path, monkeypatch):
-    files = {
-        f"sub{i % 3}/f{i}{('.txt', '.md', '.rst', '.py')[i % 4]}": f"text ünïcode {i}\n" for i in range(60)
-    }
+    files = {f"sub{i % 3}/f{i}{('.txt', '.md', '.rst', '.py')[i % 4]}": f"text ünïcode {i}\n" for i in range(60)}
     ignored = {"sub0/.hidden.txt": "h", ".git/x.txt": "h", "picture.png": b"\xff", "empty.txt": ""}
     path = write(tmp_path / "one", files | ignored)
     data = load_text(data_config(path=path, holdout=0.2))
@@ -215,9 +213,7 @@ def test_a_folder_gives_one_document_per_file_and_the_split_follows_the_name(tmp
 
 
 def test_names_that_look_like_patterns_and_newlines(tmp_path):
-    path = write(
-        tmp_path, {"a[1].txt": "one\r\ntwo", "__init__.py": "init", "b*.txt": "star", "b1.txt": "b1"}
-    )
+    path = write(tmp_path, {"a[1].txt": "one\r\ntwo", "__init__.py": "init", "b*.txt": "star", "b1.txt": "b1"})
     data = load_text(data_config(path=path, holdout=0.5))
     assert sorted(texts_of(data.train) + texts_of(data.eval)) == ["b1", "init", "one\ntwo", "star"]
 
@@ -246,9 +242,7 @@ def test_one_document_is_cut_and_few_leave_no_side_empty(tmp_path):
         data = load_text(data_config(path=path, holdout=holdout))
         sizes = len(texts_of(data.train)), len(texts_of(data.eval))
         assert sizes == ((2, 1) if holdout < 0.5 else (1, 2))
-    tiny = load_text(
-        data_config(path=write_rows(tmp_path / "t.jsonl", [{"text": "ab"}]), holdout=0.01, seq_len=1)
-    )
+    tiny = load_text(data_config(path=write_rows(tmp_path / "t.jsonl", [{"text": "ab"}]), holdout=0.01, seq_len=1))
     assert (texts_of(tiny.train), texts_of(tiny.eval)) == (["a"], ["b"])
 
 
@@ -258,9 +252,7 @@ def test_eval_path_is_used_and_kept_out_of_training(tmp_path):
     assert (texts_of(data.train), texts_of(data.eval)) == (["aaa", "bbb"], ["ccc"])
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "row"}])
     assert texts_of(load_text(data_config(path=path + "/*.txt", eval_path=rows)).eval) == ["row"]
-    assert texts_of(load_text(data_config(eval_path=rows)).eval) == [
-        "row"
-    ]  # training on the standard library
+    assert texts_of(load_text(data_config(eval_path=rows)).eval) == ["row"]  # training on the standard library
 
 
 def test_documents_may_be_joined_without_separators(tmp_path):
@@ -483,9 +475,7 @@ def test_refused_tokenizers(tmp_path):
         assert "data.tokenizer=" in message and "give a valid tokenizers .json file" in message
     # An empty text after tokenisation: whitespace is no word.
     spaces = write(tmp_path / "spaces", {"s.txt": "   "})
-    message = refusal(
-        path=path, eval_path=spaces, separate_documents=False, tokenizer=name, eot_token="<unusual>"
-    )
+    message = refusal(path=path, eval_path=spaces, separate_documents=False, tokenizer=name, eot_token="<unusual>")
     assert "the evaluation data hold no tokens" in message
 
 
