@@ -119,7 +119,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
         params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = (replicated(mesh), split_batch(mesh))

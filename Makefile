@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up .venv on their first call. PYTHON chooses the interpreter, VENV the folder.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo demo-quick test test-all lint format lock clean
+
+demo: $(VENV)/.ready        ## train the three variants, convert, evaluate, compare: runs/demo/report/report.html
+	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo
+
+demo-quick: $(VENV)/.ready  ## the same in a minute: fewer steps, a smaller model
+	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo-quick --quick
+
+test: $(VENV)/.ready        ## the tests, but for the long ones
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/.ready    ## all tests
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.ready        ## what .ci/run checks before it tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(VENV)/.ready        ## new exact pins from the ranges in requirements*.txt
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy requires-python \
+	    --no-header --no-annotate requirements.txt requirements-dev.txt -o requirements.lock
+	sed -i '1i # Exact, tested versions: what `make` installs. Made from the ranges by `make lock`.' requirements.lock
+
+clean:                      ## everything that make made but runs/
+	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+# A marker file rather than the folder: a set-up that was interrupted is done again.
+$(VENV)/.ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "error: $(PYTHON) is older than Python 3.11: name another, as in make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "setting up $(VENV) (about a minute)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@

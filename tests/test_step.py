@@ -1,0 +1,166 @@
+"""Training equivalence in float64, its negative control, and the step on several devices."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from common import TINY
+from ml_collections import ConfigDict
+
+from prenorm_jax.config import NORMS, base_config
+from prenorm_jax.optim import make_optimizer, make_schedule
+from prenorm_jax.sharding import make_mesh
+from prenorm_jax.step import init_state, make_eval_step, make_train_step, run_models
+
+STEPS = 100
+# name -> (peak learning rate, other settings): rates at which each of them learns something in 100 steps.
+OPTIMIZERS = {
+    "sgd": (0.1, {"weight_decay": 0.0, "clip": 0.0}),
+    "adamw": (0.01, {}),
+    "adafactor": (0.1, {"weight_decay": 0.01}),
+    "lamb": (0.1, {}),
+    "muon": (0.03, {}),
+}
+
+
+def run_config(norm: str, parameterization: str, optimizer: str = "adamw", **model: object) -> ConfigDict:
+    config = base_config()
+    config.steps, config.batch_size, config.parameterization = STEPS, 8, parameterization
+    config.model.update(TINY | {"norm": norm, "d_model": 16, "embed_norm": False} | model)
+    config.optimizer.name = optimizer
+    config.optimizer.learning_rate, others = OPTIMIZERS[optimizer]
+    config.optimizer.update(others)
+    config.optimizer.warmup_steps = 5
+    return config
+
+
+def batch_of(step: int, size: int = 8) -> dict[str, np.ndarray]:
+    """Sequences with something to learn: each token follows from the one before."""
+    rng = np.random.default_rng(step)
+    tokens_BxT = (rng.integers(11, size=(size, 1)) + np.arange(8)) % 11
+    return {"tokens": tokens_BxT.astype(np.int32), "weights": rng.integers(1, 3, size=(size, 7)).astype(np.float64)}
+
+
+def train(config: ConfigDict, steps: int = STEPS, devices: int = 1) -> tuple[np.ndarray, object]:
+    """(losses, final state)."""
+    models = run_models(config)
+    mesh = make_mesh(config.batch_size, jax.devices()[:devices])
+    step = make_train_step(config, models, mesh)
+    state = jax.jit(lambda: init_state(config, models))()
+    losses = []
+    for i in range(steps):
+        state, metrics = step(state, batch_of(i, config.batch_size))
+        losses.append(metrics["loss"])
+    return np.array(jax.device_get(losses)), state
+
+
+@functools.lru_cache
+def pre_ln_losses(optimizer: str, dropout: float, tied: bool) -> np.ndarray:
+    losses = train(run_config("layernorm", "pre_ln", optimizer, dropout=dropout, tie_embeddings=tied))[0]
+    assert losses[-10:].mean() < losses[:10].mean() - 0.1, "this run learns nothing, so it would show nothing"
+    return losses
+
+
+def differences(norm: str, parameterization: str, optimizer: str, dropout: float, tied: bool = True) -> np.ndarray:
+    """|Δloss| to Pre-LN, step by step."""
+    config = run_config(norm, parameterization, optimizer, dropout=dropout, tie_embeddings=tied)
+    return np.abs(train(config)[0] - pre_ln_losses(optimizer, dropout, tied))
+
+
+# One worker takes all cases of an optimizer, and so computes its Pre-LN run once.
+each_optimizer = pytest.mark.parametrize(
+    "optimizer", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in OPTIMIZERS]
+)
+
+
+@each_optimizer
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
+def test_pre_ln_parameterization_follows_pre_ln(norm, dropout, optimizer):
+    assert differences(norm, "pre_ln", optimizer, dropout).max() <= 1e-9
+
+
+@each_optimizer
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
+def test_native_parameterization_does_not(norm, dropout, optimizer):
+    """The negative control: the same function at the start, trained directly, goes another way."""
+    difference = differences(norm, "native", optimizer, dropout)
+    assert difference[0] < 1e-12
+    assert difference.max() > 1e-3
+
+
+@pytest.mark.slow
+@each_optimizer
+@pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
+def test_pre_ln_parameterization_follows_pre_ln_untied(norm, optimizer):
+    assert differences(norm, "pre_ln", optimizer, 0.0, tied=False).max() <= 1e-9
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("devices", [2, 8])
+def test_any_number_of_devices_takes_the_same_steps(norm, devices):
+    config = run_config(norm, "pre_ln", dropout=0.2)
+    alone, together = train(config, 20)[0], train(config, 20, devices)[0]
+    np.testing.assert_allclose(together, alone, rtol=1e-11)
+
+
+def test_the_loss_weighs_tokens_not_sequences():
+    config = run_config("layernorm", "pre_ln")
+    models, mesh = run_models(config), make_mesh(8, jax.devices()[:1])
+    state, batch = init_state(config, models), batch_of(0)
+    batch["weights"][:, 3:] = 0
+    batch["weights"][5:] = 0
+    eval_step = make_eval_step(models.computed, mesh)
+    nats, tokens = eval_step(state.params, batch)
+    assert tokens == batch["weights"].sum()
+    scrambled = dict(
+        batch, tokens=np.where(np.pad(batch["weights"], ((0, 0), (1, 0)), constant_values=1) > 0, batch["tokens"], 0)
+    )
+    np.testing.assert_allclose(eval_step(state.params, scrambled)[0], nats, rtol=1e-12)
+    loss = make_train_step(config, models, mesh)(state, batch)[1]["loss"]
+    np.testing.assert_allclose(loss, nats / tokens, rtol=1e-12)
+
+
+def test_the_schedule_warms_up_and_ends_at_its_fraction_of_the_peak():
+    config = run_config("layernorm", "pre_ln")
+    config.optimizer.update({"learning_rate": 2.0, "warmup_steps": 10, "final_learning_rate": 0.1})
+    rates = np.array([make_schedule(config)(step) for step in range(STEPS + 1)])
+    np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11))
+    np.testing.assert_allclose(rates[-1], 0.2)
+    assert (np.diff(rates[10:]) < 0).all()
+    config.steps = 5  # shorter than the warm-up: it is cut off, nothing fails
+    assert make_schedule(config)(4) == 1.0
+
+
+def test_adamw_step_is_the_textbooks():
+    """One update against the formulas, through clip, decay mask and schedule."""
+    config = run_config("layernorm", "pre_ln")
+    config.optimizer.update({"clip": 0.01, "weight_decay": 0.3, "warmup_steps": 4, "learning_rate": 0.1, "eps": 1e-8})
+    models, mesh = run_models(config), make_mesh(8, jax.devices()[:1])
+    from prenorm_jax.step import make_loss
+
+    state = init_state(config, models)
+    grads = jax.grad(make_loss(config, models))(state.params, batch_of(0), state.step)
+    norm = optax.tree.norm(grads)
+    before = jax.tree.map(np.array, state.params)
+    after, metrics = make_train_step(config, models, mesh)(state, batch_of(0))
+    np.testing.assert_allclose(metrics["grad_norm"], norm)
+    np.testing.assert_allclose(metrics["learning_rate"], 0.025)
+
+    def expected(path, p, g):
+        g = g * min(1, 0.01 / norm)
+        step = g / (np.abs(g) + 1e-8)  # both moments are unbiased after one step
+        return p - 0.025 * (step + (0.3 * p if p.ndim == 2 else 0))
+
+    wanted = jax.tree_util.tree_map_with_path(expected, before, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), after.params, wanted)
+
+
+def test_an_unknown_optimizer_is_named():
+    config = run_config("layernorm", "pre_ln")
+    config.optimizer.name = "adam"
+    with pytest.raises(ValueError, match=r"optimizer\.name='adam' is not one of adamw, lamb, sgd, adafactor, muon"):
+        make_optimizer(config)
