@@ -1,0 +1,318 @@
+"""The `compare` command: what it reads, the numbers it reports, what it writes and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prenorm_jax.compare import compare, main
+from prenorm_jax.errors import PrenormError, run_command
+
+pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns about what it cannot draw
+
+
+def write_run(
+    workdir: Path,
+    losses: list[Any] | dict[int, Any],
+    norm: str = "layernorm",
+    evals: dict[int, float] | None = None,
+    info: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """A workdir as training leaves it; `losses` from step 1 on, or by step."""
+    workdir.mkdir(parents=True)
+    base = {"batch_size": 2, "data": {"seq_len": 5}, "seed": 0, "parameterization": "pre_ln"}
+    base["model"] = {"norm": norm, "dtype": "float32"}
+    (workdir / "config.json").write_text(json.dumps(base | config))
+    if info is not None:
+        (workdir / "run.json").write_text(json.dumps(info))
+    steps = losses if isinstance(losses, dict) else dict(enumerate(losses, 1))
+    lines = [{"step": step, "loss": loss, "tokens_per_s": 100.0 * step} for step, loss in steps.items()]
+    lines += [{"step": step, "eval_loss": loss} for step, loss in (evals or {}).items()]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return workdir
+
+
+def append(workdir: Path, text: str) -> None:
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write(text)
+
+
+def written_json(folder: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((folder / "report.json").read_text(), parse_constant=refuse)
+
+
+def test_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
+    info = {"parameters": {"trained": 1000, "computed": 900}, "device": "cpu ×1", "versions": {"jax": "1"}}
+    ln = write_run(tmp_path / "ln", [8.0, 4.0, 3.0, 1.0], evals={2: 5.0, 4: 6.0})
+    rms = write_run(tmp_path / "rms", [8.0, 4.5, 2.75, 1.0], "rmsnorm", {2: 5.5, 4: 5.25}, info)
+    report = compare([rms, ln], tmp_path / "report")
+    assert report["reference"] == "ln"
+    row, base = report["runs"]
+    assert (row["name"], row["norm"], row["parameterization"]) == ("rms", "rmsnorm", "pre_ln")
+    assert (row["parameters_trained"], row["parameters_computed"], row["device"]) == (1000, 900, "cpu ×1")
+    assert row["final_loss"] == 16.25 / 4
+    assert (row["final_eval_loss"], row["final_eval_step"]) == (5.25, 4)
+    assert (base["best_eval_loss"], base["best_eval_step"]) == (5.0, 2)
+    assert (row["max_abs_delta"], row["max_abs_delta_step"]) == (0.5, 2)
+    assert (row["first_abs_delta"], row["median_abs_delta"], row["common_steps"]) == (0.0, 0.125, 4)
+    assert (row["final_eval_abs_delta"], row["final_eval_abs_delta_step"]) == (0.75, 4)
+    assert base["change_per_step"] == 2.0
+    assert (row["tokens_per_s"], row["steps_per_s"]) == (250.0, 25.0)
+    assert report["curves"]["rms"]["delta_loss"] == [[1, 0.0], [2, 0.5], [3, -0.25], [4, 0.0]]
+    assert base["parameters_trained"] is None and base["max_abs_delta"] is None
+    assert written_json(tmp_path / "report") == {
+        key: value for key, value in report.items() if key != "files"
+    }
+
+
+def test_final_loss_and_speed_leave_out_what_they_say(tmp_path: Path) -> None:
+    row = compare([write_run(tmp_path / "ln", [1000.0] * 10 + [1.0] * 20)], tmp_path / "report")["runs"][0]
+    assert row["final_loss"] == 1.0  # of the last 20 steps
+    assert row["tokens_per_s"] == 100 * (4 + 30) / 2  # the first 3 of 30 left out
+
+
+@pytest.mark.parametrize(
+    ("delta", "words"),
+    [(0.0, "equals"), (0.0625, "follows ln closely"), (0.9, "follows ln:"), (1.1, "departs")],
+)
+def test_verdict_measures_against_the_reference_own_changes(tmp_path: Path, delta: float, words: str) -> None:
+    ln = write_run(tmp_path / "ln", [3.0, 2.0, 1.0])
+    rms = write_run(tmp_path / "rms", [3.0, 2.0 + delta, 1.0], "rmsnorm")
+    assert words in compare([ln, rms], tmp_path / "report")["verdict"][0]
+
+
+def test_verdict_names_runs_that_train_other_parameters(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [3.0, 2.0], parameterization="native")
+    rms = write_run(tmp_path / "rms", [3.0, 2.0], "rmsnorm", parameterization="native")
+    report = compare([ln, rms], tmp_path / "report")
+    assert "rms trained the parameters of the variant's own tree" in report["verdict"][0]
+    assert not report["warnings"]
+
+
+def test_last_line_of_a_step_wins(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [3.0, 2.0, 9.0])
+    append(ln, '{"step": 3, "loss": 1.0}\n{"step": 2, "loss": 2.5}\n')
+    curves = compare([ln], tmp_path / "report")["curves"]["ln"]
+    assert curves["loss"] == [[1, 3.0], [2, 2.5], [3, 1.0]]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 4, "lo', "{", '{"step": 4, "loss": 1.0'])
+def test_only_a_last_line_cut_short_is_ignored(tmp_path: Path, cut: str) -> None:
+    ln = write_run(tmp_path / "ln", [3.0, 2.0, 1.0])
+    append(ln, cut)
+    assert compare([ln], tmp_path / "report")["runs"][0]["last_step"] == 3
+    append(ln, "\n")
+    with pytest.raises(PrenormError, match=r"ln/metrics\.jsonl, line 4: "):
+        compare([ln], tmp_path / "report")
+
+
+def test_a_complete_last_line_without_newline_counts(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [3.0])
+    append(ln, '{"step": 2, "loss": 1.0}')
+    assert compare([ln], tmp_path / "report")["runs"][0]["last_step"] == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[1]",
+        '{"loss": 1.0}',
+        '{"step": 1.5}',
+        '{"step": 2, "loss": "1"}',
+        '{"step": 2, "loss": true}',
+    ],
+)
+def test_malformed_middle_line_is_named(tmp_path: Path, line: str) -> None:
+    ln = write_run(tmp_path / "ln", [3.0])
+    append(ln, line + '\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(PrenormError, match=r"ln/metrics\.jsonl, line 2: .*repair or delete this line"):
+        compare([ln], tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    ("losses", "others"),
+    [
+        ([3.0, 2.0, 1.0], [[3.0, 2.0, 1.0]]),
+        ([3.0, 2.0, 1.0], [[3.0, 2.0 + 1e-7, 1.0], [3.0, 2.0, 1.0]]),
+        ([3.0, 2.0, 1.0], [[3e6, 2e6, 1e6]]),
+        ([3.0, 2.0, 0.0], [[3e6, -2e6, 1e6]]),
+        ([3.0], [[3.0]]),
+        ([3.0, float("nan")], [[float("nan"), 2.0]]),
+        ([float("inf"), None], [[3.0, 2.0]]),
+        ([1.0] * 30, [[1.0 + 1e-7] * 30] * 7),
+    ],
+    ids=[
+        "zeros",
+        "some zeros",
+        "far larger",
+        "negative",
+        "one step",
+        "never both finite",
+        "never finite",
+        "many",
+    ],
+)
+def test_draws_what_is_hard_to_draw(tmp_path: Path, losses: list[Any], others: list[list[Any]]) -> None:
+    runs = [write_run(tmp_path / "ln", losses, evals={1: losses[0] or 0.0})]
+    runs += [write_run(tmp_path / f"o{i}", other, "rmsnorm", {1: 3.0}) for i, other in enumerate(others)]
+    compare(runs, tmp_path / "report")
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert written_json(tmp_path / "report")["reference"] == "ln"
+
+
+def test_nonfinite_losses_are_reported(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [3.0, 2.0, 1.0, 1.0])
+    rms = write_run(tmp_path / "rms", [3.0, 2.0, float("nan"), float("inf")], "rmsnorm", {4: float("nan")})
+    report = compare([ln, rms], tmp_path / "report")
+    assert "rms: the training loss is not finite at 2 steps, first at step 3" in report["warnings"][0]
+    assert "departs from ln" in report["verdict"][0]
+    row = written_json(tmp_path / "report")["runs"][1]
+    assert (row["final_loss"], row["final_eval_loss"], row["final_eval_step"], row["common_steps"]) == (
+        None,
+        None,
+        4,
+        2,
+    )
+
+
+def test_page_escapes_what_comes_from_files_and_fetches_nothing(tmp_path: Path) -> None:
+    info = {"device": "<i>gpu</i>", "versions": {"<u>": "<s>"}, "sessions": []}
+    bold = write_run(tmp_path / "<b>", [3.0, 2.0], "<em>$x$</em>", info=info, seed="<q>")
+    other = write_run(tmp_path / "$a$_{", [3.0, 2.0], parameterization="<tt>")
+    compare([bold, other], tmp_path / "report", title="<script>$table & http://x.org")
+    page = (tmp_path / "report" / "report.html").read_text()
+    for tag in ("<b>", "<em>", "<i>", "<u>", "<s>", "<q>", "<tt>", "<script"):
+        assert tag not in page
+    assert "<title>&lt;script&gt;$table &amp; http://x.org</title>" in page
+    assert "<td>&lt;b&gt;</td>" in page
+    assert [url[:22] for url in re.findall(r'(?:src|href)\s*=\s*"([^"]*)', page)] == [
+        "data:image/png;base64,"
+    ]
+    assert not re.search(r"<link|<iframe|@import|url\(", page)
+
+
+def test_reference(tmp_path: Path) -> None:
+    rms, crms = (write_run(tmp_path / norm, [1.0], norm) for norm in ("rmsnorm", "crmsnorm"))
+    ln = write_run(tmp_path / "ln", [1.0])
+    out = tmp_path / "report"
+    assert compare([rms, crms], out)["reference"] == "rmsnorm"
+    assert compare([rms, ln], out)["reference"] == "ln"
+    assert compare([rms, ln], out, reference=f"{tmp_path}/ln/../rmsnorm/")["reference"] == "rmsnorm"
+
+
+def test_differing_configurations_are_warned_about(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [1.0], log_every=1)
+    rms = write_run(tmp_path / "rms", [1.0], "rmsnorm", log_every=2, parameterization="native")
+    seed = write_run(tmp_path / "seed", [1.0], seed=1, log_every=1)
+    report = compare([ln, rms], tmp_path / "report")
+    assert report["config_differences"] == {"log_every": {"ln": "1", "rms": "2"}}
+    assert not report["warnings"]
+    assert "differ in seed:" in compare([ln, seed], tmp_path / "report")["warnings"][0]
+    assert "differ in seed:" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_different_lengths_are_warned_about_and_compared_where_both_are(tmp_path: Path) -> None:
+    ln, rms = write_run(tmp_path / "ln", [3.0, 2.0]), write_run(tmp_path / "rms", {2: 2.5, 3: 1.0}, "rmsnorm")
+    report = compare([ln, rms], tmp_path / "report")
+    assert report["runs"][1]["common_steps"] == 1
+    assert "end at different steps (ln at 2, rms at 3)" in report["warnings"][0]
+
+
+def test_switches_are_those_that_later_sessions_left_standing(tmp_path: Path) -> None:
+    starts = [
+        (0, "layernorm"),
+        (2, "layernorm"),
+        (5, "crmsnorm"),
+        (3, "rmsnorm"),
+        (6, "rmsnorm"),
+        (8, "crmsnorm"),
+    ]
+    info = {"sessions": [{"step": step, "norm": norm} for step, norm in starts]}
+    run = compare([write_run(tmp_path / "ln", [1.0] * 9, "crmsnorm", info=info)], tmp_path / "report")[
+        "runs"
+    ][0]
+    assert run["switches"] == [
+        {"step": 3, "from": "layernorm", "to": "rmsnorm"},
+        {"step": 8, "from": "rmsnorm", "to": "crmsnorm"},
+    ]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / parent / "ln", [1.0]) for parent in "ab"]
+    assert [row["name"] for row in compare(runs, tmp_path / "report")["runs"]] == [str(run) for run in runs]
+
+
+def test_output_replaces_an_older_report_and_leaves_nothing_else(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [1.0])
+    for _ in range(2):
+        compare([ln], tmp_path / "new" / "report")
+    assert sorted(path.name for path in (tmp_path / "new" / "report").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.png",
+    ]
+    assert compare([ln], tmp_path / "page.html")["files"]["png"] == str(tmp_path / "page.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "none is not a folder"),
+        (["bare"], "bare has no config.json"),
+        (["ln", "converted"], "converted holds no training (no metrics.jsonl)"),
+        (["empty"], "empty/metrics.jsonl holds no training line"),
+        (["evals"], "evals/metrics.jsonl holds no training line"),
+        (["broken"], "broken/config.json is not valid JSON"),
+        (["ln", "later"], "later has no step in common with the reference ln"),
+        (["ln", "./ln/"], "ln is named twice"),
+        (["ln", "--reference=later"], "the reference later is not among the runs"),
+        (["ln", "--out=ln/config.json"], "cannot write ln/config.json/report.json"),
+    ],
+)
+def test_errors_are_one_line_and_exit_status_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("ln"), [1.0])
+    write_run(Path("later"), {7: 1.0}, "rmsnorm")
+    write_run(Path("empty"), [])
+    write_run(Path("evals"), [], evals={1: 1.0})
+    write_run(Path("converted"), [1.0])
+    Path("converted/metrics.jsonl").unlink()
+    write_run(Path("broken"), [1.0])
+    Path("broken/config.json").write_text("{")
+    Path("bare").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: main(arguments))
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert captured.err.startswith(f"error: {message}") and captured.err.count("\n") == 1
+    assert captured.out == "" and not Path("report").exists()
+
+
+def test_command_prints_a_table_and_the_page_last_without_jax(tmp_path: Path) -> None:
+    write_run(tmp_path / "ln", [1.0])
+    program = (
+        "import sys; from prenorm_jax.compare import main; main(sys.argv[1:]); "
+        "assert not {'jax', 'flax', 'matplotlib.pyplot'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "ln"), f"--out={tmp_path / 'report'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("run") and lines[1].startswith("ln")
+    assert lines[-1] == str(tmp_path / "report" / "report.html")
