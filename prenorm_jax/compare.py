@@ -183,9 +183,7 @@ def _reference(runs: list[Run], reference: str | Path | None) -> Run:
     for run in runs:
         if run.workdir.resolve() == Path(reference).resolve():
             return run
-    raise PrenormError(
-        f"the reference {reference} is not among the runs: name its workdir with the others too"
-    )
+    raise PrenormError(f"the reference {reference} is not among the runs: name its workdir with the others too")
 
 
 def _row(run: Run, base: Run) -> dict[str, Any]:
@@ -201,9 +199,7 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
     changes = [abs(after - before) for before, after in itertools.pairwise(run.losses.values())]
     deltas = {} if run is base else _deltas(run.losses, base.losses)
     if run is not base and not run.losses.keys() & base.losses.keys():
-        raise PrenormError(
-            f"{run.workdir} has no step in common with the reference {base.workdir}: leave it out"
-        )
+        raise PrenormError(f"{run.workdir} has no step in common with the reference {base.workdir}: leave it out")
     largest = max(deltas, key=lambda step: abs(deltas[step]), default=None)
     eval_deltas = {} if run is base else _deltas(run.evals, base.evals)
     eval_step = max(eval_deltas, default=None)
@@ -298,9 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="where a run was trained")
     parser.add_argument("--out", default="report", help="folder to write, or a file name ending in .html")
     parser.add_argument("--title", help="title of the page")
-    parser.add_argument(
-        "--reference", help="workdir to compare the others with; default: the first LayerNorm run"
-    )
+    parser.add_argument("--reference", help="workdir to compare the others with; default: the first LayerNorm run")
     options = parser.parse_args(arguments)
     report = compare(options.workdirs, options.out, options.title, options.reference)
     print(compare_page.plain_text(report))

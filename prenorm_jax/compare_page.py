@@ -52,11 +52,7 @@ def _verdict(row: Report, base: Report) -> str:
                 f" The largest is {ratio:.2g} times the {_small(change)} by which the loss of {base['name']} "
                 "itself typically changes from one step to the next."
             )
-    native = [
-        one["name"]
-        for one in (base, row)
-        if one["parameterization"] == "native" and one["norm"] != "layernorm"
-    ]
+    native = [one["name"] for one in (base, row) if one["parameterization"] == "native" and one["norm"] != "layernorm"]
     if native and (row["norm"], row["parameterization"]) != (base["norm"], base["parameterization"]):
         text += (
             f" {' and '.join(native)} trained the parameters of the variant's own tree (parameterization "
@@ -96,9 +92,7 @@ def plain_text(report: Report) -> str:
 def page(report: Report, png: bytes) -> str:
     """The HTML page: no scripts, nothing to fetch; every text from a file is escaped."""
     names = [row["name"] for row in report["runs"]]
-    differences = [
-        [key, *(texts[name] for name in names)] for key, texts in report["config_differences"].items()
-    ]
+    differences = [[key, *(texts[name] for name in names)] for key, texts in report["config_differences"].items()]
     origins = [
         [row["name"], row["workdir"], str(row["device"] or "–"), _pairs(row["versions"]) or "–"]
         for row in report["runs"]

@@ -70,9 +70,7 @@ def test_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert (row["tokens_per_s"], row["steps_per_s"]) == (250.0, 25.0)
     assert report["curves"]["rms"]["delta_loss"] == [[1, 0.0], [2, 0.5], [3, -0.25], [4, 0.0]]
     assert base["parameters_trained"] is None and base["max_abs_delta"] is None
-    assert written_json(tmp_path / "report") == {
-        key: value for key, value in report.items() if key != "files"
-    }
+    assert written_json(tmp_path / "report") == {key: value for key, value in report.items() if key != "files"}
 
 
 def test_final_loss_and_speed_leave_out_what_they_say(tmp_path: Path) -> None:
@@ -196,9 +194,7 @@ def test_page_escapes_what_comes_from_files_and_fetches_nothing(tmp_path: Path) 
         assert tag not in page
     assert "<title>&lt;script&gt;$table &amp; http://x.org</title>" in page
     assert "<td>&lt;b&gt;</td>" in page
-    assert [url[:22] for url in re.findall(r'(?:src|href)\s*=\s*"([^"]*)', page)] == [
-        "data:image/png;base64,"
-    ]
+    assert [url[:22] for url in re.findall(r'(?:src|href)\s*=\s*"([^"]*)', page)] == ["data:image/png;base64,"]
     assert not re.search(r"<link|<iframe|@import|url\(", page)
 
 
@@ -239,9 +235,7 @@ def test_switches_are_those_that_later_sessions_left_standing(tmp_path: Path) ->
         (8, "crmsnorm"),
     ]
     info = {"sessions": [{"step": step, "norm": norm} for step, norm in starts]}
-    run = compare([write_run(tmp_path / "ln", [1.0] * 9, "crmsnorm", info=info)], tmp_path / "report")[
-        "runs"
-    ][0]
+    run = compare([write_run(tmp_path / "ln", [1.0] * 9, "crmsnorm", info=info)], tmp_path / "report")["runs"][0]
     assert run["switches"] == [
         {"step": 3, "from": "layernorm", "to": "rmsnorm"},
         {"step": 8, "from": "rmsnorm", "to": "crmsnorm"},
