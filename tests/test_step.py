@@ -20,7 +20,7 @@ OPTIMIZERS = {
     "sgd": (0.1, {"weight_decay": 0.0, "clip": 0.0}),
     "adamw": (0.01, {}),
     "adafactor": (0.1, {"weight_decay": 0.01}),
-    "lamb": (0.1, {}),
+    "lamb": (0.03, {}),
     "muon": (0.03, {}),
 }
 
@@ -28,7 +28,7 @@ OPTIMIZERS = {
 def run_config(norm: str, parameterization: str, optimizer: str = "adamw", **model: object) -> ConfigDict:
     config = base_config()
     config.steps, config.batch_size, config.parameterization = STEPS, 8, parameterization
-    config.model.update(TINY | {"norm": norm, "d_model": 16, "embed_norm": False} | model)
+    config.model.update(TINY | {"norm": norm, "depth": 1, "d_model": 16} | model)
     config.optimizer.name = optimizer
     config.optimizer.learning_rate, others = OPTIMIZERS[optimizer]
     config.optimizer.update(others)
@@ -48,12 +48,9 @@ def train(config: ConfigDict, steps: int = STEPS, devices: int = 1) -> tuple[np.
     models = run_models(config)
     mesh = make_mesh(config.batch_size, jax.devices()[:devices])
     step = make_train_step(config, models, mesh)
-    state = jax.jit(lambda: init_state(config, models))()
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, batch_of(i, config.batch_size))
-        losses.append(metrics["loss"])
-    return np.array(jax.device_get(losses)), state
+    batches = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch_of(i, config.batch_size) for i in range(steps)])
+    state, metrics = jax.jit(lambda batches: jax.lax.scan(step, init_state(config, models), batches))(batches)
+    return np.asarray(metrics["loss"]), state
 
 
 @functools.lru_cache
@@ -136,7 +133,7 @@ def test_the_schedule_warms_up_and_ends_at_its_fraction_of_the_peak():
 
 
 def test_adamw_step_is_the_textbooks():
-    """One update against the formulas, through clip, decay mask and schedule."""
+    """One update against the formulas, through clip, decay mask and schedule (optax unbiases moments in float32)."""
     config = run_config("layernorm", "pre_ln")
     config.optimizer.update({"clip": 0.01, "weight_decay": 0.3, "warmup_steps": 4, "learning_rate": 0.1, "eps": 1e-8})
     models, mesh = run_models(config), make_mesh(8, jax.devices()[:1])
@@ -156,7 +153,7 @@ def test_adamw_step_is_the_textbooks():
         return p - 0.025 * (step + (0.3 * p if p.ndim == 2 else 0))
 
     wanted = jax.tree_util.tree_map_with_path(expected, before, grads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), after.params, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), after.params, wanted)
 
 
 def test_an_unknown_optimizer_is_named():
