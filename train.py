@@ -4,7 +4,7 @@ Called again with the same arguments it goes on from the last checkpoint. Withou
 configuration that the workdir holds. Every key of the configuration is a flag, such as --config.steps=100.
 """
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from prenorm_jax.errors import PrenormError, run_command
@@ -33,7 +33,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     del argv
-    from prenorm_jax.loop import train  # here, because the imports take seconds and the flags are known to be right
+    logging.set_verbosity(logging.ERROR)  # jax, datasets and orbax tell of what is installed, found and saved
+    from prenorm_jax.loop import train  # here, because its imports take seconds and the flags are known to be right
 
     config = flags.FLAGS.config
     use_precision_of(config)

@@ -48,6 +48,7 @@ def figure(report: Report) -> bytes:
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes[-1].set_xlabel("optimizer step", fontsize=FONT)
     _draw_switches(list(axes), report["runs"])
+    drawing.align_ylabels(axes)
     file = io.BytesIO()
     FigureCanvasAgg(drawing).print_png(file)
     return file.getvalue()

@@ -17,9 +17,13 @@ Report = dict[str, Any]  # what report.json holds
 
 
 def with_words(report: Report) -> Report:
-    """The report with what its numbers mean: "verdict", "notes" and "warnings", lists of sentences."""
+    """The report with what its numbers mean: "relation" (to the reference: "follows {} closely", ...) in
+    each run's row, and "verdict", "notes" and "warnings", lists of sentences.
+    """
     base = next(row for row in report["runs"] if row["name"] == report["reference"])
     others = [row for row in report["runs"] if row is not base]
+    for row in others:
+        row["relation"] = _relation(row, base)
     words = {"verdict": [_verdict(row, base) for row in others], "notes": [], "warnings": _warnings(report)}
     for dtype in dict.fromkeys(row["dtype"] for row in report["runs"]):
         if others and dtype in ROUNDING:
@@ -30,27 +34,36 @@ def with_words(report: Report) -> Report:
     return report | words
 
 
+def _relation(row: Report, base: Report) -> str:
+    largest, change = row["max_abs_delta"], base["change_per_step"]
+    diverged = row["nonfinite_losses"] != base["nonfinite_losses"]
+    if largest is None:
+        return "cannot be compared with {}"
+    if largest == 0 and not diverged:
+        return "equals {}"
+    ratio = largest / change if change else math.inf
+    return "departs from {}" if diverged or ratio > 1 else "follows {}" if ratio > 0.1 else "follows {} closely"
+
+
 def _verdict(row: Report, base: Report) -> str:
     name, largest, change = row["name"], row["max_abs_delta"], base["change_per_step"]
+    claim = f"{name} {row['relation'].format(base['name'])}"
     if largest is None:
-        return f"{name} cannot be compared with {base['name']}: at no common step both losses are finite."
+        return f"{claim}: at no common step both losses are finite."
     diverged = row["nonfinite_losses"] != base["nonfinite_losses"]
     steps = f"{row['common_steps']:,} common steps" + (" with finite losses" if diverged else "")
     if largest == 0 and not diverged:
-        text = f"{name} equals {base['name']}: over {steps} the training losses agree in every digit."
+        text = f"{claim}: over {steps} the training losses agree in every digit."
     else:
-        ratio = largest / change if change else math.inf
-        departs = diverged or ratio > 1
-        relation = "departs from {}" if departs else "follows {}" if ratio > 0.1 else "follows {} closely"
         text = (
-            f"{name} {relation.format(base['name'])}: over {steps} the training losses differ by at most "
+            f"{claim}: over {steps} the training losses differ by at most "
             f"{_small(largest)} nats per token (at step {row['max_abs_delta_step']:,}; at first "
             f"{_small(row['first_abs_delta'])}, in the median {_small(row['median_abs_delta'])})."
         )
         if change:
             text += (
-                f" The largest is {ratio:.2g} times the {_small(change)} by which the loss of {base['name']} "
-                "itself typically changes from one step to the next."
+                f" The largest is {largest / change:.2g} times the {_small(change)} by which the loss of "
+                f"{base['name']} itself typically changes from one step to the next."
             )
     native = [one["name"] for one in (base, row) if one["parameterization"] == "native" and one["norm"] != "layernorm"]
     if native and (row["norm"], row["parameterization"]) != (base["norm"], base["parameterization"]):

@@ -27,14 +27,14 @@ def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
 
 
 @given(config=model_configs())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
 
 @pytest.mark.parametrize("start", ["rmsnorm", "crmsnorm"])
 @given(config=model_configs())
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_from_networks_born_as_a_variant(start, config):
     """With an affine of their own in their norms, and, for rmsnorm, zero-mean writers."""
     config = ModelConfig.create({**vars(config), "norm": start})
@@ -57,7 +57,7 @@ def test_from_networks_born_as_a_variant(start, config):
 
 
 @given(config=model_configs())
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_in_training_too_with_the_same_dropout_masks(config):
     config = ModelConfig.create({**vars(config), "dropout": 0.4, "attention_dropout": 0.4})
     params, tokens = random_params(config, 1), random_tokens(config)

@@ -1,0 +1,258 @@
+"""The commands as a user types them, each a process of its own: train, evaluate, convert, compare; and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--config=configs/gpt_stdlib.py",
+    "--config.steps=6",
+    "--config.batch_size=4",
+    "--config.eval_every=3",
+    "--config.checkpoint_every=3",
+    "--config.data.seq_len=16",
+    "--config.model.depth=1",
+    "--config.model.d_model=12",
+    "--config.model.heads=2",
+]
+
+
+def command(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    if status:
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith(("error: ", "convert.py: ", "eval.py: "))
+    return done
+
+
+def error_of(*arguments: object) -> str:
+    """The one line that a refused command prints."""
+    done = command(*arguments, status=2)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def evaluate(workdir: Path, *flags: str) -> dict:
+    return json.loads(command("eval.py", f"--workdir={workdir}", "--json", *flags).stdout)
+
+
+def lines_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four small documents."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        words = rng.choice(["def", "return", "norm", "stream", "(x)", "\n"], size=300)
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
+    """One finished run of each norm, under pre_ln, and a native one."""
+    folder = tmp_path_factory.mktemp("runs")
+    for norm in ("layernorm", "rmsnorm", "crmsnorm"):
+        command(
+            "train.py",
+            *SMALL,
+            f"--config.data.path={text}",
+            f"--workdir={folder / norm}",
+            f"--config.model.norm={norm}",
+        )
+    native = [f"--workdir={folder / 'native'}", "--config.model.norm=crmsnorm", "--config.parameterization=native"]
+    command("train.py", *SMALL, f"--config.data.path={text}", *native)
+    return {path.name: path for path in folder.iterdir()}
+
+
+# One worker runs this file, so that the runs are made once.
+pytestmark = pytest.mark.xdist_group("commands")
+
+
+def test_metrics_hold_every_step_and_evaluation_once(runs):
+    lines = lines_of(runs["layernorm"])
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert all("loss" in line or "eval_loss" in line for line in lines)
+    assert list(runs["layernorm"].glob("tensorboard/events*"))
+    counts = json.loads((runs["crmsnorm"] / "run.json").read_text())["parameters"]
+    assert counts["computed"] < counts["trained"]
+
+
+def test_the_variants_follow_one_curve_and_the_native_one_does_not_have_to(runs):
+    losses = {
+        name: np.array([line["loss"] for line in lines_of(path) if "loss" in line]) for name, path in runs.items()
+    }
+    for norm in ("rmsnorm", "crmsnorm"):
+        np.testing.assert_allclose(losses[norm], losses["layernorm"], rtol=2e-6)
+    np.testing.assert_allclose(losses["native"][0], losses["layernorm"][0], rtol=2e-6)
+
+
+def test_any_checkpoint_evaluates_the_same_as_any_norm(runs, tmp_path):
+    expected = evaluate(runs["layernorm"])
+    assert expected["eval_loss"] == pytest.approx(lines_of(runs["layernorm"])[-1]["eval_loss"], rel=1e-6)
+    assert expected["eval_perplexity"] == pytest.approx(np.exp(expected["eval_loss"]))
+    for run, norm in (
+        ("layernorm", "crmsnorm"),
+        ("rmsnorm", "layernorm"),
+        ("crmsnorm", "rmsnorm"),
+        ("crmsnorm", "crmsnorm"),
+    ):
+        assert evaluate(runs[run], f"--norm={norm}")["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    native = evaluate(runs["native"])["eval_loss"]
+    assert evaluate(runs["native"], "--norm=layernorm")["eval_loss"] == pytest.approx(native, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [("layernorm", "crmsnorm"), ("crmsnorm", "layernorm"), ("native", "rmsnorm")],
+)
+def test_a_converted_checkpoint_evaluates_the_same_and_trains_on(runs, tmp_path, source, to):
+    target = tmp_path / "converted"
+    command("-m", "prenorm_jax.convert", runs[source], target, f"--to={to}")
+    before = evaluate(target)
+    assert before["norm"] == to
+    assert before["eval_loss"] == pytest.approx(evaluate(runs[source])["eval_loss"], rel=1e-5)
+    command("train.py", f"--workdir={target}", "--config.steps=9")
+    assert [line["step"] for line in lines_of(target) if "loss" in line] == [7, 8, 9]
+    assert np.isfinite(evaluate(target)["eval_loss"])
+    # And back.
+    back = tmp_path / "back"
+    if to != "rmsnorm":  # trained natively, an rmsnorm network has left those that have an equivalent
+        other = "layernorm" if to == "crmsnorm" else "crmsnorm"
+        command("-m", "prenorm_jax.convert", target, back, f"--to={other}")
+        assert evaluate(back)["eval_loss"] == pytest.approx(evaluate(target)["eval_loss"], rel=1e-5)
+    else:
+        assert "is not zero-mean along the stream" in error_of(
+            "-m", "prenorm_jax.convert", target, back, "--to=layernorm"
+        )
+        assert not back.exists()
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(runs, text, tmp_path):
+    data = f"--config.data.path={text}"
+    command(
+        "train.py", *SMALL, data, f"--workdir={tmp_path / 'run'}", "--config.checkpoint_every=2", "--config.steps=6"
+    )
+    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    again = command("train.py", *SMALL, data, f"--workdir={tmp_path / 'run'}", "--config.checkpoint_every=2")
+    assert "already" in again.stderr
+    command(
+        "train.py", *SMALL, data, f"--workdir={tmp_path / 'run'}", "--config.steps=9", "--config.checkpoint_every=2"
+    )
+    command("train.py", *SMALL, data, f"--workdir={tmp_path / 'whole'}", "--config.steps=9")
+    steps = [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, 10))
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 8, 9]
+
+
+def test_compare_writes_a_report_of_them(runs, tmp_path):
+    out = tmp_path / "report"
+    done = command(
+        "-m", "prenorm_jax.compare", *[runs[n] for n in ("layernorm", "rmsnorm", "crmsnorm")], f"--out={out}"
+    )
+    assert done.stdout.strip().endswith("report.html")
+    rows = json.loads((out / "report.json").read_text())["runs"]
+    assert [row["norm"] for row in rows] == ["layernorm", "rmsnorm", "crmsnorm"]
+    assert all(row["relation"].startswith(("follows", "equals")) for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model.nrom=rmsnorm"], 'Did you mean "norm" instead of "nrom"'),
+        (["--config.model.norm=batchnorm"], "model.norm='batchnorm' is not one of layernorm, rmsnorm, crmsnorm"),
+        (["--config.model.heads=5"], "model.heads=5 does not divide model.d_model=12"),
+        (["--config.steps=many"], "--config.steps=many"),
+        (["--config.data.path=/nowhere/at/all.txt"], "data.path='/nowhere/at/all.txt' does not exist"),
+        (["--config.data.seq_len=4096", "--config.model.max_len=4096", "--config.data.path=README.md"], "too few"),
+        (["--config.data.seq_len=512"], "data.seq_len=512 must be at least 1 and at most model.max_len=128"),
+        (
+            ["--config.model.vocab_size=100"],
+            "model.vocab_size=100 is too small for the tokenizer 'bytes': it needs 257",
+        ),
+        (["--config.optimizer.name=adam"], "optimizer.name='adam' is not one of"),
+        (["--config.parameterization=post_ln"], "parameterization='post_ln' is not one of pre_ln, native"),
+        (["--config.steps=0"], "steps=0 must be at least 1"),
+        (["--config.model.final_norm=False", "--config.model.norm=rmsnorm"], "model.final_norm=False"),
+        (["surplus"], "'surplus' is not a flag"),
+    ],
+)
+def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags, message):
+    assert message in error_of("train.py", *SMALL, f"--workdir={tmp_path / 'run'}", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_what_is_not_there(tmp_path):
+    assert "No such file" in error_of("train.py", "--config=configs/nothing.py", f"--workdir={tmp_path / 'run'}")
+    assert "no such workdir" in error_of("train.py", f"--workdir={tmp_path / 'run'}")
+    assert "--workdir is missing" in error_of("train.py", "--config=configs/gpt_stdlib.py")
+    (tmp_path / "empty").mkdir()
+    assert "holds no run" in error_of("train.py", f"--workdir={tmp_path / 'empty'}")
+
+
+def test_train_refuses_the_workdir_of_another_run(runs, text):
+    before = sorted(path for path in runs["layernorm"].rglob("*"))
+    flags = [*SMALL, f"--config.data.path={text}", f"--workdir={runs['layernorm']}"]
+    message = error_of("train.py", *flags, "--config.model.d_model=14", "--config.seed=3")
+    assert "model.d_model: 12 -> 14" in message
+    assert "seed: 0 -> 3" in message
+    assert sorted(path for path in runs["layernorm"].rglob("*")) == before
+
+
+def test_convert_refuses_what_it_cannot_do(runs, tmp_path):
+    convert = ["-m", "prenorm_jax.convert"]
+    target = tmp_path / "target"
+    assert "is layernorm already" in error_of(*convert, runs["layernorm"], target, "--to=layernorm")
+    assert "is rmsnorm already" in error_of(*convert, runs["rmsnorm"], target, "--to=rmsnorm")
+    assert "is not one of" in error_of(*convert, runs["layernorm"], target, "--to=batchnorm")
+    assert "no such workdir" in error_of(*convert, tmp_path / "missing", target, "--to=rmsnorm")
+    assert "it has [3, 6]" in error_of(*convert, runs["layernorm"], target, "--to=rmsnorm", "--step=5")
+    assert not target.exists()
+    assert "exists: name a new folder" in error_of(*convert, runs["layernorm"], runs["native"], "--to=rmsnorm")
+
+
+def test_materialize_writes_the_parameters_that_a_pre_ln_run_computes(runs, tmp_path):
+    command("-m", "prenorm_jax.convert", runs["rmsnorm"], tmp_path / "rms", "--to=rmsnorm", "--materialize")
+    assert evaluate(tmp_path / "rms")["eval_loss"] == pytest.approx(evaluate(runs["rmsnorm"])["eval_loss"], rel=1e-5)
+
+
+def test_eval_refuses_what_it_cannot_do(runs, tmp_path):
+    assert "unknown norm 'batchnorm'" in error_of("eval.py", f"--workdir={runs['layernorm']}", "--norm=batchnorm")
+    assert "it has [3, 6]" in error_of("eval.py", f"--workdir={runs['layernorm']}", "--step=4")
+    assert "no such workdir" in error_of("eval.py", f"--workdir={tmp_path / 'missing'}")
+
+
+def test_the_installed_library_needs_no_clone(tmp_path):
+    """What the README shows of the Python interface, from another folder."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import jax, jax.numpy as jnp\n"
+        "from prenorm_jax import build_model, convert_config, convert_params\n"
+        "from configs.gpt_stdlib import get_config\n"
+        "config, tokens = get_config(), jnp.zeros((2, 5), int)\n"
+        "model = build_model(config.model)\n"
+        "params = model.init(jax.random.key(0), tokens)['params']\n"
+        "logits = model.apply({'params': params}, tokens)\n"
+        "crms_config = convert_config(config.model, to='crmsnorm')\n"
+        "crms_params = convert_params(params, config.model, to='crmsnorm')\n"
+        "same_logits = build_model(crms_config).apply({'params': crms_params}, tokens)\n"
+        "assert logits.shape == (2, 5, 257) and abs(logits - same_logits).max() < 1e-5\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
