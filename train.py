@@ -4,6 +4,9 @@ Called again with the same arguments it goes on from the last checkpoint. Withou
 configuration that the workdir holds. Every key of the configuration is a flag, such as --config.steps=100.
 """
 
+import re
+from pathlib import Path
+
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -15,13 +18,16 @@ flags.DEFINE_string("workdir", None, "folder of the run: made if new, gone on wi
 
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags, turning what absl and ml_collections raise into one line."""
-    if any(arg.lstrip("-").startswith("config=") or arg.lstrip("-") == "config" for arg in argv[1:]):
+    given = dict(match.groups() for arg in argv if (match := re.fullmatch("--?(config|workdir)=(.*)", arg)))
+    if "config" in given:
+        if not Path(given["config"].split(":")[0]).is_file():
+            raise PrenormError(f"--config={given['config']}: no such file; those of this project are in configs/")
         config_flags.DEFINE_config_file("config")
     else:
-        workdirs = [arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("workdir=")]
-        config_flags.DEFINE_config_dict("config", load_config(workdirs[-1]) if workdirs else ConfigDict())
+        config_flags.DEFINE_config_dict("config", load_config(given["workdir"]) if "workdir" in given else ConfigDict())
     try:
         rest = flags.FLAGS(argv)
+        flags.FLAGS.config.keys()  # an error in the file shows only now
     except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
         raise PrenormError(f"command line: {' '.join(str(error).split())}") from error
     if len(rest) > 1:

@@ -197,7 +197,7 @@ def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags,
 
 
 def test_train_refuses_what_is_not_there(tmp_path):
-    assert "No such file" in error_of("train.py", "--config=configs/nothing.py", f"--workdir={tmp_path / 'run'}")
+    assert "no such file" in error_of("train.py", "--config=configs/nothing.py", f"--workdir={tmp_path / 'run'}")
     assert "no such workdir" in error_of("train.py", f"--workdir={tmp_path / 'run'}")
     assert "--workdir is missing" in error_of("train.py", "--config=configs/gpt_stdlib.py")
     (tmp_path / "empty").mkdir()
