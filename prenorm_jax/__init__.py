@@ -1,7 +1,25 @@
 """Pre-LN, Pre-RMSNorm and Pre-CRMSNorm Transformers: one function, three parameterisations, conversion both ways."""
 
-from prenorm_jax.conversion import convert_config, convert_params
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.models import build_model
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prenorm_jax.conversion import convert_config, convert_params
+    from prenorm_jax.errors import PrenormError
+    from prenorm_jax.models import build_model
 
 __all__ = ["PrenormError", "build_model", "convert_config", "convert_params"]
+
+_HOMES = {
+    "build_model": "models",
+    "convert_config": "conversion",
+    "convert_params": "conversion",
+    "PrenormError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: JAX and Flax take seconds to import, and `compare` does without them.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from prenorm_jax.config import ModelConfig
+from prenorm_jax.conversion import check_tree
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.stream import abstract_params
 
@@ -71,8 +72,16 @@ class Checkpoints:
         return self._restore(step, "metadata", ocp.args.JsonRestore())
 
     def params(self, step: int, sharding: jax.sharding.Sharding | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-        """The model config of the stored tree, and the tree, placed by `sharding` (None: the first device)."""
+        """The model config of the stored tree, and the tree, placed by `sharding` (None: the first device).
+
+        Raises PrenormError if the tree is not exactly what its metadata describe.
+        """
         model = ModelConfig.create(self.metadata(step)["model"])
+        folder = self.directory / str(step) / "params"
+        try:
+            check_tree(ocp.StandardCheckpointer().metadata(folder).item_metadata.tree, model)
+        except PrenormError as error:
+            raise PrenormError(f"{folder}: {error}") from error
         abstract = unflatten_dict({path: leaf.value for path, leaf in abstract_params(model).items()})
         return model, self._restore(step, "params", ocp.args.StandardRestore(_placed(abstract, sharding)))
 

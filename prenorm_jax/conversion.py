@@ -208,7 +208,10 @@ def _map_stream(flat: Flat, roles: Roles, map_writer: _StreamMap, map_reader: _S
 
 
 def check_tree(params: Mapping[str, Any], config: ModelConfig) -> Flat:
-    """The leaves by path, if they are exactly those of the config's model; else PrenormError listing what is not."""
+    """The leaves (anything with a shape) by path, if they are exactly those of the config's model.
+
+    Raises PrenormError listing what is unknown, missing or of another shape.
+    """
     expected = {path: leaf.value.shape for path, leaf in abstract_params(config).items()}
     flat = flatten_dict(dict(params))
     problems = [f"unknown leaf {'/'.join(map(str, path))}" for path in flat if path not in expected]

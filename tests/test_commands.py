@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,3 +257,21 @@ def test_the_installed_library_needs_no_clone(tmp_path):
         [sys.executable, "-c", script, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_with_another_tree_than_it_says_is_refused(runs, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs["layernorm"], damaged)
+    for path in damaged.glob("checkpoints/*/metadata/metadata"):
+        metadata = json.loads(path.read_text())
+        metadata["model"].update({"depth": 2, "head_bias": True, "use_bias": False})
+        path.write_text(json.dumps(metadata))
+    for arguments in (
+        ["eval.py", f"--workdir={damaged}"],
+        ["-m", "prenorm_jax.convert", damaged, tmp_path / "target", "--to=rmsnorm"],
+        ["train.py", f"--workdir={damaged}", "--config.steps=9"],
+    ):
+        message = command(*arguments, status=2).stderr
+        assert "unknown leaf block_0/attention/out/bias" in message
+        assert "missing leaf head_bias" in message
+    assert not (tmp_path / "target").exists()
