@@ -21,7 +21,9 @@ from typing import Any
 from prenorm_jax import compare_figure, compare_page
 from prenorm_jax.errors import PrenormError, run_command
 
-COMPARED_KEYS = {"model.norm", "parameterization"}  # these may differ: they are what is compared
+# These may differ: they are what is compared, and what a native run's own parameters need.
+COMPARED_KEYS = {"model.norm", "parameterization", "model.norm_affine", "model.final_norm_affine"}
+COMPARED_KEYS |= {"model.reader_bias", "model.head_bias"}
 SETTING_KEYS = ("model.depth", "model.d_model", "batch_size", "data.seq_len", "seed", "model.dtype")
 FINAL_STEPS = 20  # the final training loss is the mean over the last so many steps
 

@@ -67,9 +67,8 @@ class ModelConfig:
     @classmethod
     def create(cls, config: ModelConfig | Mapping[str, Any] | ConfigDict) -> ModelConfig:
         """The checked, resolved form of `config.model`. Raises PrenormError naming the first key that is wrong."""
-        if isinstance(config, cls):
-            return config
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        config = dict(vars(config) if isinstance(config, cls) else config.items())
         given = {key: value for key, value in config.items() if value is not None}
         for key in config:
             if key not in fields:
@@ -85,11 +84,11 @@ class ModelConfig:
             if getattr(raw, key) == "float64" and not jax.config.jax_enable_x64:
                 raise PrenormError(f"model.{key}='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
         for key in ("vocab_size", "max_len", "depth", "heads", "kv_heads", "head_dim", "mlp_dim"):
-            _check_range(f"model.{key}", getattr(raw, key), at_least=1)
-        _check_range("model.d_model", raw.d_model, at_least=2)
-        _check_range("model.epsilon", raw.epsilon, at_least=0)
+            check_range(f"model.{key}", getattr(raw, key), at_least=1)
+        check_range("model.d_model", raw.d_model, at_least=2)
+        check_range("model.epsilon", raw.epsilon, at_least=0)
         for key in ("dropout", "attention_dropout", "branch_dropout", "embed_dropout"):
-            _check_range(f"model.{key}", getattr(raw, key), at_least=0, below=1)
+            check_range(f"model.{key}", getattr(raw, key), at_least=0, below=1)
         if raw.head_dim is None and raw.d_model % raw.heads:
             raise PrenormError(
                 f"model.heads={raw.heads} does not divide model.d_model={raw.d_model}: change one or set model.head_dim"
@@ -145,7 +144,11 @@ def base_config() -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1000
+    config.steps = 1000  # the schedule spans them
+    config.stop_at = config_dict.placeholder(int)  # stop on purpose after this step; go on later without it
+    config.init_from = config_dict.placeholder(str)  # start from the parameters of this workdir's last checkpoint
+    config.on_nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does
+    config.grace_seconds = 60  # SIGTERM and Ctrl-C: time to save before the process ends regardless
     config.batch_size = 16  # sequences in one optimizer step, over all devices
     config.parameterization = "pre_ln"  # pre_ln | native: which parameters are trained (README, "Training")
     config.eval_every = 200  # steps; 0: only at the end
@@ -213,7 +216,8 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise PrenormError(f"{key}={value!r} is not one of {', '.join(choices)}")
 
 
-def _check_range(key: str, value: float | None, at_least: float, below: float = float("inf")) -> None:
+def check_range(key: str, value: float | None, at_least: float, below: float = float("inf")) -> None:
+    """Raises PrenormError naming `key` unless at_least <= value < below (or value is None)."""
     if value is not None and not at_least <= value < below:
         bound = f"at least {at_least}" + ("" if below == float("inf") else f" and below {below}")
         raise PrenormError(f"{key}={value} must be {bound}")

@@ -24,7 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from prenorm_jax.config import NORMS, ModelConfig
+from prenorm_jax.config import NORMS, ModelConfig, model_defaults
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.stream import (
     Array,
@@ -61,11 +61,14 @@ def convert_config(config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str
     if source.final_norm and source.final_norm_affine and source.norm_bias and not source.tie_embeddings:
         changes["head_bias"] = True
     if isinstance(config, ModelConfig):
-        return dataclasses.replace(config, **changes)
-    converted = ConfigDict(config)
-    with converted.unlocked():
-        converted.update(changes)
-    return converted
+        return dataclasses.replace(source, **changes)
+    if not isinstance(config, ConfigDict):
+        return dict(config) | changes
+    # From fresh defaults: a copy would share the references behind keys that are None, and change `config` with them.
+    converted = model_defaults()
+    converted.update({key: value for key, value in config.items() if value is not None})
+    converted.update(changes)
+    return type(config)(converted)
 
 
 def _check_convertible(config: ModelConfig) -> None:
@@ -100,9 +103,9 @@ def convert_params(
 
     Returns:
       The tree of `build_model(convert_config(config, to))`, each leaf with the dtype it had (a new bias: its
-      kernel's). Concrete arrays are converted in float64 on the host and rounded once. Under `jax.jit` or `jax.grad`
-      the same formulas run in the leaves' own dtype, float32 at least; the values are then unknown, so that the zero
-      mean of an rmsnorm tree cannot be checked.
+      kernel's); leaves that stay the same are the same objects. Concrete arrays are converted in float64 on the host
+      and rounded once. Under `jax.jit` or `jax.grad` the same formulas run in the leaves' own dtype, float32 at least;
+      the values are then unknown, so that the zero mean of an rmsnorm tree cannot be checked.
 
     Raises:
       PrenormError: what `convert_config` raises; leaves that are unknown, missing or of another shape; and, from
@@ -189,7 +192,7 @@ def _read_compressed(kernel: Array, axis: int) -> Array:
 _StreamMap = Callable[[Array, int], Array]
 _TO_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
     "layernorm": (center, _keep),
-    "rmsnorm": (_keep, _keep),
+    "rmsnorm": (center, _keep),  # of what its dtype had rounded off: dropping an entry would multiply it by d
     "crmsnorm": (restore_last, _read_restored),
 }
 _FROM_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
@@ -233,12 +236,47 @@ def check_zero_mean(flat: Flat, roles: Roles) -> None:
     for path, role in roles.items():
         if role.kind != "writer":
             continue
-        tolerance = 2 * float(jnp.finfo(flat[path].dtype).eps)
+        # Rounding each entry to the leaf's dtype leaves a mean of at most half of this.
         leaf = np.asarray(flat[path]).astype(np.float64)
-        mean, size = np.abs(leaf.mean(role.axis)).max(), np.abs(leaf).max()
-        if mean > tolerance * size:
+        tolerance = float(jnp.finfo(flat[path].dtype).eps) * np.abs(leaf).mean(role.axis)
+        mean, size = np.abs(leaf.mean(role.axis)), np.abs(leaf).max()
+        if not (mean <= tolerance).all():
             raise PrenormError(
-                f"{'/'.join(path)} is not zero-mean along the stream (mean {mean:.2g}, entries to {size:.2g}): a "
+                f"{'/'.join(path)} is not zero-mean along the stream (mean {mean.max():.2g}, entries to {size:.2g}): a "
                 "general RMSNorm network has no equivalent with layernorm or crmsnorm, only one made from them has; "
                 "training with parameterization=pre_ln keeps it"
             )
+
+
+def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelConfig) -> dict[str, Any]:
+    """`params`, which `config` describes, as the tree that `to_config` describes: the same function.
+
+    A norm's affine that only `to_config` has becomes the identity, a bias that only it has becomes zero. Raises
+    PrenormError if the tree has a leaf, or a shape, that `to_config` has no place for, or if what its fields say of the
+    function (heads, activation, ε, ...) differs.
+    """
+    if config.norm != to_config.norm:
+        params, config = convert_params(params, config, to_config.norm), convert_config(config, to_config.norm)
+    layout = {"reader_bias", "head_bias", "norm_affine", "norm_bias", "final_norm_affine", "use_bias"}
+    training = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout", "dtype", "param_dtype"}
+    differences = [
+        f"model.{field.name}: {getattr(config, field.name)!r} -> {getattr(to_config, field.name)!r}"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in layout | training and getattr(config, field.name) != getattr(to_config, field.name)
+    ]
+    if differences:
+        raise PrenormError(
+            f"the checkpoint is of another network ({'; '.join(differences)}): change the config to match"
+        )
+    flat, fitted = flatten_dict(dict(params)), {}
+    for path, leaf in abstract_params(to_config).items():
+        if path in flat:
+            fitted[path] = flat.pop(path).astype(leaf.value.dtype)
+        elif path[-1] in ("scale", "bias", "head_bias"):
+            fitted[path] = jnp.full(leaf.value.shape, path[-1] == "scale", leaf.value.dtype)
+    left = ["/".join(path) for path in flat]
+    if left:
+        raise PrenormError(
+            f"the config has no place for {', '.join(left[:5])}: set model.use_bias, head_bias, ... to keep them"
+        )
+    return unflatten_dict(check_tree(unflatten_dict(fitted), to_config))

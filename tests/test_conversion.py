@@ -79,7 +79,7 @@ def test_post_ln_without_affine_converts():
 
 @pytest.mark.slow
 @given(config=model_configs())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_all_six_directions_in_float64_long(config):
     check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10)
 
@@ -88,12 +88,12 @@ def test_all_six_directions_in_float64_long(config):
 @pytest.mark.parametrize("embedding_mean", [0.0, 100.0])
 @pytest.mark.parametrize("d_model", [65, 384])
 def test_float32_errs_no_more_than_twice_as_much_as_pre_ln(tie_embeddings, embedding_mean, d_model):
-    """Error: root mean square over the logits of several models, against the float64 Pre-LN network."""
+    """Error: root mean square over the logits of a model, against the float64 Pre-LN network."""
     changes = {"d_model": d_model, "head_dim": 16, "tie_embeddings": tie_embeddings, "max_len": 16, "vocab_size": 101}
     single = tiny(dtype="float32", param_dtype="float32", **changes)
     double = tiny(**changes)
-    squares = dict.fromkeys(NORMS, 0.0)
     for seed in range(3):
+        squares = dict.fromkeys(NORMS, 0.0)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), random_params(double, seed, embedding_mean))
         tokens = random_tokens(double, seed)
         exact = logits(double, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), tokens)
@@ -102,9 +102,9 @@ def test_float32_errs_no_more_than_twice_as_much_as_pre_ln(tie_embeddings, embed
             if norm != "layernorm":
                 config, tree = convert_config(single, norm), convert_params(params, single, norm)
             assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tree))
-            squares[norm] += np.square(logits(config, tree, tokens) - exact).mean()
-    for norm in ("rmsnorm", "crmsnorm"):
-        assert squares[norm] ** 0.5 <= 2 * squares["layernorm"] ** 0.5, squares
+            squares[norm] = np.square(logits(config, tree, tokens) - exact).mean()
+        for norm in ("rmsnorm", "crmsnorm"):
+            assert squares[norm] ** 0.5 <= 2 * squares["layernorm"] ** 0.5, (seed, squares)
 
 
 def test_jits_and_differentiates_like_the_host_conversion():
@@ -121,17 +121,19 @@ def test_jits_and_differentiates_like_the_host_conversion():
         assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 
-def test_keeps_what_it_was_given():
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "use_bias": False}])
+def test_keeps_what_it_was_given(changes):
     config = base_config().model
-    config.update({"depth": 1, "d_model": 8, "heads": 2, "vocab_size": 5})
+    config.update({"depth": 1, "d_model": 8, "heads": 2, "vocab_size": 5} | changes)
     params = build_model(config).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
     before = jax.tree.map(np.array, params)
     config_before = config.to_dict()
+    crms_config = convert_config(config, to="crmsnorm")
+    assert type(crms_config) is type(config)
+    assert config.to_dict() == config_before
     converted = convert_params(params, config, to="crmsnorm")
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert config.to_dict() == config_before
-    crms_config = convert_config(config, to="crmsnorm")
-    assert type(crms_config) is type(config)
     build_model(crms_config).apply({"params": converted}, jnp.zeros((1, 1), int))
     assert isinstance(convert_config(config.to_dict(), to="rmsnorm")["norm"], str)
     # NumPy trees (as a checkpoint reader gives) stay NumPy.
@@ -243,7 +245,12 @@ def test_an_rmsnorm_tree_that_is_not_zero_mean_is_refused(to, dtype):
     config = convert_config(pre_ln, "rmsnorm")
     convert_params(fine, config, to)
     kernel = fine["block_1"]["mlp"]["down"]["kernel"]
-    fine["block_1"]["mlp"]["down"]["kernel"] = kernel + 0.05
+    # By twice the rounding of its dtype, which is far less than what is random in it.
+    shift = 2 * float(jnp.finfo(dtype).eps) * float(jnp.abs(kernel.astype(float)).mean())
+    fine["block_1"]["mlp"]["down"]["kernel"] = (kernel.astype(float) + shift).astype(dtype)
+    with pytest.raises(PrenormError, match="block_1/mlp/down/kernel is not zero-mean along the stream"):
+        convert_params(fine, config, to)
+    fine["block_1"]["mlp"]["down"]["kernel"] = kernel * np.nan
     with pytest.raises(PrenormError, match="block_1/mlp/down/kernel is not zero-mean along the stream"):
         convert_params(fine, config, to)
 

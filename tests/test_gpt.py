@@ -167,6 +167,13 @@ def test_parameter_count_does_not_grow_with_a_tied_table():
         assert size(convert_config(pre_ln, norm)) < size(pre_ln)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_parameters_and_logits_have_the_dtypes_asked_for(dtype):
+    config = tiny(param_dtype=dtype, dtype="float32", embed_norm=True, head_bias=True)
+    assert {leaf.value.dtype.name for leaf in abstract_params(config).values()} == {dtype}
+    assert logits(config, random_params(config, 0), random_tokens(config)).dtype == "float32"
+
+
 def test_init_gives_plain_arrays_and_jits():
     model = build_model(tiny())
     plain = model.init(jax.random.key(0), jnp.zeros((1, 3), int))

@@ -50,7 +50,14 @@ class GPT(nn.Module):
             x_BxTxW += in_stream.astype(config.dtype)
         if config.embed_norm:
             affine = config.embed_norm_affine
-            norm = LayerNorm(config.epsilon, affine, affine and config.norm_bias, axis="raw", name="embedding_norm")
+            norm = LayerNorm(
+                config.epsilon,
+                use_scale=affine,
+                use_bias=affine and config.norm_bias,
+                param_dtype=config.param_dtype,
+                axis="raw",
+                name="embedding_norm",
+            )
             x_BxTxW = norm(x_BxTxW)
         x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
         x_BxTxD = COORDINATES[config.norm].enter(x_BxTxW) if config.raw_embedding else x_BxTxW
