@@ -1,26 +1,52 @@
 """Checkpoints of a run, through Orbax: `workdir/checkpoints/<step>/{params, optimizer, metadata}`.
 
 `metadata` (JSON) says what the tree is, so that a checkpoint can be read without the run's configuration:
-    step                the updates made
+    step                the batches used
+    nonfinite           those of them whose update was skipped
     model               config.model that describes `params` literally; its `norm` is the variant the tree belongs to
-    has_optimizer       whether there is an optimizer state (a converted checkpoint has none)
+    digests             of `params` and, unless it was converted, of `optimizer`: what was saved is what is loaded
+    digest              of all this
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
+from absl import logging
 from flax.traverse_util import unflatten_dict
 
 from prenorm_jax.config import ModelConfig
 from prenorm_jax.conversion import check_tree
-from prenorm_jax.errors import PrenormError
+from prenorm_jax.errors import PrenormError, first_line
 from prenorm_jax.stream import abstract_params
+
+
+def digest(tree: Any) -> str:
+    """A 128-bit hash of a tree of arrays: of names, dtypes, shapes and every byte."""
+    result = xxhash.xxh3_128()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
+        leaf = np.ascontiguousarray(leaf)
+        result.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        result.update(leaf.view(np.uint8) if leaf.ndim else leaf.tobytes())
+    return result.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _ignore_late_callbacks(unraisable: Any) -> None:
+    """After a write that failed, TensorStore's others report to an event loop that Orbax has closed: no news."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class Checkpoints:
@@ -29,18 +55,30 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         """Opens (and, unless `read_only`, creates) the folder; at most `keep` checkpoints stay, the latest."""
         self.directory = Path(workdir).absolute() / "checkpoints"
-        # Orbax logs every save and every item it was not asked for; what matters here is raised.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs every save, every item it was not asked for, and errors with their traces: here they are raised.
+        logging.set_verbosity(logging.FATAL)
+        sys.unraisablehook = _ignore_late_callbacks
+        if read_only and not self.directory.parent.is_dir():
+            raise PrenormError(f"no such workdir: {workdir}")
         if read_only and not self.directory.is_dir():
             raise PrenormError(f"{workdir} holds no checkpoints (no folder {self.directory.name} in it)")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            read_only=read_only,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,  # of a save that was killed
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:  # else the exception under way says more
+                raise self._not_written(error) from error
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
@@ -55,44 +93,99 @@ class Checkpoints:
             raise PrenormError(f"{self.directory.parent} has no checkpoint at step {step}; it has {steps}")
         return steps[-1] if step is None else step
 
-    def save(self, step: int, params: Any, opt_state: Any, model: ModelConfig) -> None:
-        """Starts writing in the background; returns once the arrays may change. `opt_state` None: there is none."""
-        metadata = {"step": step, "model": dataclasses.asdict(model), "has_optimizer": opt_state is not None}
-        items = {"params": ocp.args.StandardSave(params), "metadata": ocp.args.JsonSave(metadata)}
-        if opt_state is not None:
-            items["optimizer"] = ocp.args.StandardSave(opt_state)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+    def save(self, step: int, params: Any, opt_state: Any, model: ModelConfig, nonfinite: int = 0) -> None:
+        """Starts writing in the background; returns once the arrays may change. `opt_state` None: there is none.
+
+        Raises PrenormError if this save, or the one before it, cannot be written.
+        """
+        trees = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
+        metadata = {
+            "step": step,
+            "nonfinite": nonfinite,
+            "model": dataclasses.asdict(model),
+            "digests": {name: digest(tree) for name, tree in trees.items()},
+        }
+        metadata["digest"] = json_digest(metadata)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)))
+        except Exception as error:  # of the file system, in whatever wrapping Orbax gives it
+            raise self._not_written(error) from error
 
     def wait(self) -> None:
-        """Returns when every save is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when every save is complete on disk. Raises PrenormError if one cannot be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> PrenormError:
+        complete = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()]
+        last = f"the last complete one is at step {max(complete)}" if complete else "there is no complete one yet"
+        return PrenormError(
+            f"a checkpoint in {self.directory} could not be written: {first_line(error)}; {last}: make room, or "
+            "mend what is named, and give the same command again"
+        )
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What the module's docstring lists."""
-        return self._restore(step, "metadata", ocp.args.JsonRestore())
+        """What the module's docstring lists. Raises PrenormError if it cannot be read."""
+        metadata = self._restore(step, "metadata", ocp.args.JsonRestore())
+        if metadata.pop("digest", None) != json_digest(metadata):
+            raise self._damaged(step, "metadata differ from what was saved")
+        return metadata
 
     def params(self, step: int, sharding: jax.sharding.Sharding | None = None) -> tuple[ModelConfig, dict[str, Any]]:
         """The model config of the stored tree, and the tree, placed by `sharding` (None: the first device).
 
-        Raises PrenormError if the tree is not exactly what its metadata describe.
+        Raises PrenormError if the tree cannot be read, or is not exactly what its metadata describe.
         """
-        model = ModelConfig.create(self.metadata(step)["model"])
+        metadata = self.metadata(step)
+        model = ModelConfig.create(metadata["model"])
         folder = self.directory / str(step) / "params"
         try:
-            check_tree(ocp.StandardCheckpointer().metadata(folder).item_metadata.tree, model)
+            stored = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        try:
+            check_tree(stored, model)
         except PrenormError as error:
             raise PrenormError(f"{folder}: {error}") from error
         abstract = unflatten_dict({path: leaf.value for path, leaf in abstract_params(model).items()})
-        return model, self._restore(step, "params", ocp.args.StandardRestore(_placed(abstract, sharding)))
+        return model, self._restore_tree(step, "params", abstract, sharding)
+
+    def has_optimizer(self, step: int) -> bool:
+        """Whether there is an optimizer state: a converted checkpoint has none."""
+        return "optimizer" in self.metadata(step)["digests"]
 
     def optimizer(self, step: int, abstract: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
-        """The optimizer state, in the shapes of `abstract`."""
-        return self._restore(step, "optimizer", ocp.args.StandardRestore(_placed(abstract, sharding)))
+        """The optimizer state, in the shapes of `abstract`; None if the checkpoint was converted and has none."""
+        if not self.has_optimizer(step):
+            return None
+        return self._restore_tree(step, "optimizer", abstract, sharding)
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a checkpoint that cannot be read out of the way, to `workdir/damaged/`, and returns where it is."""
+        folder = self.directory.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        place = next(p for i in range(10**6) if not (p := folder / (f"{step}" if not i else f"{step}-{i}")).exists())
+        (self.directory / str(step)).rename(place)
+        self._manager.reload()
+        return place
+
+    def _restore_tree(self, step: int, item: str, abstract: Any, sharding: jax.sharding.Sharding | None) -> Any:
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+        tree = self._restore(step, item, ocp.args.StandardRestore(placed))
+        if digest(tree) != self.metadata(step)["digests"][item]:
+            raise self._damaged(step, f"{item} differ from what was saved")
+        return tree
 
     def _restore(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is short, changed or gone
+            raise self._damaged(step, error) from error
 
-
-def _placed(abstract: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+    def _damaged(self, step: int, why: Exception | str) -> PrenormError:
+        why = first_line(why) if isinstance(why, Exception) else why
+        return PrenormError(f"the checkpoint {self.directory / str(step)} is damaged: {why}")

@@ -19,17 +19,26 @@ from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.errors import PrenormError, run_command
 from prenorm_jax.models import build_model
 from prenorm_jax.step import count, init_state, run_models
-from prenorm_jax.workdir import load_config, use_precision_of, write_json
+from prenorm_jax.workdir import configure_jax, load_config, write_json
 
 
 def convert(
-    source: str | Path, target: str | Path, to: str, step: int | None = None, materialize: bool = False
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    step: int | None = None,
+    materialize: bool = False,
+    reset_optimizer: bool = False,
 ) -> None:
     """Writes folder `target` with the checkpoint of run `source` as the parameters of norm `to`; prints what it did.
 
     `target` is a workdir that eval.py and train.py accept: it trains the converted parameters themselves
     (parameterization native). With `materialize` a run may also be "converted" to the norm that it computes, which
-    writes the parameters that its Pre-LN ones stand for. Raises PrenormError; `target` is then not made.
+    writes the parameters that its Pre-LN ones stand for.
+
+    The optimizer state is carried over where the stored tree is. Elsewhere its moments, being those of other
+    parameters, have no exact equivalent: the optimizer starts anew, which for a native run has to be asked for with
+    `reset_optimizer`. Raises PrenormError; `target` is then not made.
     """
     target = Path(target)
     if to not in NORMS:
@@ -37,7 +46,7 @@ def convert(
     config = load_config(source)
     if target.exists():
         raise PrenormError(f"{target} exists: name a new folder")
-    use_precision_of(config)
+    configure_jax(config)
     with Checkpoints(source, read_only=True) as checkpoints:
         step = checkpoints.resolve(step)
         model, params = checkpoints.params(step)
@@ -48,8 +57,13 @@ def convert(
                 else "there is nothing to convert"
             )
             raise PrenormError(f"{source} is {to} already: {why}")
-        opt_state = None
-        if to == model.norm and checkpoints.metadata(step)["has_optimizer"]:
+        opt_state, has_optimizer = None, checkpoints.has_optimizer(step)
+        if to != model.norm and has_optimizer and config.parameterization == "native" and not reset_optimizer:
+            raise PrenormError(
+                f"the optimizer state of {source} belongs to its {model.norm} parameters and has no exact equivalent "
+                f"for {to}: add --reset-optimizer to start it anew"
+            )
+        if to == model.norm:
             models = run_models(config)
             opt_state = checkpoints.optimizer(step, jax.eval_shape(lambda: init_state(config, models).opt_state))
 
@@ -62,9 +76,10 @@ def convert(
         print(f"{target}: {to}, {count(new_params):,} parameters")
         difference = relative_difference((model, params), (new_model, new_params))
         print(f"largest difference of their logits on random tokens: {difference:.1e} of the largest ({model.dtype})")
-        print("the optimizer state is not carried over: its moments belong to the old parameters, and start anew")
+        if has_optimizer:
+            print("the optimizer state is not carried over: its moments belong to the old parameters, and start anew")
 
-    new_config = ConfigDict(config)
+    new_config = config.copy_and_resolve_references()
     with new_config.unlocked():
         new_config.model = ConfigDict(dataclasses.asdict(new_model))
         new_config.parameterization = "pre_ln" if to == "layernorm" else "native"
@@ -115,8 +130,8 @@ def main() -> None:
         action="store_true",
         help="allow --to the norm of a pre_ln run: writes the parameters that its Pre-LN ones stand for",
     )
-    args = parser.parse_args()
-    convert(args.source, args.target, args.to, args.step, args.materialize)
+    parser.add_argument("--reset-optimizer", action="store_true", help="of a native run: start it anew")
+    convert(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,39 @@ from collections.abc import Callable
 class PrenormError(ValueError):
     """Bad input: the message is one clear line that names the offending thing and the remedy.
 
-    Commands print it without a stack trace and exit with status 2 (see `run_command`).
+    Commands print it without a stack trace and exit with `status` (see `run_command`).
     """
+
+    status = 2
+
+
+class Interrupted(PrenormError):
+    """A run was asked to stop and saved first: the same command goes on with it.
+
+    The status is 75 (EX_TEMPFAIL, "try again"), or 76 where there was no time to save.
+    """
+
+    status = 75
+    status_unsaved = 76
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def say(line: str) -> None:
+    """One line to stderr, where the progress bar is too: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Runs a command line's body; turns a `PrenormError` into one line on stderr and exit status 2."""
+    """Runs a command line's body; turns a `PrenormError` into one line on stderr and its exit status."""
     try:
         command()
     except PrenormError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
+    except OSError as error:  # no room, no rights: it names the file
+        print(f"error: {first_line(error)}: mend that and give the same command again", file=sys.stderr)
+        sys.exit(PrenormError.status)

@@ -18,7 +18,7 @@ from prenorm_jax.data.batches import eval_batches
 from prenorm_jax.data.text import TextData, load_text
 from prenorm_jax.sharding import make_mesh, replicated, split_batch
 from prenorm_jax.step import make_eval_step
-from prenorm_jax.workdir import load_config, use_precision_of
+from prenorm_jax.workdir import configure_jax, load_config
 
 
 def evaluate(
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = load_config(args.workdir)
-    use_precision_of(config)
+    configure_jax(config)
     mesh = make_mesh(config.batch_size)
     with Checkpoints(args.workdir, read_only=True) as checkpoints:
         step = checkpoints.resolve(args.step)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints
+from prenorm_jax.config import check_range
 from prenorm_jax.data.batches import train_batch
 from prenorm_jax.data.text import TextData, load_text
-from prenorm_jax.errors import PrenormError
+from prenorm_jax.errors import Interrupted, PrenormError, say
 from prenorm_jax.evaluate import evaluate
-from prenorm_jax.metrics import MetricsWriter
+from prenorm_jax.metrics import MetricsWriter, NonFinite
 from prenorm_jax.optim import make_optimizer
+from prenorm_jax.resume import load_init_from, start_state
 from prenorm_jax.sharding import make_mesh, replicated, split_batch
+from prenorm_jax.signals import StopSignals
 from prenorm_jax.step import (
     RunModels,
     TrainState,
     computed_params,
     count,
-    init_state,
     make_eval_step,
+    make_loss,
     make_train_step,
     run_models,
 )
@@ -52,12 +55,19 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     train_step = make_train_step(config, models, mesh)
     eval_step = make_eval_step(models.computed, mesh)
     to_computed = jax.jit(lambda params: computed_params(params, models))
+    end = min(config.steps, config.stop_at or config.steps)
+    given = load_init_from(config, models) if config.init_from and not (workdir / "checkpoints").exists() else None
     workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state = _start(config, models, checkpoints, replicated(mesh))
+    if not (workdir / "config.json").exists():  # before anything else: it says whose folder this is
+        write_json(workdir / "config.json", literal_config(config).to_dict())
+    with (
+        StopSignals(config.grace_seconds) as signals,
+        Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+    ):
+        state = start_state(config, models, checkpoints, replicated(mesh), given)
         start = int(state.step)
-        if start >= config.steps:
-            say(f"{workdir} is at step {start} of config.steps={config.steps} already: raise it to go on")
+        if start >= end:
+            say(f"{workdir} is at step {start} of {end} already: raise --config.steps (or stop_at) to go on")
             return
         write_json(workdir / "config.json", literal_config(config).to_dict())
         _record_start(workdir, models, state)
@@ -65,41 +75,85 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         say(f"model: {_describe(models, config.parameterization, state)}; on {device_name()}")
         say(f"{'going on' if start else 'starting'} at step {start} of {config.steps} in {workdir}")
 
-        with MetricsWriter(workdir, start, config) as metrics:
-            for step in range(start, config.steps):
-                batch = train_batch(data.train, config.seed, step, config.batch_size, config.data.seq_len)
-                state, step_metrics = train_step(state, jax.device_put(batch, split_batch(mesh)))
-                done = step + 1
-                metrics.add(done, step_metrics)
-                if _due(done, config.eval_every, config.steps):
-                    with metrics.pause():
-                        params = to_computed(state.params)
-                        result = evaluate(eval_step, params, data, config, split_batch(mesh))
-                        metrics.write(done, result)
-                if _due(done, config.checkpoint_every, config.steps):
-                    with metrics.pause():
-                        checkpoints.save(done, state.params, state.opt_state, models.trained)
+        skipped_before = int(state.nonfinite)
+        state = state.replace(nonfinite=jnp.zeros_like(state.nonfinite))
+
+        def save(done: int, skipped: int) -> None:
+            checkpoints.save(done, state.params, state.opt_state, models.trained, skipped_before + skipped)
+
+        try:
+            with MetricsWriter(workdir, start, config) as metrics:
+                for step in range(start, end):
+                    batch = train_batch(data.train, config.seed, step, config.batch_size, config.data.seq_len)
+                    state, step_metrics = train_step(state, jax.device_put(batch, split_batch(mesh)))
+                    done = step + 1
+                    metrics.add(done, step_metrics)
+                    if _due(done, config.eval_every, config.steps):
+                        with metrics.pause():
+                            result = evaluate(eval_step, to_computed(state.params), data, config, split_batch(mesh))
+                            metrics.write(done, result)
+                    if _due(done, config.checkpoint_every, end) or signals.received:
+                        with metrics.pause():
+                            save(done, int(state.nonfinite))
+                    if signals.received:
+                        break
+        except NonFinite as error:
+            if (good := int(state.step)) not in checkpoints.steps():
+                save(good, skipped=0)
+            checkpoints.wait()
+            raise PrenormError(_describe_nonfinite(error, config, models, state, data)) from error
         checkpoints.wait()
-    say(f"done: {config.steps} steps in {workdir}; eval loss {result['eval_loss']:.4f}")
+        if signals.received and done < end:
+            raise Interrupted(
+                f"{signals.received} at step {done}: saved in {workdir}; the same command goes on from there"
+            )
+    if skipped := skipped_before + int(state.nonfinite):
+        say(f"{skipped} steps were skipped: their loss or gradient was not finite")
+    say(
+        f"done: {done} of {config.steps} steps in {workdir}"
+        + (f"; eval loss {result['eval_loss']:.4f}" if done == config.steps else "")
+    )
+
+
+def _describe_nonfinite(
+    error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: TextData
+) -> str:
+    """Where it happened, and the parameter whose gradient is worst there."""
+    step = error.step - 1
+    batch = train_batch(data.train, config.seed, step, config.batch_size, config.data.seq_len)
+    grads = jax.jit(jax.grad(make_loss(config, models)))(state.params, batch, jnp.int32(step))
+    sizes = {"/".join(path): float(jnp.abs(leaf).max()) for path, leaf in flatten_dict(grads).items()}
+    worst = max(sizes, key=lambda path: (not math.isfinite(sizes[path]), sizes[path]))
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in error.values.items() if name != "learning_rate")
+    first = step * config.batch_size
+    return (
+        f"step {error.step} is not finite ({numbers}): examples {first} to {first + config.batch_size - 1}, worst "
+        f"gradient in {worst} ({sizes[worst]:.3g}); the state before it, step {int(state.step)}, is saved; "
+        "--config.on_nonfinite=skip goes on without such steps"
+    )
 
 
 def _due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def say(line: str) -> None:
-    """One line to stderr, where the progress bar is too: stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def _check_config(config: ConfigDict) -> None:
     for key in ("steps", "batch_size", "log_every", "keep_checkpoints"):
-        if config[key] < 1:
-            raise PrenormError(f"{key}={config[key]} must be at least 1")
+        check_range(key, config[key], at_least=1)
+    for key in ("eval_every", "checkpoint_every", "grace_seconds"):
+        check_range(key, config[key], at_least=0)
+    check_range("seed", config.seed, at_least=0, below=2**32)
+    for key in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
+        check_range(f"optimizer.{key}", config.optimizer[key], at_least=0)
+    for key in ("b1", "b2"):
+        check_range(f"optimizer.{key}", config.optimizer[key], at_least=0, below=1)
     if config.data.seq_len < 1 or config.data.seq_len > config.model.max_len:
         raise PrenormError(
             f"data.seq_len={config.data.seq_len} must be at least 1 and at most model.max_len={config.model.max_len}"
         )
+    check_range("stop_at", config.stop_at, at_least=1)
+    if config.on_nonfinite not in ("stop", "skip"):
+        raise PrenormError(f"on_nonfinite={config.on_nonfinite!r} is not one of stop, skip")
     make_optimizer(config)
 
 
@@ -125,23 +179,6 @@ def _check_data(config: ConfigDict, data: TextData) -> None:
             f"model.vocab_size={config.model.vocab_size} is too small for the tokenizer {config.data.tokenizer!r}: "
             f"it needs {data.vocab_size}"
         )
-
-
-def _start(config: ConfigDict, models: RunModels, checkpoints: Checkpoints, sharding: NamedSharding) -> TrainState:
-    """The state at step 0, or that of the latest checkpoint."""
-    if not checkpoints.steps():
-        return jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
-    step = checkpoints.resolve(None)
-    model, params = checkpoints.params(step, sharding)
-    if model != models.trained:
-        raise PrenormError(f"the checkpoint at step {step} is of another model than the config.json beside it: {model}")
-    if checkpoints.metadata(step)["has_optimizer"]:
-        abstract = jax.eval_shape(lambda: init_state(config, models).opt_state)
-        opt_state = checkpoints.optimizer(step, abstract, sharding)
-    else:
-        say("this checkpoint was converted and carries no optimizer state: its moments start anew")
-        opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding)(params)
-    return TrainState(jax.device_put(jnp.int32(step), sharding), params, opt_state)
 
 
 def device_name() -> str:

@@ -17,12 +17,21 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
+class NonFinite(Exception):
+    """The loss or the gradient norm of training step `step` is not finite."""
+
+    def __init__(self, step: int, values: dict[str, float]):
+        super().__init__(step, values)
+        self.step, self.values = step, values
+
+
 class MetricsWriter:
     """Writes one line a training step and one an evaluation. A context manager.
 
     The numbers of a step are fetched from the device `log_every` steps at a time, and the newest step's only with the
     next fetch, so that the device always has a step to work on. `tokens_per_s` is of the steps fetched together,
-    evaluation and checkpointing left out.
+    evaluation and checkpointing left out. With `config.on_nonfinite` "stop" a step whose numbers are not finite is not
+    written, but raises `NonFinite`.
     """
 
     def __init__(self, workdir: Path, start: int, config: ConfigDict):
@@ -33,6 +42,7 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1) if config.tensorboard else None
         self._bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
         self._log_every = config.log_every
+        self._stop = config.on_nonfinite == "stop"
         self._tokens_per_step = config.batch_size * config.data.seq_len
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._clock = time.perf_counter()
@@ -41,11 +51,14 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._fetch(len(self._pending))
-        self._bar.close()
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            if exception[0] is None:
+                self._fetch(len(self._pending))
+        finally:
+            self._bar.close()
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes the (not yet computed) numbers of training step `step`."""
@@ -56,7 +69,9 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes one line and the same to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN: what is not finite is null.
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in values.items():
@@ -76,8 +91,11 @@ class MetricsWriter:
         fetched = jax.device_get([values for _, values in ready])
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         tokens_per_s = self._tokens_per_step * len(ready) / seconds
-        for (step, _), values in zip(ready, fetched, strict=True):
-            self.write(step, {name: float(value) for name, value in values.items()} | {"tokens_per_s": tokens_per_s})
+        for (step, _), arrays in zip(ready, fetched, strict=True):
+            values = {name: float(value) for name, value in arrays.items()}
+            if self._stop and not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                raise NonFinite(step, values)
+            self.write(step, values | {"tokens_per_s": tokens_per_s})
         loss = float(fetched[-1]["loss"])
         self._bar.set_postfix_str(f"loss {loss:.4f}, {_short(tokens_per_s)} tokens/s", refresh=False)
 

@@ -61,9 +61,14 @@ def count(params: Params) -> int:
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a run is between two steps. `step` counts the updates made: a scalar int32."""
+    """What a run is between two steps.
+
+    `step` counts the batches used; `nonfinite` those, since the process started, whose loss or gradient was not finite.
+    Both are scalar int32.
+    """
 
     step: jax.Array
+    nonfinite: jax.Array
     params: Params
     opt_state: optax.OptState
 
@@ -79,7 +84,8 @@ def init_params(config: ConfigDict, models: RunModels) -> Params:
 def init_state(config: ConfigDict, models: RunModels) -> TrainState:
     """The state at step 0. Traceable: `jax.eval_shape(lambda: init_state(...))` makes no array."""
     params = init_params(config, models)
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+    step, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(2))  # two buffers: the training step donates each
+    return TrainState(step, nonfinite, params, make_optimizer(config).init(params))
 
 
 def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
@@ -110,8 +116,14 @@ def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch,
 def make_train_step(
     config: ConfigDict, models: RunModels, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step: (state, batch) -> (state, {loss, grad_norm, learning_rate}). The state passed in is donated."""
+    """The jitted step: (state, batch) -> (state, {loss, grad_norm, learning_rate}). The state passed in is donated.
+
+    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they are. With
+    `config.on_nonfinite` "stop" so do all steps after it, `step` included: the host, which learns of it some steps
+    late, then still finds the last good state.
+    """
     loss = make_loss(config, models)
+    stop = config.on_nonfinite == "stop"
     optimizer, schedule = make_optimizer(config), make_schedule(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -120,7 +132,14 @@ def make_train_step(
         rate = schedule(state.step)
         params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-        return TrainState(state.step + 1, params, opt_state), metrics
+
+        finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
+        good = finite & (state.nonfinite == 0) if stop else finite
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        step = state.step + (good if stop else 1)
+        return TrainState(step, state.nonfinite + ~finite, params, opt_state), metrics
 
     shardings = (replicated(mesh), split_batch(mesh))
     return jax.jit(train_step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0)

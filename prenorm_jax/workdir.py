@@ -17,11 +17,22 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from prenorm_jax.config import base_config
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.step import run_models
 
-# What may differ when a run goes on: none of it changes which run it is.
-MAY_CHANGE = ("steps", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard")
+# What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm.
+MAY_CHANGE = (
+    "steps",
+    "stop_at",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "tensorboard",
+    "on_nonfinite",
+    "grace_seconds",
+)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,7 +57,15 @@ def load_config(workdir: str | Path) -> ConfigDict:
         raise PrenormError(f"no such workdir: {workdir}")
     if not path.is_file():
         raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
-    return ConfigDict(read_json(path))
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise PrenormError(f"{path} is damaged: it holds no JSON object")
+    config = base_config()  # for the types of keys that are None, and keys that came later
+    try:
+        config.update(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return config
 
 
 def literal_config(config: ConfigDict) -> ConfigDict:
@@ -56,9 +75,10 @@ def literal_config(config: ConfigDict) -> ConfigDict:
     """
     models = run_models(config)
     model = dataclasses.asdict(models.trained) | {"norm": models.computed.norm}
-    result = ConfigDict(config)
+    result = config.copy_and_resolve_references()  # a plain copy shares the keys that are None
     with result.unlocked():
         result.model = ConfigDict(model)
+        result.stop_at = None  # of this start, not of the run
         if models.computed.norm == "layernorm":  # the two parameterisations are one
             result.parameterization = "pre_ln"
     return result
@@ -67,10 +87,13 @@ def literal_config(config: ConfigDict) -> ConfigDict:
 def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """ "key: old -> new" for each key in which two literal configs describe different runs."""
     old_values, new_values = flat_config(old), flat_config(new)
+    may_change = set(MAY_CHANGE)
+    if old.parameterization == new.parameterization == "pre_ln":
+        may_change.add("model.norm")  # the trained parameters are the same Pre-LN tree for all three
     return [
         f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
         for key in sorted(old_values.keys() | new_values.keys())
-        if key not in MAY_CHANGE and old_values.get(key) != new_values.get(key)
+        if key not in may_change and old_values.get(key) != new_values.get(key)
     ]
 
 
@@ -85,7 +108,12 @@ def flat_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def use_precision_of(config: ConfigDict) -> None:
-    """Turns on JAX's 64-bit mode if the model asks for float64. To be called before any array is made."""
+def configure_jax(config: ConfigDict) -> None:
+    """JAX's settings for a command. To be called before any array is made.
+
+    64-bit mode if the model asks for float64. And no steps queued up on the CPU: with several devices simulated on few
+    cores, the collectives of one step can take all threads, waiting for others that then never run.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "float64" in (config.model.get("dtype"), config.model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)

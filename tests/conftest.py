@@ -4,6 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_X64"] = "1"
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"  # see configure_jax
 # Tests compile many tiny programs once each: LLVM's optimisations cost more than they save.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 

@@ -25,7 +25,9 @@ def get_config(name: str):
 def test_configs_are_valid_and_their_stored_form_means_the_same(name, norm, parameterization):
     config = get_config(name)
     config.model.norm, config.parameterization = norm, parameterization
+    config.stop_at = 7
     stored = literal_config(config)
+    assert (config.stop_at, stored.stop_at) == (7, None), "a copy must not share keys with its source"
     assert run_models(stored) == run_models(config)
     assert config_differences(stored, literal_config(stored)) == []
 

@@ -80,7 +80,7 @@ def test_pre_ln_parameterization_follows_pre_ln(norm, dropout, optimizer):
 
 
 @each_optimizer
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
 def test_native_parameterization_does_not(norm, dropout, optimizer):
     """The negative control: the same function at the start, trained directly, goes another way."""
@@ -97,7 +97,7 @@ def test_pre_ln_parameterization_follows_pre_ln_untied(norm, optimizer):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_any_number_of_devices_takes_the_same_steps(norm, devices):
     config = run_config(norm, "pre_ln", dropout=0.2)
     alone, together = train(config, 20)[0], train(config, 20, devices)[0]

@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from prenorm_jax.errors import PrenormError
+from prenorm_jax.errors import PrenormError, first_line
 
 KINDS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text"}
 KINDS |= {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -76,7 +76,7 @@ def read_files(files: dict[str, Path], column: str, origin: str) -> Dataset:
     except Exception as error:  # each parser has exceptions of its own
         culprit = next((name for name, file in files.items() if kind == "text" and not _is_utf8(file)), None)
         problem = f"{culprit!r} is no readable UTF-8 text" if culprit else f"cannot be read as {kind}"
-        raise PrenormError(f"{origin}: {problem} ({first_line(error)}); convert or leave it out") from error
+        raise PrenormError(f"{origin}: {problem} ({_reason(error)}); convert or leave it out") from error
     if kind == "text":
         return _without_empty(dataset.add_column("name", list(files)), origin)
     return _without_empty(_text_column(dataset, column, origin), origin)
@@ -93,7 +93,7 @@ def read_hub(name: str, config_name: str | None, split: str, column: str, key: s
     except Exception as error:  # network, cache, parser, unknown name: each has exceptions of its own
         raise PrenormError(
             f"{origin} with data.hub_config={config_name!r}, {key}={split!r} cannot be loaded: "
-            f"{first_line(error)}; it needs network access, or give local files as data.path"
+            f"{_reason(error)}; it needs network access, or give local files as data.path"
         ) from error
     return _without_empty(_text_column(dataset, column, origin), origin)
 
@@ -148,11 +148,9 @@ def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return documents.select(np.flatnonzero(~held)), documents.select(np.flatnonzero(held))
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or of its cause's where `datasets` only says that it failed."""
-    if isinstance(error, DatasetGenerationError):
-        error = error.__cause__ or error
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    # Where `datasets` only says that it failed, the cause says why.
+    return first_line(error.__cause__ or error if isinstance(error, DatasetGenerationError) else error)
 
 
 def _score(value: str) -> float:

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from prenorm_jax.data.batches import window_count
-from prenorm_jax.data.sources import find_files, first_line, hold_out, read_files, read_hub, read_stdlib
-from prenorm_jax.errors import PrenormError
+from prenorm_jax.data.sources import find_files, hold_out, read_files, read_hub, read_stdlib
+from prenorm_jax.errors import PrenormError, first_line
 
 EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
 

@@ -1,0 +1,75 @@
+"""The state a run starts with: its last good checkpoint, another run's parameters, or step 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from prenorm_jax.checkpoint import Checkpoints
+from prenorm_jax.conversion import fit_params
+from prenorm_jax.errors import PrenormError, say
+from prenorm_jax.optim import make_optimizer
+from prenorm_jax.step import RunModels, TrainState, init_state
+
+
+def start_state(
+    config: ConfigDict, models: RunModels, checkpoints: Checkpoints, sharding: NamedSharding, given: Any = None
+) -> TrainState:
+    """The state of the last checkpoint that can be read; only if none was ever completed, step 0.
+
+    Checkpoints that cannot be read are moved aside, unless no other is left: then PrenormError, and nothing changes.
+    `given` are parameters to start with at step 0 (`load_init_from`); None: the seed's.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(checkpoints.steps()):
+        try:
+            state = _load(step, config, models, checkpoints, sharding)
+        except PrenormError as error:
+            damaged[step] = str(error)
+            say(f"warning: {error}")
+            continue
+        for bad in damaged:
+            say(f"warning: moved it to {checkpoints.set_aside(bad)}; falling back to step {step}")
+        return state
+    if damaged:
+        raise PrenormError(
+            f"no checkpoint in {checkpoints.directory} can be read: {'; '.join(damaged.values())}; nothing changed: "
+            "restore them from a copy, or start anew in another workdir"
+        )
+    if given is None:
+        return jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
+    return _fresh(0, config, jax.device_put(given, sharding), sharding)
+
+
+def _load(
+    step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, sharding: NamedSharding
+) -> TrainState:
+    model, params = checkpoints.params(step, sharding)
+    if model != models.trained:
+        raise PrenormError(f"the checkpoint at step {step} is of another model than the config.json beside it: {model}")
+    abstract = jax.eval_shape(lambda: init_state(config, models).opt_state)
+    opt_state = checkpoints.optimizer(step, abstract, sharding)
+    if opt_state is None:
+        say("this checkpoint was converted and carries no optimizer state: its moments start anew")
+        return _fresh(step, config, params, sharding)
+    counts = jax.device_put((jnp.int32(step), jnp.int32(checkpoints.metadata(step)["nonfinite"])), sharding)
+    return TrainState(*counts, params, opt_state)
+
+
+def _fresh(step: int, config: ConfigDict, params: Any, sharding: NamedSharding) -> TrainState:
+    """The state at `step` with these parameters and a new optimizer."""
+    opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding)(params)
+    return TrainState(*jax.device_put((jnp.int32(step), jnp.int32(0)), sharding), params, opt_state)
+
+
+def load_init_from(config: ConfigDict, models: RunModels) -> Any:
+    """The parameters of the last checkpoint of `config.init_from`, whatever its norm, as those of the trained model."""
+    with Checkpoints(config.init_from, read_only=True) as source:
+        step = source.resolve(None)
+        model, params = source.params(step)
+    say(f"parameters from {config.init_from} at step {step} ({model.norm})")
+    return fit_params(params, model, models.trained)

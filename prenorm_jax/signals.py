@@ -1,0 +1,43 @@
+"""Being asked to stop: SIGTERM (a machine is taken away) and SIGINT (Ctrl-C)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+from prenorm_jax.errors import Interrupted, say
+
+
+class StopSignals:
+    """While entered: SIGTERM and SIGINT (Ctrl-C) are noted in `received`, for the loop to save and stop.
+
+    If the process is still there `grace` seconds after the first one, or at the second, it ends at once: what the last
+    complete checkpoint holds is then what is left.
+    """
+
+    def __init__(self, grace: float):
+        self._grace, self.received = grace, ""
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.received:
+            self._timer.cancel()
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self.received:
+            self._give_up()
+        self.received = signal.Signals(number).name
+        self._timer = threading.Timer(self._grace, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
+        say(f"\n{self.received}: saving before it stops, for at most {self._grace} s; once more ends it at once")
+
+    def _give_up(self) -> None:
+        say("error: ended without saving; the same command goes on from the last complete checkpoint")
+        os._exit(Interrupted.status_unsaved)
