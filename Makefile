@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo demo-quick test test-all lint format lock clean
+.PHONY: demo demo-quick demo-switch test test-all lint format lock clean
 
 demo: $(VENV)/.ready        ## train the three variants, convert, evaluate, compare: runs/demo/report/report.html
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo
 
 demo-quick: $(VENV)/.ready  ## the same in a minute: fewer steps, a smaller model
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo-quick --quick
+
+demo-switch: $(VENV)/.ready ## one run whose norm is switched every 25 steps, beside the drift of rounding alone
+	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo-switch --switch
 
 test: $(VENV)/.ready        ## the tests, but for the long ones
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
