@@ -43,6 +43,11 @@ def json_digest(value: Any) -> str:
     return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def complete_steps(directory: Path) -> list[int]:
+    """The steps of the checkpoints in `directory` that were written to their end, ascending; they may be damaged."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
 def _ignore_late_callbacks(unraisable: Any) -> None:
     """After a write that failed, TensorStore's others report to an event loop that Orbax has closed: no news."""
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -120,8 +125,8 @@ class Checkpoints:
             raise self._not_written(error) from error
 
     def _not_written(self, error: Exception) -> PrenormError:
-        complete = [int(path.name) for path in self.directory.glob("[0-9]*") if path.name.isdigit()]
-        last = f"the last complete one is at step {max(complete)}" if complete else "there is no complete one yet"
+        complete = complete_steps(self.directory)
+        last = f"the last complete one is at step {complete[-1]}" if complete else "there is no complete one yet"
         return PrenormError(
             f"a checkpoint in {self.directory} could not be written: {first_line(error)}; {last}: make room, or "
             "mend what is named, and give the same command again"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from prenorm_jax.checkpoint import Checkpoints
+from prenorm_jax.checkpoint import Checkpoints, complete_steps
 from prenorm_jax.config import check_range
 from prenorm_jax.data.batches import train_batch
 from prenorm_jax.data.text import TextData, load_text
@@ -56,7 +56,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     eval_step = make_eval_step(models.computed, mesh)
     to_computed = jax.jit(lambda params: computed_params(params, models))
     end = min(config.steps, config.stop_at or config.steps)
-    given = load_init_from(config, models) if config.init_from and not (workdir / "checkpoints").exists() else None
+    is_new = not complete_steps(workdir / "checkpoints")
+    given = load_init_from(config, models) if config.init_from and is_new else None
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():  # before anything else: it says whose folder this is
         write_json(workdir / "config.json", literal_config(config).to_dict())
@@ -70,9 +71,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             say(f"{workdir} is at step {start} of {end} already: raise --config.steps (or stop_at) to go on")
             return
         write_json(workdir / "config.json", literal_config(config).to_dict())
-        _record_start(workdir, models, state)
+        counts = _parameter_counts(models, state)
+        _record_start(workdir, models, start, counts)
         say(f"data: {data.description}")
-        say(f"model: {_describe(models, config.parameterization, state)}; on {device_name()}")
+        say(f"model: {_describe(models, config.parameterization, counts)}; on {device_name()}")
         say(f"{'going on' if start else 'starting'} at step {start} of {config.steps} in {workdir}")
 
         skipped_before = int(state.nonfinite)
@@ -191,8 +193,8 @@ def _parameter_counts(models: RunModels, state: TrainState) -> dict[str, int]:
     return {"trained": count(state.params), "computed": count(computed)}
 
 
-def _describe(models: RunModels, parameterization: str, state: TrainState) -> str:
-    counts, model = _parameter_counts(models, state), models.computed
+def _describe(models: RunModels, parameterization: str, counts: dict[str, int]) -> str:
+    model = models.computed
     trained = (
         ""
         if models.trained == models.computed
@@ -201,12 +203,12 @@ def _describe(models: RunModels, parameterization: str, state: TrainState) -> st
     return f"{model.norm}, {model.depth} blocks, d_model {model.d_model}, {counts['computed']:,} parameters{trained}"
 
 
-def _record_start(workdir: Path, models: RunModels, state: TrainState) -> None:
+def _record_start(workdir: Path, models: RunModels, step: int, counts: dict[str, int]) -> None:
     """Adds this start to run.json."""
     path = workdir / "run.json"
     sessions = read_json(path).get("sessions", []) if path.exists() else []
     start = {
-        "step": int(state.step),
+        "step": step,
         "norm": models.computed.norm,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(),
@@ -214,7 +216,7 @@ def _record_start(workdir: Path, models: RunModels, state: TrainState) -> None:
     }
     summary = {
         "norm": models.computed.norm,
-        "parameters": _parameter_counts(models, state),
+        "parameters": counts,
         "device": start["device"],
         "versions": start["versions"],
     }

@@ -372,6 +372,10 @@ def test_a_run_starts_from_a_checkpoint_of_any_norm(text, tmp_path, norm):
     start_again.optimizer.learning_rate = 0.0
     train(start_again, tmp_path / "still")
     assert evaluate(tmp_path / "still", x64=True)["eval_loss"] == pytest.approx(expected, rel=1e-12)
+    # Killed before its first checkpoint it still starts from there, not from the seed.
+    shutil.rmtree(tmp_path / "still" / "checkpoints" / "1")
+    train(start_again, tmp_path / "still")
+    assert evaluate(tmp_path / "still", x64=True)["eval_loss"] == pytest.approx(expected, rel=1e-12)
     fine_tuned.model.d_model = 14
     with pytest.raises(PrenormError, match=r"model\.d_model: 12 -> 14"):
         train(fine_tuned, tmp_path / "other")
