@@ -128,12 +128,13 @@ def convert_params(
     changed = fold_norms(changed, roles)
     changed = _map_stream(changed, roles, *_TO_RMS[source.norm])
     changed = _map_stream(changed, roles, *_FROM_RMS[to])
+    to_jax = any(isinstance(leaf, jax.Array) for leaf in flat.values())
     result = {}
     for path in abstract_params(target):
         leaf = changed[path]
         if leaf is not flat.get(path):
             leaf = leaf.astype(dtypes[path])
-            leaf = jnp.asarray(leaf) if any(isinstance(x, jax.Array) for x in flat.values()) else leaf
+            leaf = jnp.asarray(leaf) if to_jax else leaf
         result[path] = leaf
     return unflatten_dict(result)
 

@@ -97,11 +97,7 @@ class MetricsWriter:
                 raise NonFinite(step, values)
             self.write(step, values | {"tokens_per_s": tokens_per_s})
         loss = float(fetched[-1]["loss"])
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {_short(tokens_per_s)} tokens/s", refresh=False)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) else "?"
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
 
 
 def _drop_after(path: Path, step: int) -> None:
