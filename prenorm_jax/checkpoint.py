@@ -23,9 +23,9 @@ import xxhash
 from absl import logging
 from flax.traverse_util import unflatten_dict
 
-from prenorm_jax.config import ModelConfig
 from prenorm_jax.conversion import check_tree
 from prenorm_jax.errors import PrenormError, first_line
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.stream import abstract_params
 
 

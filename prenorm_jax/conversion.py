@@ -1,11 +1,13 @@
 """Conversion between Pre-LN, Pre-RMSNorm and Pre-CRMSNorm parameters, in every direction.
 
-The parameters change in three steps, each a few lines on (tree, roles), whatever model the tree belongs to:
+The parameters change in these steps, each a few lines on (tree, roles), whatever model the tree belongs to:
 
     fold      a norm's affine goes into its readers:         b ← b + Wβ,  W ← W diag(γ)
+              a branch's LayerScale into its writer:         b ← λ ⊙ b,   W ← diag(λ) W
     to rms    from layernorm: writers W ← C W                 from crmsnorm: writers W ← E W, readers W ← [W, 0] C
     from rms  to layernorm: nothing                           to crmsnorm: writers drop the last entry,
                                                               readers W ← W[:d-1] - W[d-1]   (along the stream axis)
+    heads     under a QK-norm, from layernorm:               W_q, b_q, W_k, b_k ← without the mean of each head
 
 Source: arXiv 2305.14858, section 3; README, "The idea", for what goes beyond it.
 """
@@ -24,8 +26,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from prenorm_jax.config import NORMS, ModelConfig, model_defaults
 from prenorm_jax.errors import PrenormError
+from prenorm_jax.model_config import NORMS, ModelConfig, model_defaults
 from prenorm_jax.stream import (
     Array,
     Path,
@@ -52,20 +54,25 @@ def convert_config(config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str
     if to == source.norm:
         raise PrenormError(f"the model is {to} already: there is nothing to convert")
     _check_convertible(source)
-    changes: dict[str, Any] = {"norm": to}
-    if not source.post_norm:
-        changes["norm_affine"] = False
-        changes["reader_bias"] = source.reader_bias or (source.norm_affine and source.norm_bias)
-        changes["embed_norm_affine"] = source.embed_norm_affine
-    changes["final_norm_affine"] = source.final_norm_affine and source.tie_embeddings
-    if source.final_norm and source.final_norm_affine and source.norm_bias and not source.tie_embeddings:
-        changes["head_bias"] = True
+    shift = source.norm_affine and source.norm_bias  # a norm's bias becomes one of its readers
+    final_shift = source.final_norm and source.final_norm_affine and source.norm_bias
+    pool_reads = getattr(source, "pooling", None) == "attention"
+    changes: dict[str, Any] = {
+        "norm": to,
+        "norm_affine": False,
+        "final_norm_affine": source.final_norm_affine and source.tie_embeddings,
+        "kept_norm_affine": source.kept_norm_affine,
+        "reader_bias": source.reader_bias or shift,
+        "qkv_bias": source.qkv_bias or shift or (final_shift and pool_reads),
+        "head_bias": source.head_bias or (final_shift and not source.tie_embeddings and not pool_reads),
+        "layer_scale": None,
+    }
     if isinstance(config, ModelConfig):
         return dataclasses.replace(source, **changes)
     if not isinstance(config, ConfigDict):
         return dict(config) | changes
     # From fresh defaults: a copy would share the references behind keys that are None, and change `config` with them.
-    converted = model_defaults()
+    converted = model_defaults(source.family)
     converted.update({key: value for key, value in config.items() if value is not None})
     converted.update(changes)
     return type(config)(converted)
@@ -78,16 +85,21 @@ def _check_convertible(config: ModelConfig) -> None:
             raise PrenormError(
                 "model.final_norm=False: the head reads the raw stream, whose mean conversion removes; not convertible"
             )
+        if getattr(config, "pooling", None) == "attention" and config.norm_after_pooling:
+            raise PrenormError(
+                "model.pooling='attention' with model.norm_after_pooling=True: pool/key and pool/value read the raw "
+                "stream, whose mean conversion removes; not convertible"
+            )
         return
     if config.norm_affine:
         raise PrenormError(
             "model.post_norm=True with model.norm_affine=True: each norm's affine puts a mean back into the stream, "
             "every block would need a centring at run time and nothing would be gained: set model.norm_affine=False"
         )
-    if not config.embed_norm or config.embed_norm_affine or config.embed_dropout > 0:
+    if not config.embed_norm or config.kept_norm_affine or config.embed_dropout > 0:
         raise PrenormError(
             "model.post_norm=True: block_0/attention reads the raw embedding, whose mean conversion removes; it "
-            "converts only with model.embed_norm=True, model.embed_norm_affine=False and model.embed_dropout=0"
+            "converts only with model.embed_norm=True, model.kept_norm_affine=False and model.embed_dropout=0"
         )
 
 
@@ -117,21 +129,23 @@ def convert_params(
     flat = check_tree(params, source)
     roles = parameter_roles(source)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values())
-    if source.norm == "rmsnorm" and not traced:
-        check_zero_mean(flat, roles)
+    if not traced:
+        check_zero_mean(flat, source, roles, to)
 
     dtypes = {path: leaf.dtype for path, leaf in flat.items()}
     for path, role in roles.items():
         if role.bias is not None:
             dtypes.setdefault(role.bias, dtypes[path])
     changed = _with_work_dtype(flat, roles, traced)
-    changed = fold_norms(changed, roles)
+    changed = fold_layer_scales(fold_norms(changed, roles), roles)
     changed = _map_stream(changed, roles, *_TO_RMS[source.norm])
     changed = _map_stream(changed, roles, *_FROM_RMS[to])
+    if source.norm == "layernorm":
+        changed = center_heads(changed, roles, source.head_dim)
     to_jax = any(isinstance(leaf, jax.Array) for leaf in flat.values())
     result = {}
-    for path in abstract_params(target):
-        leaf = changed[path]
+    for path, abstract in abstract_params(target).items():
+        leaf = changed[path] if path in changed else np.zeros(abstract.value.shape)  # a bias that nothing is folded to
         if leaf is not flat.get(path):
             leaf = leaf.astype(dtypes[path])
             leaf = jnp.asarray(leaf) if to_jax else leaf
@@ -141,14 +155,17 @@ def convert_params(
 
 def _with_work_dtype(flat: Flat, roles: Roles, traced: bool) -> Flat:
     """Leaves that conversion may change, in the dtype it works in; the others as they are."""
-    biases = {role.bias for role in roles.values()}
+    involved = {role.bias for role in roles.values()}
+    for path, role in roles.items():
+        if role.kind == "layer_scale":
+            involved |= {(*_scaled_writer(path), leaf) for leaf in ("kernel", "bias")}
 
     def widen(leaf: Array) -> Array:
         return (
             leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if traced else np.asarray(leaf).astype(np.float64)
         )
 
-    return {path: widen(x) if roles[path].kind != "internal" or path in biases else x for path, x in flat.items()}
+    return {path: widen(x) if roles[path].kind != "internal" or path in involved else x for path, x in flat.items()}
 
 
 def fold_norms(flat: Flat, roles: Roles) -> Flat:
@@ -164,6 +181,38 @@ def fold_norms(flat: Flat, roles: Roles) -> Flat:
         if role.scale is not None:
             folded[path] = kernel * _along(flat[role.scale], kernel, role.axis)
     return folded
+
+
+def fold_layer_scales(flat: Flat, roles: Roles) -> Flat:
+    """Moves each LayerScale λ, called `X_scale`, into kernel and bias of the writer X beside it: λ ⊙ (W a + b)."""
+    folded = dict(flat)
+    for path, role in roles.items():
+        if role.kind != "layer_scale":
+            continue
+        scale, writer = folded.pop(path), _scaled_writer(path)
+        for leaf in (*writer, "kernel"), (*writer, "bias"):
+            if leaf in folded:
+                folded[leaf] = folded[leaf] * _along(scale, folded[leaf], -1)
+    return folded
+
+
+def _scaled_writer(path: Path) -> Path:
+    return (*path[:-1], path[-1].removesuffix("_scale"))
+
+
+def center_heads(flat: Flat, roles: Roles, head_dim: int) -> Flat:
+    """Removes the mean over each head from what a norm over each head takes."""
+    centered = dict(flat)
+    for path, role in roles.items():
+        if role.normed_axis is not None:
+            for leaf in {path, role.bias} & flat.keys():
+                centered[leaf] = center(_split_heads(flat[leaf], head_dim)).reshape(flat[leaf].shape)
+    return centered
+
+
+def _split_heads(x: Array, head_dim: int) -> Array:
+    """(..., heads · head_dim) -> (..., heads, head_dim)."""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
 def _along(vector: Array, like: Array, axis: int) -> Array:
@@ -232,37 +281,50 @@ def check_tree(params: Mapping[str, Any], config: ModelConfig) -> Flat:
     return flat
 
 
-def check_zero_mean(flat: Flat, roles: Roles) -> None:
-    """Raises PrenormError unless every writer's mean along the stream is zero to the rounding of its dtype."""
+def check_zero_mean(flat: Flat, source: ModelConfig, roles: Roles, to: str) -> None:
+    """Raises PrenormError where a mean is not zero, to the rounding of its dtype, that layernorm would remove.
+
+    Of an rmsnorm tree that is the mean along the stream of each writer; of a tree that becomes layernorm, under a
+    QK-norm, that of each head's query and key.
+    """
     for path, role in roles.items():
-        if role.kind != "writer":
-            continue
-        # Rounding each entry to the leaf's dtype leaves a mean of at most half of this.
         leaf = np.asarray(flat[path]).astype(np.float64)
-        tolerance = float(jnp.finfo(flat[path].dtype).eps) * np.abs(leaf).mean(role.axis)
-        mean, size = np.abs(leaf.mean(role.axis)), np.abs(leaf).max()
-        if not (mean <= tolerance).all():
-            raise PrenormError(
-                f"{'/'.join(path)} is not zero-mean along the stream (mean {mean.max():.2g}, entries to {size:.2g}): a "
-                "general RMSNorm network has no equivalent with layernorm or crmsnorm, only one made from them has; "
-                "training with parameterization=pre_ln keeps it"
-            )
+        if source.norm == "rmsnorm" and role.kind == "writer":
+            _check_mean(leaf, role.axis, path, flat[path].dtype, "along the stream")
+        if source.norm != "layernorm" and to == "layernorm" and role.normed_axis is not None:
+            _check_mean(_split_heads(leaf, source.head_dim), -1, path, flat[path].dtype, "over each head")
+
+
+def _check_mean(leaf: np.ndarray, axis: int, path: Path, dtype: Any, where: str) -> None:
+    # Rounding each entry to the leaf's dtype leaves a mean of at most half of this.
+    tolerance = float(jnp.finfo(dtype).eps) * np.abs(leaf).mean(axis)
+    mean, size = np.abs(leaf.mean(axis)), np.abs(leaf).max()
+    if not (mean <= tolerance).all():
+        raise PrenormError(
+            f"{'/'.join(path)} is not zero-mean {where} (mean {mean.max():.2g}, entries to {size:.2g}): a general "
+            "RMSNorm network has no equivalent with layernorm or crmsnorm, only one made from them has; training with "
+            "parameterization=pre_ln keeps it"
+        )
 
 
 def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelConfig) -> dict[str, Any]:
     """`params`, which `config` describes, as the tree that `to_config` describes: the same function.
 
-    A norm's affine that only `to_config` has becomes the identity, a bias that only it has becomes zero. Raises
+    A norm's affine or a LayerScale that only `to_config` has becomes the identity, a bias that only it has zero. Raises
     PrenormError if the tree has a leaf, or a shape, that `to_config` has no place for, or if what its fields say of the
     function (heads, activation, ε, ...) differs.
     """
+    if config.family != to_config.family:
+        raise PrenormError(f"the checkpoint is of a {config.family}, the config of a {to_config.family}")
     if config.norm != to_config.norm:
         params, config = convert_params(params, config, to_config.norm), convert_config(config, to_config.norm)
-    layout = {"reader_bias", "head_bias", "norm_affine", "norm_bias", "final_norm_affine", "use_bias"}
+    layout = {"reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
+    layout |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
     training = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout", "dtype", "param_dtype"}
+    training |= {"stochastic_depth", "stochastic_depth_schedule"}
     differences = [
         f"model.{field.name}: {getattr(config, field.name)!r} -> {getattr(to_config, field.name)!r}"
-        for field in dataclasses.fields(ModelConfig)
+        for field in dataclasses.fields(config)
         if field.name not in layout | training and getattr(config, field.name) != getattr(to_config, field.name)
     ]
     if differences:
@@ -273,8 +335,8 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
     for path, leaf in abstract_params(to_config).items():
         if path in flat:
             fitted[path] = flat.pop(path).astype(leaf.value.dtype)
-        elif path[-1] in ("scale", "bias", "head_bias"):
-            fitted[path] = jnp.full(leaf.value.shape, path[-1] == "scale", leaf.value.dtype)
+        elif path[-1].endswith(("scale", "bias")):
+            fitted[path] = jnp.full(leaf.value.shape, path[-1].endswith("scale"), leaf.value.dtype)
     left = ["/".join(path) for path in flat]
     if left:
         raise PrenormError(

@@ -10,13 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints
-from prenorm_jax.config import NORMS, ModelConfig
 from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.errors import PrenormError, run_command
+from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.step import count, init_state, run_models
 from prenorm_jax.workdir import configure_jax, load_config, write_json
@@ -75,7 +74,7 @@ def convert(
         print(f"{source} at step {step}: {model.norm}, {count(params):,} parameters")
         print(f"{target}: {to}, {count(new_params):,} parameters")
         difference = relative_difference((model, params), (new_model, new_params))
-        print(f"largest difference of their logits on random tokens: {difference:.1e} of the largest ({model.dtype})")
+        print(f"largest difference of their logits on random inputs: {difference:.1e} of the largest ({model.dtype})")
         if has_optimizer:
             print("the optimizer state is not carried over: its moments belong to the old parameters, and start anew")
 
@@ -89,10 +88,9 @@ def convert(
 
 
 def relative_difference(one: tuple[ModelConfig, Any], other: tuple[ModelConfig, Any]) -> float:
-    """Largest |difference| of two models' logits on random tokens, as a fraction of the largest |logit|."""
-    config = one[0]
-    tokens_BxT = np.random.default_rng(0).integers(config.vocab_size, size=(2, min(config.max_len, 128)))
-    logits = [jax.jit(build_model(model).apply)({"params": params}, tokens_BxT) for model, params in (one, other)]
+    """Largest |difference| of two models' logits on random inputs, as a fraction of the largest |logit|."""
+    inputs = build_model(one[0]).example(batch=2, seed=0)
+    logits = [jax.jit(build_model(model).apply)({"params": params}, inputs) for model, params in (one, other)]
     return float(jnp.abs(logits[0] - logits[1]).max() / jnp.abs(logits[0]).max())
 
 

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read."""
+"""The one exception that users are meant to read, and the checks and commands that raise and print it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ class Interrupted(PrenormError):
 
     status = 75
     status_unsaved = 76
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises PrenormError naming `key` unless the value is one of the choices."""
+    if value not in choices:
+        raise PrenormError(f"{key}={value!r} is not one of {', '.join(choices)}")
+
+
+def check_range(key: str, value: float | None, at_least: float, below: float = float("inf")) -> None:
+    """Raises PrenormError naming `key` unless at_least <= value < below (or value is None)."""
+    if value is not None and not at_least <= value < below:
+        bound = f"at least {at_least}" + ("" if below == float("inf") else f" and below {below}")
+        raise PrenormError(f"{key}={value} must be {bound}")
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,30 +13,19 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.conversion import convert_config, convert_params
-from prenorm_jax.data.batches import eval_batches
-from prenorm_jax.data.text import TextData, load_text
+from prenorm_jax.data import Data, load_data
 from prenorm_jax.sharding import make_mesh, replicated, split_batch
 from prenorm_jax.step import make_eval_step
 from prenorm_jax.workdir import configure_jax, load_config
 
 
 def evaluate(
-    eval_step: Callable[..., Any], params: Any, data: TextData, config: ConfigDict, sharding: jax.sharding.Sharding
+    eval_step: Callable[..., Any], params: Any, data: Data, config: ConfigDict, sharding: jax.sharding.Sharding
 ) -> dict[str, float]:
-    """{eval_loss (nats per token), eval_perplexity, eval_bits_per_byte (of the text), eval_tokens}.
-
-    Every token of the split counts once, whatever the batch size.
-    """
-    sums = []
-    for batch in eval_batches(data.eval, config.batch_size, config.data.seq_len):
-        sums.append(eval_step(params, jax.device_put(batch, sharding)))
-    nats, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
-    return {
-        "eval_loss": nats / tokens,
-        "eval_perplexity": float(np.exp(nats / tokens)),
-        "eval_bits_per_byte": nats / math.log(2) / data.eval_bytes,
-        "eval_tokens": int(tokens),
-    }
+    """What `data.summarize` says of the whole evaluation split: every token or image counts once."""
+    sums = [eval_step(params, jax.device_put(batch, sharding)) for batch in data.eval_batches(config)]
+    sums = jax.device_get(sums)
+    return data.summarize({key: float(np.sum([batch[key] for batch in sums], dtype=np.float64)) for key in sums[0]})
 
 
 def main() -> None:
@@ -59,15 +47,14 @@ def main() -> None:
     if norm != model.norm:
         params = convert_params(params, model, to=norm)
         model = convert_config(model, to=norm)
-    data = load_text(config.data)
+    data = load_data(config)
     params = jax.device_put(params, replicated(mesh))
-    result = evaluate(make_eval_step(model, mesh), params, data, config, split_batch(mesh))
+    result = evaluate(make_eval_step(config, model, mesh), params, data, config, split_batch(mesh))
 
     if args.json:
         print(json.dumps({"workdir": args.workdir, "step": step, "norm": norm, **result}))
         return
-    print(f"{args.workdir} at step {step} as {norm}: {result['eval_tokens']:,} tokens of the held-out split")
-    print(
-        f"loss {result['eval_loss']:.7f} nats per token   perplexity {result['eval_perplexity']:.5f}   "
-        f"bits per byte {result['eval_bits_per_byte']:.6f}"
-    )
+    *numbers, (_, count) = result.items()
+    print(f"{args.workdir} at step {step} as {norm}: {count:,} {data.unit}s of the held-out split")
+    print("   ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.7g}" for name, value in numbers))
+    print(f"(loss in nats per {data.unit})")

@@ -13,10 +13,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints, complete_steps
-from prenorm_jax.config import check_range
-from prenorm_jax.data.batches import train_batch
-from prenorm_jax.data.text import TextData, load_text
-from prenorm_jax.errors import Interrupted, PrenormError, say
+from prenorm_jax.data import Data, load_data
+from prenorm_jax.errors import Interrupted, PrenormError, check_range, say
 from prenorm_jax.evaluate import evaluate
 from prenorm_jax.metrics import MetricsWriter, NonFinite
 from prenorm_jax.optim import make_optimizer
@@ -49,18 +47,18 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     _check_config(config)
     _check_workdir(workdir, config)
     mesh = make_mesh(config.batch_size)
-    data = load_text(config.data)
-    _check_data(config, data)
+    data = load_data(config)
+    data.check_model(config)
 
     train_step = make_train_step(config, models, mesh)
-    eval_step = make_eval_step(models.computed, mesh)
+    eval_step = make_eval_step(config, models.computed, mesh)
     to_computed = jax.jit(lambda params: computed_params(params, models))
     end = min(config.steps, config.stop_at or config.steps)
     is_new = not complete_steps(workdir / "checkpoints")
     given = load_init_from(config, models) if config.init_from and is_new else None
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():  # before anything else: it says whose folder this is
-        write_json(workdir / "config.json", literal_config(config).to_dict())
+        write_json(workdir / "config.json", config.to_dict() | {"stop_at": None})
     with (
         StopSignals(config.grace_seconds) as signals,
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
@@ -70,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if start >= end:
             say(f"{workdir} is at step {start} of {end} already: raise --config.steps (or stop_at) to go on")
             return
-        write_json(workdir / "config.json", literal_config(config).to_dict())
+        write_json(workdir / "config.json", config.to_dict() | {"stop_at": None})
         counts = _parameter_counts(models, state)
         _record_start(workdir, models, start, counts)
         say(f"data: {data.description}")
@@ -84,9 +82,9 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             checkpoints.save(done, state.params, state.opt_state, models.trained, skipped_before + skipped)
 
         try:
-            with MetricsWriter(workdir, start, config) as metrics:
+            with MetricsWriter(workdir, start, config, data) as metrics:
                 for step in range(start, end):
-                    batch = train_batch(data.train, config.seed, step, config.batch_size, config.data.seq_len)
+                    batch = data.train_batch(config, step)
                     state, step_metrics = train_step(state, jax.device_put(batch, split_batch(mesh)))
                     done = step + 1
                     metrics.add(done, step_metrics)
@@ -117,12 +115,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     )
 
 
-def _describe_nonfinite(
-    error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: TextData
-) -> str:
+def _describe_nonfinite(error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: Data) -> str:
     """Where it happened, and the parameter whose gradient is worst there."""
     step = error.step - 1
-    batch = train_batch(data.train, config.seed, step, config.batch_size, config.data.seq_len)
+    batch = data.train_batch(config, step)
     grads = jax.jit(jax.grad(make_loss(config, models)))(state.params, batch, jnp.int32(step))
     sizes = {"/".join(path): float(jnp.abs(leaf).max()) for path, leaf in flatten_dict(grads).items()}
     worst = max(sizes, key=lambda path: (not math.isfinite(sizes[path]), sizes[path]))
@@ -149,10 +145,14 @@ def _check_config(config: ConfigDict) -> None:
         check_range(f"optimizer.{key}", config.optimizer[key], at_least=0)
     for key in ("b1", "b2"):
         check_range(f"optimizer.{key}", config.optimizer[key], at_least=0, below=1)
-    if config.data.seq_len < 1 or config.data.seq_len > config.model.max_len:
-        raise PrenormError(
-            f"data.seq_len={config.data.seq_len} must be at least 1 and at most model.max_len={config.model.max_len}"
-        )
+    if "seq_len" in config.data:
+        check_range("data.seq_len", config.data.seq_len, at_least=1)
+    for key in config.get("augment", {}):
+        check_range(f"augment.{key}", config.augment[key], at_least=0)
+    if "augment" in config:
+        check_range("augment.label_smoothing", config.augment.label_smoothing, at_least=0, below=1)
+        if not 0 < config.augment.min_area <= 1:
+            raise PrenormError(f"augment.min_area={config.augment.min_area} must be above 0 and at most 1")
     check_range("stop_at", config.stop_at, at_least=1)
     if config.on_nonfinite not in ("stop", "skip"):
         raise PrenormError(f"on_nonfinite={config.on_nonfinite!r} is not one of stop, skip")
@@ -167,19 +167,11 @@ def _check_workdir(workdir: Path, config: ConfigDict) -> None:
         if (workdir / "checkpoints").exists():
             raise PrenormError(f"{workdir} holds checkpoints but no config.json: name another workdir")
         return
-    differences = config_differences(load_config(workdir), literal_config(config))
+    differences = config_differences(literal_config(load_config(workdir)), literal_config(config))
     if differences:
         raise PrenormError(
             f"{workdir} holds a run with another config ({'; '.join(differences)}): name another workdir, or leave out "
             "--config to go on with the one it holds"
-        )
-
-
-def _check_data(config: ConfigDict, data: TextData) -> None:
-    if data.vocab_size > config.model.vocab_size:
-        raise PrenormError(
-            f"model.vocab_size={config.model.vocab_size} is too small for the tokenizer {config.data.tokenizer!r}: "
-            f"it needs {data.vocab_size}"
         )
 
 

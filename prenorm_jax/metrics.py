@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from prenorm_jax.data import Data
+
 
 class NonFinite(Exception):
     """The loss or the gradient norm of training step `step` is not finite."""
@@ -29,12 +31,12 @@ class MetricsWriter:
     """Writes one line a training step and one an evaluation. A context manager.
 
     The numbers of a step are fetched from the device `log_every` steps at a time, and the newest step's only with the
-    next fetch, so that the device always has a step to work on. `tokens_per_s` is of the steps fetched together,
-    evaluation and checkpointing left out. With `config.on_nonfinite` "stop" a step whose numbers are not finite is not
+    next fetch, so that the device always has a step to work on. `tokens_per_s` (of images: `images_per_s`) is of the steps fetched
+    together, evaluation and checkpointing left out. With `config.on_nonfinite` "stop" a step whose numbers are not finite is not
     written, but raises `NonFinite`.
     """
 
-    def __init__(self, workdir: Path, start: int, config: ConfigDict):
+    def __init__(self, workdir: Path, start: int, config: ConfigDict, data: Data):
         """Opens the files; drops what an interrupted run wrote after `start`, the step of its last checkpoint."""
         path = workdir / "metrics.jsonl"
         _drop_after(path, start)
@@ -43,7 +45,7 @@ class MetricsWriter:
         self._bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
         self._log_every = config.log_every
         self._stop = config.on_nonfinite == "stop"
-        self._tokens_per_step = config.batch_size * config.data.seq_len
+        self._unit, self._units_per_step = data.unit, data.units_per_batch(config)
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._clock = time.perf_counter()
 
@@ -90,14 +92,14 @@ class MetricsWriter:
             return
         fetched = jax.device_get([values for _, values in ready])
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        tokens_per_s = self._tokens_per_step * len(ready) / seconds
+        units_per_s = self._units_per_step * len(ready) / seconds
         for (step, _), arrays in zip(ready, fetched, strict=True):
             values = {name: float(value) for name, value in arrays.items()}
             if self._stop and not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
                 raise NonFinite(step, values)
-            self.write(step, values | {"tokens_per_s": tokens_per_s})
+            self.write(step, values | {f"{self._unit}s_per_s": units_per_s})
         loss = float(fetched[-1]["loss"])
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {units_per_s:,.0f} {self._unit}s/s", refresh=False)
 
 
 def _drop_after(path: Path, step: int) -> None:

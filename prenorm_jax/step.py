@@ -18,15 +18,19 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prenorm_jax.config import PARAMETERIZATIONS, ModelConfig
+from prenorm_jax.config import PARAMETERIZATIONS
 from prenorm_jax.conversion import convert_config, convert_params
+from prenorm_jax.data.examples import make_examples
 from prenorm_jax.errors import PrenormError
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.optim import make_optimizer, make_schedule
 from prenorm_jax.sharding import replicated, split_batch
 
 Params = dict[str, Any]
-Batch = dict[str, jax.Array]  # tokens: (B, T+1) int32; weights: (B, T) float32, of the predictions of tokens[:, 1:]
+# tokens: (B, T+1) int32; weights: (B, T) float32, of the predictions of tokens[:, 1:]. Or images: (B, H, W, C) uint8;
+# labels: (B,) int32; weights: (B,) float32.
+Batch = dict[str, jax.Array]
 
 
 class RunModels(NamedTuple):
@@ -76,8 +80,8 @@ class TrainState(flax.struct.PyTreeNode):
 def init_params(config: ConfigDict, models: RunModels) -> Params:
     """The trained parameters at step 0: the Pre-LN initialisation of the seed, converted if a variant is trained."""
     pre_ln = dataclasses.replace(ModelConfig.create(config.model), norm="layernorm")
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    params = build_model(pre_ln).init(_keys(config)[0], tokens)["params"]
+    model = build_model(pre_ln)
+    params = model.init(_keys(config)[0], model.example())["params"]
     return params if models.trained.norm == "layernorm" else convert_params(params, pre_ln, models.trained.norm)
 
 
@@ -89,26 +93,40 @@ def init_state(config: ConfigDict, models: RunModels) -> TrainState:
 
 
 def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
-    init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-    return init_key, dropout_key
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    return init_key, step_key
 
 
-def cross_entropy(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """-log p(token) in nats, (B, T), in float32 at least."""
-    logits_BxTxV = logits_BxTxV.astype(jnp.promote_types(logits_BxTxV.dtype, jnp.float32))
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, tokens_BxT)
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of (..., V) logits, in nats and in float32 at least: (...). Targets are classes or distributions over them."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if targets.ndim == logits.ndim:
+        return optax.softmax_cross_entropy(logits, targets)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """How many classes come before the label, by logit and then by number: (..., V), (...) -> (...).
+
+    Where a logit is NaN, all V of them.
+    """
+    own = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    earlier = jnp.arange(logits.shape[-1]) < labels[..., None]
+    before = (logits > own) | ((logits == own) & earlier) | jnp.isnan(logits).any(-1, keepdims=True)
+    return before.sum(-1)
 
 
 def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch, jax.Array], jax.Array]:
-    """(trained params, batch, step) -> mean loss over the batch's weights, in nats per token, dropout on."""
+    """(trained params, batch, step) -> mean loss over the batch's weights, in nats; dropout and augmentation on."""
     model = build_model(models.computed)
 
     def loss(params: Params, batch: Batch, step: jax.Array) -> jax.Array:
         dropout_key = jax.random.fold_in(_keys(config)[1], step)
+        examples = make_examples(config, batch, key=jax.random.fold_in(dropout_key, 0))
         variables = {"params": computed_params(params, models)}
-        logits_BxTxV = model.apply(variables, batch["tokens"][:, :-1], train=True, rngs={"dropout": dropout_key})
-        nats_BxT = cross_entropy(logits_BxTxV, batch["tokens"][:, 1:])
-        return (nats_BxT * batch["weights"]).sum() / batch["weights"].sum()
+        logits = model.apply(variables, examples.inputs, train=True, rngs={"dropout": dropout_key})
+        nats = cross_entropy(logits, examples.targets)
+        return (nats * examples.weights).sum() / examples.weights.sum()
 
     return loss
 
@@ -145,13 +163,24 @@ def make_train_step(
     return jax.jit(train_step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0)
 
 
-def make_eval_step(model_config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted evaluation step: (computed params, batch) -> (sum of weighted losses in nats, sum of weights)."""
+def make_eval_step(
+    config: ConfigDict, model_config: ModelConfig, mesh: Mesh
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """The jitted evaluation step: (computed params, batch) -> sums over the batch.
+
+    They are of weight and nats (weight × loss) and, for images, of top1 and top5 (weight where the label is the first,
+    or among the first five).
+    """
     model = build_model(model_config)
 
-    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        nats_BxT = cross_entropy(model.apply({"params": params}, batch["tokens"][:, :-1]), batch["tokens"][:, 1:])
-        return (nats_BxT * batch["weights"]).sum(), batch["weights"].sum()
+    def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        inputs, targets, weights = make_examples(config, batch)
+        logits = model.apply({"params": params}, inputs)
+        sums = {"weight": weights.sum(), "nats": (cross_entropy(logits, targets) * weights).sum()}
+        if model_config.family == "vit":
+            rank = rank_of_label(logits, targets)
+            sums |= {f"top{k}": ((rank < k) * weights).sum() for k in (1, 5)}
+        return sums
 
     shardings = (replicated(mesh), split_batch(mesh))
     return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(mesh))

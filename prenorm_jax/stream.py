@@ -7,10 +7,15 @@ models (on activations) and the converter (on parameters) use the same ones.
 
 Every parameter of a model names its axes where it is created, and at most one of them lies on the stream:
 
-    write   adds to the stream: embeddings, attention output, MLP down
-    read    consumes a normalised stream: query, key, value, up, gate, head
-    norm    the affine map of the norm that feeds readers
-    raw     d wide, but not in stream coordinates: what follows at run time centres it (ModelConfig.raw_embedding, ...)
+    write        adds to the stream: embeddings, attention output, MLP down
+    read         consumes a normalised stream: query, key, value, up, gate, head
+    norm         the affine map of the norm that feeds readers
+    layer_scale  multiplies what a branch writes
+    raw          d wide, but not in stream coordinates: what follows at run time centres it (ModelConfig.raw_embedding,
+                 ...), or it belongs to what comes after the stream
+
+Off the stream, `normed_heads` and `normed_kv_heads` are the outputs of query and key that a LayerNorm over each head
+follows: a linear map into another small stream, whose mean can be removed from the map's weights by the same argument.
 
 `parameter_roles` turns these names into what the converter needs.
 """
@@ -27,13 +32,14 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from prenorm_jax.config import ModelConfig
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import CRMSNorm, LayerNorm, RMSNorm
 
 Array = Any  # jax.Array or numpy.ndarray
 Path = tuple[str, ...]
-STREAM_AXES = ("write", "read", "norm")
-OTHER_AXES = ("raw", "vocab", "position", "heads", "kv_heads", "mlp")
+STREAM_AXES = ("write", "read", "norm", "layer_scale")
+NORMED_AXES = ("normed_heads", "normed_kv_heads")
+OTHER_AXES = ("raw", "vocab", "position", "heads", "kv_heads", "head_dim", "mlp", "patch", "channel", "token", "class")
 
 
 def center(x: Array, axis: int = -1) -> Array:
@@ -97,30 +103,32 @@ class Role:
     """What one leaf of a parameter tree does to the stream.
 
     Attributes:
-      kind: writer, reader, norm, or internal (nothing).
+      kind: writer, reader, norm, layer_scale, or internal (nothing).
       axis: the stream axis, counted from the end (negative), so that stacking layers in front changes nothing.
+      normed_axis: the axis, counted likewise, whose every head_dim entries are what a norm over a head takes.
       scale, shift: of a reader: the leaves γ and β of the norm that feeds it; None where there is no such norm.
       bias: of a reader: the leaf that takes up Wβ; it need not exist yet.
     """
 
     kind: str
     axis: int | None = None
+    normed_axis: int | None = None
     scale: Path | None = None
     shift: Path | None = None
     bias: Path | None = None
 
 
 Roles = dict[Path, Role]
-_KINDS = {"write": "writer", "read": "reader", "norm": "norm"}
+_KINDS = {"write": "writer", "read": "reader", "norm": "norm", "layer_scale": "layer_scale"}
 
 
 @functools.lru_cache
 def abstract_params(config: ModelConfig) -> dict[Path, nn.LogicallyPartitioned]:
     """Path -> the leaf's logical axis names (`.names`) and its shape and dtype (`.value`); no array is made."""
-    from prenorm_jax.models.gpt import GPT  # the models are built on this module
+    from prenorm_jax.models import build_model  # the models are built on this module
 
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    variables = jax.eval_shape(GPT(config).annotated_init, jax.random.key(0), tokens)
+    model = build_model(config)
+    variables = jax.eval_shape(model.annotated_init, jax.random.key(0), model.example())
     return flatten_dict(variables["params"])
 
 
@@ -135,10 +143,12 @@ def parameter_roles(config: ModelConfig) -> Roles:
     for path, leaf in leaves.items():
         names = getattr(leaf, "names", ())
         on_stream = [name for name in names if name in STREAM_AXES]
-        if not names or len(on_stream) > 1 or any(name not in STREAM_AXES + OTHER_AXES for name in names):
+        known = STREAM_AXES + NORMED_AXES + OTHER_AXES
+        if not names or len(on_stream) > 1 or any(name not in known for name in names):
             raise ValueError(f"parameter {'/'.join(path)}: axis names {names} do not give it a role")
+        normed_axis = next((i - len(names) for i, name in enumerate(names) if name in NORMED_AXES), None)
         if not on_stream:
-            roles[path] = Role("internal")
+            roles[path] = Role("internal", normed_axis=normed_axis)
             continue
         axis = names.index(on_stream[0]) - len(names)
         if on_stream == ["read"]:
@@ -147,6 +157,7 @@ def parameter_roles(config: ModelConfig) -> Roles:
             roles[path] = Role(
                 "reader",
                 axis,
+                normed_axis,
                 scale=scale if scale in leaves else None,
                 shift=shift if shift in leaves else None,
                 bias=(*path[:-1], "bias"),
@@ -162,10 +173,10 @@ def _feeding_norm(path: Path, leaves: dict[Path, Any]) -> Path:
     So `block_0/attention/query/kernel` is fed by `block_0/attention_norm`, or by `block_0/norm` if both branches share
     it. Where neither has parameters, the path returned holds none.
     """
-    modules = {leaf_path[:-1] for leaf_path in leaves}
+    norms = {leaf_path[:-1] for leaf_path, leaf in leaves.items() if leaf.names == ("norm",)}
     for depth in range(len(path) - 2, -1, -1):
         for name in (f"{path[depth]}_norm", "norm"):
             candidate = (*path[:depth], name)
-            if candidate in modules:
+            if candidate in norms:
                 return candidate
     return ("norm",)

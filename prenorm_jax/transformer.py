@@ -1,17 +1,22 @@
-"""Attention, MLP and the residual block, each written once for all three norms.
+"""The residual stream: how a model enters it, attention, MLP and block. Each is written once for all three norms.
 
 Shape suffixes, here and in `models/`:
     B batch   T sequence (queries)   S sequence (keys)   D stream width (d, or d-1 under crmsnorm)   W model width d
-    H heads   G key/value heads   R query heads per key/value head (H = G·R)   K head width   F MLP width   V vocabulary
+    H heads   G key/value heads   R query heads per key/value head (H = G·R)   K head width   F MLP width
+    V vocabulary or classes   P patch size   C channels   N any width
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from prenorm_jax.config import ModelConfig
+from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.norms import LayerNorm, RMSNorm
 from prenorm_jax.stream import COORDINATES
 
 _ACTIVATIONS = {
@@ -21,6 +26,25 @@ _ACTIVATIONS = {
     "silu": nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """The nonlinearity of the config's MLPs."""
+    return _ACTIVATIONS[config.activation](x)
+
+
+class StreamModel(nn.Module):
+    """What the models share: `init` gives plain arrays, `annotated_init` the axis names that conversion reads."""
+
+    @nn.nowrap
+    def annotated_init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`init` whose leaves carry their logical axis names (`nn.LogicallyPartitioned`)."""
+        return super().init(*args, **kwargs)
+
+    @nn.nowrap
+    def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Variables as `nn.Module.init` makes them, with plain arrays as leaves."""
+        return nn.unbox(self.annotated_init(*args, **kwargs))
 
 
 def make_norm(config: ModelConfig, name: str, affine: bool) -> nn.Module:
@@ -34,9 +58,53 @@ def make_norm(config: ModelConfig, name: str, affine: bool) -> nn.Module:
     )
 
 
-def _linear(
-    config: ModelConfig, name: str, features: int, axes: tuple[str, str], bias: bool, stddev: float
+def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
+    """A norm outside the stream: its affine stays where it is in all variants."""
+    affine = config.kept_norm_affine
+    bias = affine and config.norm_bias
+    return norm(config.epsilon, affine, bias, param_dtype=config.param_dtype, axis=axis, name=name)
+
+
+def embedding_axis(config: ModelConfig) -> tuple[int, str]:
+    """Width and logical name of the last axis of a table or kernel whose rows are the first to enter the stream."""
+    return (config.d_model, "raw") if config.raw_embedding else (config.stream_width, "write")
+
+
+def table(module: nn.Module, config: ModelConfig, name: str, rows: int, axis: str) -> jax.Array:
+    """A learned parameter (rows, D or W) of `module`, added to the stream before the first block, in config.dtype."""
+    width, stream_axis = embedding_axis(config)
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, stream_axis))
+    return module.param(name, init, (rows, width), config.param_dtype).astype(config.dtype)
+
+
+def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
+    """The same of a table that is computed: (T, W) -> (T, D or W)."""
+    table_TxW = jnp.asarray(values_TxW, jnp.promote_types(config.dtype, jnp.float32))
+    return (table_TxW if config.raw_embedding else COORDINATES[config.norm].enter(table_TxW)).astype(config.dtype)
+
+
+def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
+    """The embedding's norm and dropout, if it has them, and what they make necessary: (B, T, D or W) -> (B, T, D)."""
+    if config.embed_norm:
+        x_BxTxW = kept_norm(config, "embedding_norm", LayerNorm, axis="raw")(x_BxTxW)
+    x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+    return COORDINATES[config.norm].enter(x_BxTxW) if config.raw_embedding else x_BxTxW
+
+
+def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> jax.Array:
+    """All of the model's blocks: (B, T, D) -> (B, T, D)."""
+    for i in range(config.depth):
+        rate = config.stochastic_depth
+        if config.stochastic_depth_schedule == "linear":
+            rate *= i / max(config.depth - 1, 1)
+        x_BxTxD = Block(config, rate, name=f"block_{i}")(x_BxTxD, train)
+    return x_BxTxD
+
+
+def linear(
+    config: ModelConfig, name: str, features: int, axes: tuple[str, str], bias: bool, stddev: float = 0.02
 ) -> nn.Dense:
+    """A linear map over the last axis whose kernel (in, out) has these logical axis names."""
     return nn.Dense(
         features,
         use_bias=bias,
@@ -50,20 +118,25 @@ def _linear(
 
 def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> nn.Dense:
     """A linear map from the normalised stream: (B, T, D) -> (B, T, features)."""
-    return _linear(config, name, features, ("read", axis), bias, stddev=0.02)
+    return linear(config, name, features, ("read", axis), bias)
 
 
-def write(config: ModelConfig, name: str, axis: str, x_BxTxN: jax.Array, train: bool) -> jax.Array:
-    """A branch's last linear map and the dropout behind it: (B, T, N) -> (B, T, D), to be added to the stream.
+def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN: jax.Array, train: bool) -> jax.Array:
+    """What a branch (`module`) ends in: (B, T, N) -> (B, T, D), to be added to the stream.
 
-    Dropout drops some of all d coordinates, and what is left has no zero mean whatever the weights are: the value is
-    centred (and compressed) after it. Without dropout the weights themselves are in stream coordinates.
+    A linear map, dropout, and LayerScale (arXiv 2103.17239), whose parameter `<name>_scale` conversion folds into the
+    map. Dropout drops some of all d coordinates, and what is left has no zero mean whatever the weights are: the value
+    is centred (and compressed) after it. Without dropout the weights themselves are in stream coordinates.
     """
     raw = config.raw_branches
     features = config.d_model if raw else config.stream_width
     stddev = 0.02 / (2 * config.depth) ** 0.5  # 2·depth branches add up (GPT-2, section 2.3)
-    linear = _linear(config, name, features, (axis, "raw" if raw else "write"), config.use_bias, stddev)
-    y_BxTxW = nn.Dropout(config.branch_dropout)(linear(x_BxTxN), deterministic=not train)
+    write_map = linear(config, name, features, (axis, "raw" if raw else "write"), config.use_bias, stddev)
+    y_BxTxW = nn.Dropout(config.branch_dropout)(write_map(x_BxTxN), deterministic=not train)
+    if config.layer_scale is not None:
+        init = nn.with_logical_partitioning(nn.initializers.constant(config.layer_scale), ("layer_scale",))
+        scale_W = module.param(f"{name}_scale", init, (features,), config.param_dtype)
+        y_BxTxW = y_BxTxW * scale_W.astype(config.dtype)
     return COORDINATES[config.norm].enter(y_BxTxW) if raw else y_BxTxW
 
 
@@ -79,7 +152,7 @@ def rotate(x_BxTxHxK: jax.Array, base: float) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D)."""
+    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D)."""
 
     config: ModelConfig
 
@@ -90,22 +163,28 @@ class Attention(nn.Module):
         H, G, K = config.heads, config.kv_heads, config.head_dim
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
-            return reader(config, name, heads * K, axis, config.reader_bias)(x_BxTxD).reshape(B, T, heads, K)
+            return reader(config, name, heads * K, axis, config.qkv_bias)(x_BxTxD).reshape(B, T, heads, K)
 
-        q_BxTxHxK = project("query", H, "heads")
-        k_BxSxGxK = project("key", G, "kv_heads")
+        normed = "normed_" if config.qk_norm else ""
+        q_BxTxHxK = project("query", H, f"{normed}heads")
+        k_BxSxGxK = project("key", G, f"{normed}kv_heads")
         v_BxSxGxK = project("value", G, "kv_heads")
-        if config.positions == "rotary":
+        if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
+            norm = LayerNorm if config.norm == "layernorm" else RMSNorm
+            q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
+            k_BxSxGxK = kept_norm(config, "key_norm", norm, axis="head_dim")(k_BxSxGxK)
+        if config.rotary:
             q_BxTxHxK, k_BxSxGxK = (rotate(x, config.rotary_base) for x in (q_BxTxHxK, k_BxSxGxK))
 
         q_BxTxGxRxK = q_BxTxHxK.reshape(B, T, G, H // G, K) * K**-0.5
         scores_BxGxRxTxS = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxSxGxK)
         scores_BxGxRxTxS = scores_BxGxRxTxS.astype(jnp.promote_types(scores_BxGxRxTxS.dtype, jnp.float32))
-        causal_TxS = jnp.tril(jnp.ones((T, T), bool))
-        weights_BxGxRxTxS = jax.nn.softmax(jnp.where(causal_TxS, scores_BxGxRxTxS, -jnp.inf)).astype(v_BxSxGxK.dtype)
+        if config.causal:
+            scores_BxGxRxTxS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BxGxRxTxS, -jnp.inf)
+        weights_BxGxRxTxS = jax.nn.softmax(scores_BxGxRxTxS).astype(v_BxSxGxK.dtype)
         weights_BxGxRxTxS = nn.Dropout(config.attention_dropout)(weights_BxGxRxTxS, deterministic=not train)
         heads_BxTxN = jnp.einsum("bgrts,bsgk->btgrk", weights_BxGxRxTxS, v_BxSxGxK).reshape(B, T, H * K)
-        return write(config, "out", "heads", heads_BxTxN, train)
+        return write(self, config, "out", "heads", heads_BxTxN, train)
 
 
 class Mlp(nn.Module):
@@ -116,22 +195,28 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, train: bool = False) -> jax.Array:
         config = self.config
-        activation = _ACTIVATIONS[config.activation]
 
         def project(name: str) -> jax.Array:
             return reader(config, name, config.mlp_dim, "mlp", config.reader_bias)(x_BxTxD)
 
-        h_BxTxF = activation(project("gate")) * project("up") if config.gated_mlp else activation(project("up"))
-        return write(config, "down", "mlp", h_BxTxF, train)
+        h_BxTxF = activate(config, project("gate" if config.gated_mlp else "up"))
+        if config.gated_mlp:
+            h_BxTxF *= project("up")
+        return write(self, config, "down", "mlp", h_BxTxF, train)
 
 
 class Block(nn.Module):
     """Attention and MLP on the residual stream: (B, T, D) -> (B, T, D).
 
     The norm beside branch `X` is called `X_norm`, one that feeds both `norm`: conversion finds it by that name.
+
+    Attributes:
+      drop_rate: of stochastic depth (arXiv 1603.09382): in training each branch is left out for this share of the
+        examples, and is the larger for the others. One factor for all coordinates keeps a zero mean.
     """
 
     config: ModelConfig
+    drop_rate: float = 0.0
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, train: bool = False) -> jax.Array:
@@ -141,15 +226,19 @@ class Block(nn.Module):
         def norm(name: str) -> nn.Module:
             return make_norm(config, name, config.norm_affine)
 
+        def update(name: str, x_BxTxD: jax.Array) -> jax.Array:
+            drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), name=f"{name}_drop")
+            return drop(branches[name](x_BxTxD, train), deterministic=not train)
+
         if config.shared_norm:
             normed_BxTxD = norm("norm")(x_BxTxD)
-            return x_BxTxD + sum(branch(normed_BxTxD, train) for branch in branches.values())
+            return x_BxTxD + sum(update(name, normed_BxTxD) for name in branches)
         if config.parallel:
-            return x_BxTxD + sum(branch(norm(f"{name}_norm")(x_BxTxD), train) for name, branch in branches.items())
-        for name, branch in branches.items():
+            return x_BxTxD + sum(update(name, norm(f"{name}_norm")(x_BxTxD)) for name in branches)
+        for name in branches:
             branch_norm = norm(f"{name}_norm")
             if config.post_norm:
-                x_BxTxD = branch_norm(x_BxTxD + branch(x_BxTxD, train))
+                x_BxTxD = branch_norm(x_BxTxD + update(name, x_BxTxD))
             else:
-                x_BxTxD = x_BxTxD + branch(branch_norm(x_BxTxD), train)
+                x_BxTxD = x_BxTxD + update(name, branch_norm(x_BxTxD))
         return x_BxTxD

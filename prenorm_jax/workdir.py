@@ -1,8 +1,9 @@
 """The files of a run's folder beside its checkpoints.
 
-config.json      the run's configuration, every key
+config.json      the run's configuration, every key as it was asked for
 run.json         what the run is and was made with: parameters, device, versions, and each start with its step and norm
-metrics.jsonl    one object a line: {step, loss, grad_norm, learning_rate, tokens_per_s} or {step, eval_loss, ...}
+metrics.jsonl    one object a line: {step, loss, grad_norm, learning_rate, tokens_per_s or images_per_s} or
+                 {step, eval_loss, ...}
 tensorboard/     the same as event files
 """
 
@@ -60,8 +61,9 @@ def load_config(workdir: str | Path) -> ConfigDict:
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise PrenormError(f"{path} is damaged: it holds no JSON object")
-    config = base_config()  # for the types of keys that are None, and keys that came later
     try:
+        family = stored.get("model", {}).get("family", "gpt")
+        config = base_config(family)  # for the types of keys that are None, and keys that came later
         config.update(stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}") from error
@@ -69,7 +71,7 @@ def load_config(workdir: str | Path) -> ConfigDict:
 
 
 def literal_config(config: ConfigDict) -> ConfigDict:
-    """The form that is stored and compared: every model key resolved, and with `native` the tree that is trained.
+    """The form in which runs are compared: every model key resolved, and with `native` the tree that is trained.
 
     (A `pre_ln` run keeps the Pre-LN description, with the norm that is computed.)
     """

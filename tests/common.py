@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import strategies as st
 
-from prenorm_jax.config import ACTIVATIONS, POSITIONS, ModelConfig
+from prenorm_jax.model_config import ACTIVATIONS, GPTConfig, ModelConfig
 from prenorm_jax.models import build_model
 
 TINY = {
@@ -44,7 +44,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         mlp_dim=draw(st.sampled_from([1, 9])),
         gated_mlp=draw(st.booleans()),
         activation=draw(st.sampled_from(ACTIVATIONS)),
-        positions=draw(st.sampled_from(POSITIONS)),
+        positions=draw(st.sampled_from(GPTConfig.choices["positions"])),
         parallel=parallel,
         shared_norm=parallel and draw(st.booleans()),
         embed_norm=draw(st.booleans()),
@@ -55,7 +55,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         norm_affine=draw(st.booleans()),
         norm_bias=draw(st.booleans()),
         final_norm_affine=draw(st.sampled_from([None, True, False])),
-        embed_norm_affine=draw(st.sampled_from([None, True, False])),
+        kept_norm_affine=draw(st.sampled_from([None, True, False])),
         epsilon=draw(st.sampled_from([1e-12, 1e-6, 1e-5, 1e-3])),
         attention_dropout=draw(dropout),
         branch_dropout=draw(dropout),

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from prenorm_jax.config import NORMS
+from prenorm_jax.model_config import NORMS
 from prenorm_jax.sharding import make_mesh
 from prenorm_jax.step import count, init_state, make_train_step, run_models
 from prenorm_jax.stream import abstract_params

@@ -9,8 +9,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
-from prenorm_jax.config import NORMS, ModelConfig, base_config
+from prenorm_jax.config import base_config
 from prenorm_jax.conversion import fold_norms
+from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.stream import abstract_params, center, parameter_roles
 
 # From each norm to each other one, both ways: six directions.

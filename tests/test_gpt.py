@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from scipy.special import erf
 
 from prenorm_jax import PrenormError, build_model, convert_config
-from prenorm_jax.config import NORMS, ModelConfig, base_config
+from prenorm_jax.config import base_config
+from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.stream import abstract_params, parameter_roles
 
 ACTIVATE = {

@@ -16,10 +16,11 @@ from common import tiny
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 
 from prenorm_jax.checkpoint import Checkpoints, digest
-from prenorm_jax.config import ModelConfig, base_config
+from prenorm_jax.config import base_config
 from prenorm_jax.conversion import convert_config, convert_params, fit_params
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.loop import train
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.stream import abstract_params
 

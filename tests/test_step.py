@@ -9,7 +9,8 @@ import pytest
 from common import TINY
 from ml_collections import ConfigDict
 
-from prenorm_jax.config import NORMS, base_config
+from prenorm_jax.config import base_config
+from prenorm_jax.model_config import NORMS
 from prenorm_jax.optim import make_optimizer, make_schedule
 from prenorm_jax.sharding import make_mesh
 from prenorm_jax.step import init_state, make_eval_step, make_train_step, run_models
@@ -110,13 +111,14 @@ def test_the_loss_weighs_tokens_not_sequences():
     state, batch = init_state(config, models), batch_of(0)
     batch["weights"][:, 3:] = 0
     batch["weights"][5:] = 0
-    eval_step = make_eval_step(models.computed, mesh)
-    nats, tokens = eval_step(state.params, batch)
+    eval_step = make_eval_step(config, models.computed, mesh)
+    sums = eval_step(state.params, batch)
+    nats, tokens = sums["nats"], sums["weight"]
     assert tokens == batch["weights"].sum()
     scrambled = dict(
         batch, tokens=np.where(np.pad(batch["weights"], ((0, 0), (1, 0)), constant_values=1) > 0, batch["tokens"], 0)
     )
-    np.testing.assert_allclose(eval_step(state.params, scrambled)[0], nats, rtol=1e-12)
+    np.testing.assert_allclose(eval_step(state.params, scrambled)["nats"], nats, rtol=1e-12)
     loss = make_train_step(config, models, mesh)(state, batch)[1]["loss"]
     np.testing.assert_allclose(loss, nats / tokens, rtol=1e-12)
 

@@ -1,1 +1,46 @@
-"""Text data: `sources` finds documents, `text` makes token streams of them, `batches` cuts these."""
+"""Examples to train on: one interface, `Data`, for text and for images. What is read is never executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from prenorm_jax.data.images import load_images
+from prenorm_jax.data.text import load_text
+
+HostBatch = dict[str, np.ndarray]
+
+
+class Data(Protocol):
+    """A training and an evaluation split. `config` is the run's whole configuration, as in `load_data`.
+
+    Attributes:
+      unit: what the loss is the mean over, and speed counts: token or image.
+      description: one line for logs.
+    """
+
+    unit: str
+    description: str
+
+    def check_model(self, config: ConfigDict) -> None:
+        """Raises PrenormError, naming the key to change, if the model cannot take these data."""
+
+    def units_per_batch(self, config: ConfigDict) -> int:
+        """Tokens or images in a training batch."""
+
+    def train_batch(self, config: ConfigDict, step: int) -> HostBatch:
+        """The batch of a training step, from 0: a pure function of (config.seed, step)."""
+
+    def eval_batches(self, config: ConfigDict) -> Iterator[HostBatch]:
+        """Batches of one shape that hold every unit of the evaluation split once, with weight 1."""
+
+    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        """{eval_loss, ...} from the sums of `step.make_eval_step` over all batches."""
+
+
+def load_data(config: ConfigDict) -> Data:
+    """Reads what `config.data` names, as `config.model` needs it. Raises PrenormError."""
+    return load_images(config) if config.model.family == "vit" else load_text(config.data)

@@ -30,24 +30,32 @@ def window_count(stream: np.ndarray, seq_len: int) -> int:
     return tokens // seq_len
 
 
+def example_rows(seed: int, step: int, batch_size: int, count: int, rows: slice | None = None) -> np.ndarray:
+    """The numbers, of `count` training examples, that make the batch of a step: (batch,).
+
+    The examples form one endless sequence, epoch after epoch, each a permutation of them all drawn from
+    (seed, epoch); step s takes batch_size of them from number s*batch_size on. So a run resumes from its step
+    alone, and another batch size sees the same examples in the same order. `rows` gives only these rows of the
+    batch, for a process that feeds only its own devices.
+    """
+    example_B = step * batch_size + np.arange(batch_size)[rows or slice(None)]
+    epoch_B, place_B = np.divmod(example_B, count)
+    row_B = np.empty_like(place_B)
+    for epoch in np.unique(epoch_B):
+        chosen_B = epoch_B == epoch
+        row_B[chosen_B] = _permutation(seed, int(epoch), count)[place_B[chosen_B]]
+    return row_B
+
+
 def train_batch(
     stream: np.ndarray, seed: int, step: int, batch_size: int, seq_len: int, rows: slice | None = None
 ) -> dict[str, np.ndarray]:
     """The batch of a step, from 0: `tokens` int32 (batch, seq_len+1) and `weights` float32 (batch, seq_len).
 
-    Inputs are tokens[:, :-1], targets tokens[:, 1:]; the weights are all 1. The examples form one endless
-    sequence, epoch after epoch, each a permutation of all windows drawn from (seed, epoch); step s takes
-    batch_size of them from number s*batch_size on. So a run resumes from its step alone, and another batch
-    size sees the same examples in the same order. `rows` builds only these rows of the batch, for a process
-    that feeds only its own devices. Raises PrenormError if no window fits.
+    Inputs are tokens[:, :-1], targets tokens[:, 1:]; the weights are all 1. Which windows they are, and `rows`:
+    see `example_rows`. Raises PrenormError if no window fits.
     """
-    count = window_count(stream, seq_len)
-    example_B = step * batch_size + np.arange(batch_size)[rows or slice(None)]
-    epoch_B, place_B = np.divmod(example_B, count)
-    window_B = np.empty_like(place_B)
-    for epoch in np.unique(epoch_B):
-        chosen_B = epoch_B == epoch
-        window_B[chosen_B] = _permutation(seed, int(epoch), count)[place_B[chosen_B]]
+    window_B = example_rows(seed, step, batch_size, window_count(stream, seq_len), rows)
     position_BxT = window_B[:, None] * seq_len + np.arange(seq_len + 1)
     weights_BxT = np.ones((len(window_B), seq_len), np.float32)
     return {"tokens": stream[position_BxT].astype(np.int32), "weights": weights_BxT}

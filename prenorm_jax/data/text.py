@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from prenorm_jax.data.batches import window_count
+from prenorm_jax.data.batches import eval_batches, train_batch, window_count
 from prenorm_jax.data.sources import find_files, hold_out, read_files, read_hub, read_stdlib
 from prenorm_jax.errors import PrenormError, first_line
 
@@ -27,9 +28,11 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextData:
-    """Token streams for `batches`: 1-D, each starting with one end-of-text that is context, never predicted.
+    """A training and an evaluation split (see `data.Data`) as 1-D token streams.
 
-    So a stream has len - 1 tokens to predict. Its dtype is the smallest unsigned one that holds all ids.
+    Each starts with one end-of-text that is context, never predicted.
+
+    So it has len - 1 tokens to predict. Its dtype is the smallest unsigned one that holds all ids.
     """
 
     train: np.ndarray
@@ -37,7 +40,40 @@ class TextData:
     vocab_size: int  # ids are below it, end-of-text included
     eval_bytes: int  # of the evaluation text in UTF-8, without end-of-text tokens: for bits per byte
     eot: int
-    description: str  # one line for logs
+    description: str
+    unit = "token"
+
+    def check_model(self, config: ConfigDict) -> None:
+        """Raises PrenormError, naming the key to change, if the model cannot take these tokens."""
+        if self.vocab_size > config.model.vocab_size:
+            raise PrenormError(
+                f"model.vocab_size={config.model.vocab_size} is too small for the tokenizer {config.data.tokenizer!r}: "
+                f"it needs {self.vocab_size}"
+            )
+        if config.data.seq_len > config.model.max_len:
+            raise PrenormError(f"data.seq_len={config.data.seq_len} is above model.max_len={config.model.max_len}")
+
+    def units_per_batch(self, config: ConfigDict) -> int:
+        """Tokens that a training batch predicts."""
+        return config.batch_size * config.data.seq_len
+
+    def train_batch(self, config: ConfigDict, step: int) -> dict[str, np.ndarray]:
+        """See `batches.train_batch`."""
+        return train_batch(self.train, config.seed, step, config.batch_size, config.data.seq_len)
+
+    def eval_batches(self, config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+        """See `batches.eval_batches`."""
+        return eval_batches(self.eval, config.batch_size, config.data.seq_len)
+
+    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        """{eval_loss (nats per token), eval_perplexity, eval_bits_per_byte (of the text), eval_tokens}."""
+        nats, tokens = sums["nats"], sums["weight"]
+        return {
+            "eval_loss": nats / tokens,
+            "eval_perplexity": math.exp(nats / tokens) if nats / tokens < 700 else math.inf,
+            "eval_bits_per_byte": nats / math.log(2) / self.eval_bytes,
+            "eval_tokens": int(tokens),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from prenorm_jax.config import ModelConfig
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models.gpt import GPT
+from prenorm_jax.models.vit import ViT
+from prenorm_jax.transformer import StreamModel
+
+MODELS: dict[str, type[StreamModel]] = {"gpt": GPT, "vit": ViT}
 
 
-def build_model(config: ConfigDict | Mapping[str, Any] | ModelConfig) -> GPT:
+def build_model(config: ConfigDict | Mapping[str, Any] | ModelConfig) -> StreamModel:
     """The Flax module that `config.model` describes. Raises PrenormError naming a key that is unknown or wrong.
 
-    `model.init(key, tokens)["params"]` is a nested dict of arrays; `model.apply({"params": params}, tokens)` are the
-    logits, of shape (batch, length, vocab), of integer tokens of shape (batch, length).
+    `model.init(key, inputs)["params"]` is a nested dict of arrays, and `model.apply({"params": params}, inputs)` are
+    the logits: of a GPT's integer tokens (batch, length), in the shape (batch, length, vocab); of a ViT's images
+    (batch, side, side, channels), in the shape (batch, classes).
     """
-    return GPT(ModelConfig.create(config))
+    config = ModelConfig.create(config)
+    return MODELS[config.family](config)

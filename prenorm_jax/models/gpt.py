@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.config import ModelConfig
 from prenorm_jax.errors import PrenormError
-from prenorm_jax.norms import Affine, LayerNorm
+from prenorm_jax.model_config import GPTConfig
+from prenorm_jax.norms import Affine
 from prenorm_jax.stream import COORDINATES
-from prenorm_jax.transformer import Block, make_norm, reader
+from prenorm_jax.transformer import StreamModel, blocks, constant_table, enter_stream, make_norm, reader, table
 
 
 def sinusoidal_table(length: int, width: int) -> np.ndarray:
@@ -23,13 +21,13 @@ def sinusoidal_table(length: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width]
 
 
-class GPT(nn.Module):
+class GPT(StreamModel):
     """A causal language model: (B, T) int tokens -> (B, T, V) logits in `config.dtype`.
 
     Dropout is active with `train=True` and needs `rngs={"dropout": key}`; one key gives the three norms the same masks.
     """
 
-    config: ModelConfig
+    config: GPTConfig
 
     @nn.compact
     def __call__(self, tokens_BxT: jax.Array, train: bool = False) -> jax.Array:
@@ -38,32 +36,13 @@ class GPT(nn.Module):
         if config.max_len < T:
             raise PrenormError(f"a sequence of {T} tokens is longer than model.max_len={config.max_len}")
 
-        table_VxW = self._table("token_embedding", config.vocab_size, "vocab")
-        x_BxTxW = jnp.take(table_VxW, tokens_BxT, axis=0).astype(config.dtype)
+        table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab")
+        x_BxTxW = jnp.take(table_VxW, tokens_BxT, axis=0)
         if config.positions == "learned":
-            x_BxTxW += self._table("position_embedding", config.max_len, "position")[:T].astype(config.dtype)
+            x_BxTxW += table(self, config, "position_embedding", config.max_len, "position")[:T]
         elif config.positions == "sinusoidal":
-            positions_TxW = jnp.asarray(
-                sinusoidal_table(T, config.d_model), jnp.promote_types(config.dtype, jnp.float32)
-            )
-            in_stream = positions_TxW if config.raw_embedding else COORDINATES[config.norm].enter(positions_TxW)
-            x_BxTxW += in_stream.astype(config.dtype)
-        if config.embed_norm:
-            affine = config.embed_norm_affine
-            norm = LayerNorm(
-                config.epsilon,
-                use_scale=affine,
-                use_bias=affine and config.norm_bias,
-                param_dtype=config.param_dtype,
-                axis="raw",
-                name="embedding_norm",
-            )
-            x_BxTxW = norm(x_BxTxW)
-        x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
-        x_BxTxD = COORDINATES[config.norm].enter(x_BxTxW) if config.raw_embedding else x_BxTxW
-
-        for i in range(config.depth):
-            x_BxTxD = Block(config, name=f"block_{i}")(x_BxTxD, train)
+            x_BxTxW += constant_table(config, sinusoidal_table(T, config.d_model))
+        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train)
 
         if not config.tie_embeddings:
             if config.final_norm:
@@ -77,24 +56,16 @@ class GPT(nn.Module):
         if config.final_norm and config.final_norm_affine:
             affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
             x_BxTxW = affine(x_BxTxW.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)
-        logits_BxTxV = x_BxTxW @ table_VxW.T.astype(config.dtype)
+        logits_BxTxV = x_BxTxW @ table_VxW.T
         if config.head_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("vocab",))
             logits_BxTxV += self.param("head_bias", bias_init, (config.vocab_size,), config.param_dtype)
         return logits_BxTxV.astype(config.dtype)
 
-    def _table(self, name: str, rows: int, axis: str) -> jax.Array:
-        raw = self.config.raw_embedding
-        width = self.config.d_model if raw else self.config.stream_width
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, "raw" if raw else "write"))
-        return self.param(name, init, (rows, width), self.config.param_dtype)
-
     @nn.nowrap
-    def annotated_init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`init` whose leaves carry their logical axis names (`nn.LogicallyPartitioned`)."""
-        return super().init(*args, **kwargs)
-
-    @nn.nowrap
-    def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Variables as `nn.Module.init` makes them, with plain arrays as leaves."""
-        return nn.unbox(self.annotated_init(*args, **kwargs))
+    def example(self, batch: int = 1, seed: int | None = None) -> np.ndarray:
+        """An input: (batch, 1) zeros, or of a seed (batch, up to 128) random tokens."""
+        if seed is None:
+            return np.zeros((batch, 1), np.int32)
+        shape = (batch, min(self.config.max_len, 128))
+        return np.random.default_rng(seed).integers(self.config.vocab_size, size=shape, dtype=np.int32)

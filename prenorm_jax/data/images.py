@@ -1,0 +1,277 @@
+"""Labelled images: scikit-learn's digits, IDX files (the MNIST family), folders of classes, hub data sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from prenorm_jax.data.batches import example_rows
+from prenorm_jax.errors import PrenormError, check_range, first_line
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """N square images that are read by row.
+
+    Attributes:
+      labels: (N,) int32 classes.
+      read: rows (n,) -> (n, side, side, C) uint8.
+    """
+
+    labels: np.ndarray
+    read: Callable[[np.ndarray], np.ndarray]
+
+    def batch(self, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """images uint8 (B, side, side, C), labels int32 (B,), weights float32 (B,)."""
+        return {"images": self.read(rows), "labels": self.labels[rows], "weights": weights.astype(np.float32)}
+
+    def select(self, rows: np.ndarray) -> Images:
+        """These rows alone."""
+        return Images(self.labels[rows], lambda chosen: self.read(rows[chosen]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageData:
+    """A training and an evaluation split (see `data.Data`) of images of `side` × `side` pixels."""
+
+    train: Images
+    eval: Images
+    side: int
+    channels: int
+    classes: int
+    description: str
+    unit = "image"
+
+    def check_model(self, config: ConfigDict) -> None:
+        """Raises PrenormError, naming the key to change, if the model cannot take these images."""
+        model = config.model
+        if model.channels != self.channels:
+            raise PrenormError(f"model.channels={model.channels}, but the images have {self.channels}: set it to that")
+        if model.image_size > self.side:
+            raise PrenormError(
+                f"model.image_size={model.image_size} is larger than the images ({self.side} × {self.side}): lower it"
+            )
+        if model.classes < self.classes:
+            raise PrenormError(f"model.classes={model.classes} is too small: the images have {self.classes} classes")
+
+    def units_per_batch(self, config: ConfigDict) -> int:
+        """Images in a training batch."""
+        return config.batch_size
+
+    def train_batch(self, config: ConfigDict, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, a pure function of (seed, step); each epoch is a permutation of all images."""
+        rows = example_rows(config.seed, step, config.batch_size, len(self.train.labels))
+        return self.train.batch(rows, np.ones(len(rows)))
+
+    def eval_batches(self, config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+        """Every image once, in order; the last batch is filled up with images of weight 0."""
+        last = len(self.eval.labels) - 1
+        for start in range(0, last + 1, config.batch_size):
+            rows = start + np.arange(config.batch_size)
+            yield self.eval.batch(np.minimum(rows, last), rows <= last)
+
+    def summarize(self, sums: dict[str, float]) -> dict[str, float]:
+        """{eval_loss (nats per image), eval_top1, eval_top5 (fractions), eval_images}."""
+        count = sums["weight"]
+        return {
+            "eval_loss": sums["nats"] / count,
+            "eval_top1": sums["top1"] / count,
+            "eval_top5": sums["top5"] / count,
+            "eval_images": int(count),
+        }
+
+
+def load_images(config: ConfigDict) -> ImageData:
+    """Reads what `config.data` names, in the size and channels that `config.model` and `data.image_size` ask for.
+
+    Raises PrenormError, naming the key to change, if keys contradict each other, or files cannot be read or are not
+    what they are called.
+    """
+    data = config.data
+    if data.path and data.hub:
+        raise PrenormError("data.path and data.hub exclude each other: unset one")
+    check_range("data.holdout", data.holdout, at_least=0, below=1)
+    for key in ("mean", "std"):
+        if len(data[key]) not in (1, config.model.channels):
+            raise PrenormError(f"data.{key}={data[key]} has {len(data[key])} numbers: give 1 or model.channels")
+    if min(data.std) <= 0:
+        raise PrenormError(f"data.std={data.std} must be above 0")
+    if data.hub or (data.path and not _idx_files(Path(data.path))):
+        train, evaluation, classes, source = _read_datasets(config)
+        side, channels = _stored_size(config), config.model.channels
+    else:
+        train, evaluation, source = _read_idx_folder(Path(data.path)) if data.path else (*_read_digits(), "digits")
+        side, channels = train.read(np.arange(1)).shape[2:]
+        classes = 1 + max(split.labels.max() for split in (train, evaluation) if split)
+        if data.image_size not in (None, side):
+            raise PrenormError(f"data.image_size={data.image_size}: images of {source} are {side} wide; unset it")
+    if evaluation is None:
+        train, evaluation = hold_out(train, data.holdout)
+    sizes = f"train {len(train.labels):,}, eval {len(evaluation.labels):,} images"
+    description = f"{source}: {sizes} of {side} × {side} × {channels}, {classes} classes"
+    return ImageData(train, evaluation, side, channels, int(classes), description)
+
+
+def hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
+    """(training, evaluation): about `fraction` of the images, drawn by their number alone and so whatever the seed."""
+    count = len(images.labels)
+    held = round(count * fraction)
+    if not 0 < held < count:
+        raise PrenormError(f"data.holdout={fraction} of {count} images leaves a side empty: change it")
+    order = np.random.Generator(np.random.Philox(key=count)).permutation(count)
+    return images.select(np.sort(order[held:])), images.select(np.sort(order[:held]))
+
+
+def _array_images(images: np.ndarray, labels: np.ndarray) -> Images:
+    """From (N, side, side) uint8 and (N,)."""
+    return Images(labels.astype(np.int32), lambda rows: images[rows, :, :, None])
+
+
+def _read_digits() -> tuple[Images, None]:
+    """1,797 handwritten digits, 8 × 8, in the wheel of scikit-learn (UCI, "Optical Recognition of Handwritten Digits")."""
+    from sklearn.datasets import load_digits  # its import takes a second
+
+    digits = load_digits()
+    return _array_images(np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target), None
+
+
+# ---------------------------------------------------------------------------------------------------- IDX
+
+
+def _idx_files(folder: Path) -> dict[str, Path]:
+    """The folder's {train images, train labels, eval images, eval labels}, as far as there are any."""
+    found = {}
+    for file in sorted(folder.expanduser().glob("*idx[13]*")):
+        split = "train" if "train" in file.name else "eval" if "t10k" in file.name or "test" in file.name else None
+        if split:
+            found[f"{split} {'images' if 'idx3' in file.name else 'labels'}"] = file
+    return found
+
+
+def _read_idx_folder(folder: Path) -> tuple[Images, Images | None, str]:
+    files = _idx_files(folder)
+    splits: dict[str, Images] = {}
+    for split in ("train", "eval"):
+        kinds = [f"{split} {kind}" for kind in ("images", "labels")]
+        if split == "eval" and not any(kind in files for kind in kinds):
+            continue
+        if missing := [kind for kind in kinds if kind not in files]:
+            raise PrenormError(
+                f"data.path={str(folder)!r} has no IDX file of {missing[0]}, as in train-images-idx3-ubyte"
+            )
+        images, labels = (read_idx(files[kind]) for kind in kinds)
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or images.shape[1] != images.shape[2]:
+            raise PrenormError(
+                f"{files[kinds[0]]} and {files[kinds[1]]} have shapes {images.shape} and {labels.shape}: not as many "
+                "labels as square images"
+            )
+        splits[split] = _array_images(images, labels)
+    return splits["train"], splits.get("eval"), str(folder)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes, plain or gzip: 0 0 8 n, n sizes of 4 bytes, the data (http://yann.lecun.com).
+
+    Raises PrenormError, naming the file, if it is anything else.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise PrenormError(f"{path} cannot be read: {first_line(error)}") from error
+    start = 4 + 4 * content[3] if len(content) > 3 else 4
+    if content[:3] != b"\0\0\x08" or len(content) < start:
+        raise PrenormError(f"{path} is no IDX file of unsigned bytes")
+    shape = tuple(map(int, np.frombuffer(content[4:start], ">u4")))
+    if len(content) - start != int(np.prod(shape, dtype=object)):
+        raise PrenormError(f"{path} is cut short or too long: {len(content) - start} bytes of data for shape {shape}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------- datasets
+
+
+def _stored_size(config: ConfigDict) -> int:
+    return config.data.image_size or config.model.image_size
+
+
+def _read_datasets(config: ConfigDict) -> tuple[Images, Images | None, int, str]:
+    """From the hub, or a folder of class folders, with splits as folders around them or not."""
+    data = config.data
+    source = f"data.hub={data.hub!r}" if data.hub else f"data.path={data.path!r}"
+    if data.path and not Path(data.path).expanduser().is_dir():
+        raise PrenormError(f"{source} is no folder: give one of IDX files, or of a folder of images for each class")
+    try:
+        if data.hub:
+            splits = datasets.load_dataset(data.hub, data.hub_config)
+        else:
+            with tempfile.TemporaryDirectory() as cache:  # as in sources.read_files
+                folder = str(Path(data.path).expanduser().resolve())
+                splits = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # network, cache, files, unknown name: each has exceptions of its own
+        remedy = "it needs network access, or give a folder as data.path" if data.hub else "give a folder of classes"
+        raise PrenormError(f"{source} cannot be loaded: {first_line(error.__cause__ or error)}; {remedy}") from error
+    names, columns = list(splits), {"train_split": data.train_split, "eval_split": data.eval_split}
+    for key, name in columns.items():
+        if name is not None and name not in names:
+            raise PrenormError(f"{source} has no data.{key}={name!r}; it has {', '.join(names)}")
+    read = {key: _from_dataset(splits[name], config, source) for key, name in columns.items() if name}
+    return read["train_split"][0], read.get("eval_split", (None,))[0], read["train_split"][1], data.hub or data.path
+
+
+def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) -> tuple[Images, int]:
+    """The images of a split, decoded as they are read, and the number of its classes."""
+    data, channels, side = config.data, config.model.channels, _stored_size(config)
+    for key in ("image_column", "label_column"):
+        if data[key] not in dataset.features:
+            have = ", ".join(dataset.features)
+            raise PrenormError(f"{source} has no column data.{key}={data[key]!r}; it has {have}")
+    if not isinstance(dataset.features[data.image_column], datasets.Image):
+        raise PrenormError(f"{source}: data.image_column={data.image_column!r} holds no images; name another")
+    feature = dataset.features[data.label_column]
+    labels = np.asarray(dataset.with_format("numpy")[data.label_column][:])
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels) or labels.min() < 0:
+        raise PrenormError(
+            f"{source}: data.label_column={data.label_column!r} holds no classes 0, 1, ...; name another"
+        )
+    if channels not in (1, 3):
+        raise PrenormError(f"model.channels={channels}: image files are read as 1 (grey) or 3 (RGB)")
+    encoded = dataset.select_columns([data.image_column]).cast_column(data.image_column, datasets.Image(decode=False))
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def decode(row: int, item: dict[str, Any]) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]) as image:
+                return square(image.convert("L" if channels == 1 else "RGB"), side)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            where = item["path"] or f"row {row}"
+            raise PrenormError(f"{source}: image {where} cannot be decoded: {first_line(error)}") from error
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        items = encoded[rows.tolist()][data.image_column]
+        return np.stack(list(pool.map(decode, rows, items))).reshape(len(rows), side, side, channels)
+
+    classes = getattr(feature, "num_classes", None) or int(labels.max()) + 1
+    return Images(labels.astype(np.int32), read), classes
+
+
+def square(image: Image.Image, side: int) -> np.ndarray:
+    """The central square of an image, resized to side × side: uint8."""
+    half = min(image.size) / 2
+    x, y = (extent / 2 for extent in image.size)
+    box = (x - half, y - half, x + half, y + half)
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))

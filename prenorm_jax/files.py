@@ -1,0 +1,48 @@
+"""Files that are whole or not there, and folders that one process has to itself. Needs no JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from prenorm_jax.errors import PrenormError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file's content at once, and for good: after a crash or a power cut it is the old one or the new.
+
+    Raises OSError, naming the file, if it cannot be written; the old content is then untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """While entered, no other process can enter it with this folder; one that dies lets go of it.
+
+    Raises PrenormError if another is there already.
+    """
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise PrenormError(f"{owner} is training in {folder}: wait for it, stop it, or name another one") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield

@@ -1,0 +1,36 @@
+"""Model sizes by the names they have in the papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prenorm_jax.errors import check_choice
+
+# name -> (d_model, depth, mlp_dim, heads): arXiv 2010.11929, table 1; 2106.04560, table 2; 2302.05442, section 2.
+_VIT = {
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "22B": (6144, 48, 24576, 48),
+}
+
+
+def vit(name: str) -> dict[str, Any]:
+    """Keys of `config.model` for a ViT such as "S/16": a size and, after the slash, the patch size.
+
+    22B also has its parallel branches, norms on queries and keys, no biases in query, key, value and norms, and the
+    attention pooling; its norms are LayerNorms here, as the Pre-LN network that the variants are equivalent to.
+    Raises PrenormError for an unknown size.
+    """
+    size, _, patch = name.partition("/")
+    check_choice("ViT size", size, tuple(_VIT))
+    keys = dict(zip(("d_model", "depth", "mlp_dim", "heads"), _VIT[size], strict=True))
+    keys["patch_size"] = int(patch) if patch else 14 if size in ("H", "g", "G", "22B") else 16
+    if size == "22B":
+        keys |= {"parallel": True, "shared_norm": True, "qk_norm": True, "qkv_bias": False, "norm_bias": False}
+        keys |= {"class_token": False, "pooling": "attention"}
+    return keys
