@@ -4,6 +4,7 @@
     step                the batches used
     nonfinite           those of them whose update was skipped
     model               config.model that describes `params` literally; its `norm` is the variant the tree belongs to
+    data                a digest of what the run is trained and evaluated on; None: unknown
     digests             of `params` and, unless it was converted, of `optimizer`: what was saved is what is loaded
     digest              of all this
 """
@@ -45,7 +46,7 @@ def json_digest(value: Any) -> str:
 
 def complete_steps(directory: Path) -> list[int]:
     """The steps of the checkpoints in `directory` that were written to their end, ascending; they may be damaged."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit() and path.is_dir())
 
 
 def _ignore_late_callbacks(unraisable: Any) -> None:
@@ -54,12 +55,17 @@ def _ignore_late_callbacks(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+class Damaged(PrenormError):
+    """A checkpoint that cannot be read, or does not hold what was saved."""
+
+
 class Checkpoints:
     """The checkpoints of one workdir. A context manager: leaving it waits for a save that is still being written."""
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         """Opens (and, unless `read_only`, creates) the folder; at most `keep` checkpoints stay, the latest."""
         self.directory = Path(workdir).absolute() / "checkpoints"
+        self._read_only = read_only
         # Orbax logs every save, every item it was not asked for, and errors with their traces: here they are raised.
         logging.set_verbosity(logging.FATAL)
         sys.unraisablehook = _ignore_late_callbacks
@@ -87,7 +93,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        return complete_steps(self.directory)
 
     def resolve(self, step: int | None) -> int:
         """`step`, or the latest for None. Raises PrenormError if there is no such checkpoint."""
@@ -98,16 +104,26 @@ class Checkpoints:
             raise PrenormError(f"{self.directory.parent} has no checkpoint at step {step}; it has {steps}")
         return steps[-1] if step is None else step
 
-    def save(self, step: int, params: Any, opt_state: Any, model: ModelConfig, nonfinite: int = 0) -> None:
-        """Starts writing in the background; returns once the arrays may change. `opt_state` None: there is none.
+    def save(
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        model: ModelConfig,
+        nonfinite: int = 0,
+        data: str | None = None,
+    ) -> None:
+        """Starts writing in the background; returns once the arrays may change, and earlier saves are complete.
 
-        Raises PrenormError if this save, or the one before it, cannot be written.
+        `opt_state` None: there is none. `nonfinite`, `data`: for the metadata. Raises PrenormError if this save, or the
+        one before it, cannot be written.
         """
         trees = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
         metadata = {
             "step": step,
             "nonfinite": nonfinite,
             "model": dataclasses.asdict(model),
+            "data": data,
             "digests": {name: digest(tree) for name, tree in trees.items()},
         }
         metadata["digest"] = json_digest(metadata)
@@ -135,8 +151,10 @@ class Checkpoints:
     def metadata(self, step: int) -> dict[str, Any]:
         """What the module's docstring lists. Raises PrenormError if it cannot be read."""
         metadata = self._restore(step, "metadata", ocp.args.JsonRestore())
-        if metadata.pop("digest", None) != json_digest(metadata):
+        if not isinstance(metadata, dict) or metadata.pop("digest", None) != json_digest(metadata):
             raise self._damaged(step, "metadata differ from what was saved")
+        if metadata["step"] != step:
+            raise self._damaged(step, f"it is that of step {metadata['step']} under another name")
         return metadata
 
     def params(self, step: int, sharding: jax.sharding.Sharding | None = None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -146,25 +164,23 @@ class Checkpoints:
         """
         metadata = self.metadata(step)
         model = ModelConfig.create(metadata["model"])
-        folder = self.directory / str(step) / "params"
         try:
-            stored = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+            with ocp.StandardCheckpointer() as reader:
+                stored = reader.metadata(self.directory / str(step) / "params").item_metadata
         except Exception as error:
             raise self._damaged(step, error) from error
+        if stored is None:
+            raise self._damaged(step, "params are incomplete")
         try:
-            check_tree(stored, model)
+            check_tree(stored.tree, model)
         except PrenormError as error:
-            raise PrenormError(f"{folder}: {error}") from error
+            raise self._damaged(step, error) from error
         abstract = unflatten_dict({path: leaf.value for path, leaf in abstract_params(model).items()})
         return model, self._restore_tree(step, "params", abstract, sharding)
 
-    def has_optimizer(self, step: int) -> bool:
-        """Whether there is an optimizer state: a converted checkpoint has none."""
-        return "optimizer" in self.metadata(step)["digests"]
-
     def optimizer(self, step: int, abstract: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
         """The optimizer state, in the shapes of `abstract`; None if the checkpoint was converted and has none."""
-        if not self.has_optimizer(step):
+        if "optimizer" not in self.metadata(step)["digests"]:
             return None
         return self._restore_tree(step, "optimizer", abstract, sharding)
 
@@ -191,6 +207,8 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is short, changed or gone
             raise self._damaged(step, error) from error
 
-    def _damaged(self, step: int, why: Exception | str) -> PrenormError:
+    def _damaged(self, step: int, why: Exception | str) -> Damaged:
         why = first_line(why) if isinstance(why, Exception) else why
-        return PrenormError(f"the checkpoint {self.directory / str(step)} is damaged: {why}")
+        others = [str(other) for other in self.steps() if other != step]
+        remedy = f"; --step={' or '.join(others)} names another" if self._read_only and others else ""
+        return Damaged(f"the checkpoint {self.directory / str(step)} is damaged: {why}{remedy}")

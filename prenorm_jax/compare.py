@@ -20,6 +20,7 @@ from typing import Any
 
 from prenorm_jax import compare_figure, compare_page
 from prenorm_jax.errors import PrenormError, run_command
+from prenorm_jax.files import write_whole
 
 # These may differ: they are what is compared, and what a native run's own parameters need.
 COMPARED_KEYS = {"model.norm", "parameterization", "model.norm_affine", "model.final_norm_affine"}
@@ -81,15 +82,9 @@ def compare(
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes under a temporary name first, so that nobody meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, content)
     except OSError as error:
         raise PrenormError(f"cannot write {path} ({error.strerror}): choose another --out") from error
 

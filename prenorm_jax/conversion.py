@@ -15,7 +15,7 @@ Source: arXiv 2305.14858, section 3; README, "The idea", for what goes beyond it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.core
@@ -138,8 +138,9 @@ def convert_params(
             dtypes.setdefault(role.bias, dtypes[path])
     changed = _with_work_dtype(flat, roles, traced)
     changed = fold_layer_scales(fold_norms(changed, roles), roles)
-    changed = _map_stream(changed, roles, *_TO_RMS[source.norm])
-    changed = _map_stream(changed, roles, *_FROM_RMS[to])
+    if (source.norm, to) != ("rmsnorm", "layernorm"):  # those are the same numbers
+        changed = _map_stream(changed, roles, *_TO_RMS[source.norm])
+        changed = _map_stream(changed, roles, *_FROM_RMS[to])
     if source.norm == "layernorm":
         changed = center_heads(changed, roles, source.head_dim)
     to_jax = any(isinstance(leaf, jax.Array) for leaf in flat.values())
@@ -290,21 +291,33 @@ def check_zero_mean(flat: Flat, source: ModelConfig, roles: Roles, to: str) -> N
     for path, role in roles.items():
         leaf = np.asarray(flat[path]).astype(np.float64)
         if source.norm == "rmsnorm" and role.kind == "writer":
-            _check_mean(leaf, role.axis, path, flat[path].dtype, "along the stream")
+            # Rounding each entry to the leaf's dtype leaves a mean of at most half of this.
+            size = np.abs(leaf).mean(role.axis)
+            _check_mean(path, leaf.mean(role.axis), size, flat[path].dtype, "along the stream")
         if source.norm != "layernorm" and to == "layernorm" and role.normed_axis is not None:
-            _check_mean(_split_heads(leaf, source.head_dim), -1, path, flat[path].dtype, "over each head")
+            heads = _split_heads(leaf, source.head_dim)
+            # Under crmsnorm a row is the difference of two, with the rounding of both: the largest is the measure.
+            size = np.abs(heads).mean(-1).max()
+            _check_mean(path, heads.mean(-1), size, flat[path].dtype, "over each head")
 
 
-def _check_mean(leaf: np.ndarray, axis: int, path: Path, dtype: Any, where: str) -> None:
-    # Rounding each entry to the leaf's dtype leaves a mean of at most half of this.
-    tolerance = float(jnp.finfo(dtype).eps) * np.abs(leaf).mean(axis)
-    mean, size = np.abs(leaf.mean(axis)), np.abs(leaf).max()
-    if not (mean <= tolerance).all():
+def _check_mean(path: Path, mean: np.ndarray, size: Any, dtype: Any, where: str) -> None:
+    if not (np.abs(mean) <= float(jnp.finfo(dtype).eps) * size).all():
         raise PrenormError(
-            f"{'/'.join(path)} is not zero-mean {where} (mean {mean.max():.2g}, entries to {size:.2g}): a general "
-            "RMSNorm network has no equivalent with layernorm or crmsnorm, only one made from them has; training with "
-            "parameterization=pre_ln keeps it"
+            f"{'/'.join(path)} is not zero-mean {where} (mean {np.abs(mean).max():.2g}, size {np.max(size):.2g}): a "
+            "general RMSNorm network has no equivalent with layernorm or crmsnorm, only one made from them has; "
+            "training with parameterization=pre_ln keeps it"
         )
+
+
+def model_differences(config: ModelConfig, other: ModelConfig, ignored: Collection[str] = ()) -> list[str]:
+    """ "model.key: value -> other value" for each key in which they differ, but for the `ignored`."""
+    one, two = vars(config), vars(other)
+    return [
+        f"model.{key}: {one.get(key)!r} -> {two.get(key)!r}"
+        for key in dict.fromkeys([*one, *two])
+        if key not in ignored and one.get(key) != two.get(key)
+    ]
 
 
 def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelConfig) -> dict[str, Any]:
@@ -314,23 +327,25 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
     PrenormError if the tree has a leaf, or a shape, that `to_config` has no place for, or if what its fields say of the
     function (heads, activation, ε, ...) differs.
     """
-    if config.family != to_config.family:
-        raise PrenormError(f"the checkpoint is of a {config.family}, the config of a {to_config.family}")
-    if config.norm != to_config.norm:
-        params, config = convert_params(params, config, to_config.norm), convert_config(config, to_config.norm)
-    layout = {"reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
+    layout = {"norm", "reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
     layout |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
-    training = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout", "dtype", "param_dtype"}
-    training |= {"stochastic_depth", "stochastic_depth_schedule"}
-    differences = [
-        f"model.{field.name}: {getattr(config, field.name)!r} -> {getattr(to_config, field.name)!r}"
-        for field in dataclasses.fields(config)
-        if field.name not in layout | training and getattr(config, field.name) != getattr(to_config, field.name)
-    ]
-    if differences:
+    rates = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout"}
+    training = {"stochastic_depth", "stochastic_depth_schedule", "dtype", "param_dtype"}
+    if differences := model_differences(config, to_config, ignored=layout | rates | training):
         raise PrenormError(
             f"the checkpoint is of another network ({'; '.join(differences)}): change the config to match"
         )
+
+    def is_raw(config: ModelConfig) -> tuple[bool, bool]:
+        return config.raw_embedding, config.raw_branches
+
+    if config.norm != to_config.norm or is_raw(config) != is_raw(to_config):
+        # By way of the Pre-LN tree, which alone is the same whether there is dropout on what is written or not.
+        if config.norm != "layernorm":
+            params, config = convert_params(params, config, "layernorm"), convert_config(config, "layernorm")
+        config = dataclasses.replace(config, **{rate: getattr(to_config, rate) for rate in rates})
+        if to_config.norm != "layernorm":
+            params, config = convert_params(params, config, to_config.norm), convert_config(config, to_config.norm)
     flat, fitted = flatten_dict(dict(params)), {}
     for path, leaf in abstract_params(to_config).items():
         if path in flat:

@@ -35,9 +35,9 @@ def convert(
     (parameterization native). With `materialize` a run may also be "converted" to the norm that it computes, which
     writes the parameters that its Pre-LN ones stand for.
 
-    The optimizer state is carried over where the stored tree is. Elsewhere its moments, being those of other
-    parameters, have no exact equivalent: the optimizer starts anew, which for a native run has to be asked for with
-    `reset_optimizer`. Raises PrenormError; `target` is then not made.
+    The optimizer state is carried over, exactly, where the stored tree is: a pre_ln run to layernorm. Elsewhere its
+    moments, being those of other parameters, have no exact equivalent: the optimizer starts anew, which for a native
+    run has to be asked for with `reset_optimizer`. Raises PrenormError; `target` is then not made.
     """
     target = Path(target)
     if to not in NORMS:
@@ -56,8 +56,10 @@ def convert(
                 else "there is nothing to convert"
             )
             raise PrenormError(f"{source} is {to} already: {why}")
-        opt_state, has_optimizer = None, checkpoints.has_optimizer(step)
-        if to != model.norm and has_optimizer and config.parameterization == "native" and not reset_optimizer:
+        opt_state, metadata = None, checkpoints.metadata(step)
+        has_optimizer = "optimizer" in metadata["digests"]
+        new_model = model if to == model.norm else convert_config(model, to)
+        if has_optimizer and to != model.norm and config.parameterization == "native" and not reset_optimizer:
             raise PrenormError(
                 f"the optimizer state of {source} belongs to its {model.norm} parameters and has no exact equivalent "
                 f"for {to}: add --reset-optimizer to start it anew"
@@ -67,10 +69,10 @@ def convert(
             opt_state = checkpoints.optimizer(step, jax.eval_shape(lambda: init_state(config, models).opt_state))
 
     if to == model.norm:
-        new_model, new_params = model, params
+        new_params = params
         print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
     else:
-        new_model, new_params = convert_config(model, to), convert_params(params, model, to)
+        new_params = convert_params(params, model, to)
         print(f"{source} at step {step}: {model.norm}, {count(params):,} parameters")
         print(f"{target}: {to}, {count(new_params):,} parameters")
         difference = relative_difference((model, params), (new_model, new_params))
@@ -82,7 +84,8 @@ def convert(
     with new_config.unlocked():
         new_config.model = ConfigDict(dataclasses.asdict(new_model))
         new_config.parameterization = "pre_ln" if to == "layernorm" else "native"
-    _write(target, new_config, step, new_params, opt_state, new_model, str(source))
+    skipped, data = metadata["nonfinite"], metadata["data"]
+    _write(target, new_config, (step, new_params, opt_state, new_model, skipped, data), str(source))
     print(f"evaluate: python eval.py --workdir={target}")
     print(f"train on: python train.py --workdir={target} --config.steps=N   (now at step {step} of {config.steps})")
 
@@ -94,23 +97,20 @@ def relative_difference(one: tuple[ModelConfig, Any], other: tuple[ModelConfig, 
     return float(jnp.abs(logits[0] - logits[1]).max() / jnp.abs(logits[0]).max())
 
 
-def _write(
-    target: Path, config: ConfigDict, step: int, params: Any, opt_state: Any, model: ModelConfig, source: str
-) -> None:
+def _write(target: Path, config: ConfigDict, checkpoint: tuple[Any, ...], source: str) -> None:
     """Makes `target` beside its place, then moves it there: it is never seen half-written."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         with Checkpoints(temporary) as checkpoints:
-            checkpoints.save(step, params, opt_state, model)
+            checkpoints.save(*checkpoint)
             checkpoints.wait()
         write_json(temporary / "config.json", config.to_dict())
+        _, params, _, model, *_ = checkpoint
         counts = {"trained": count(params), "computed": count(params)}
-        write_json(
-            temporary / "run.json",
-            {"norm": model.norm, "parameters": counts, "converted_from": source, "sessions": []},
-        )
+        record = {"norm": model.norm, "parameters": counts, "converted_from": source, "sessions": []}
+        write_json(temporary / "run.json", record)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -39,8 +39,9 @@ def check_range(key: str, value: float | None, at_least: float, below: float = f
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, or its type where it has none; 300 characters at most."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else line[:299] + "…"
 
 
 def say(line: str) -> None:
@@ -55,6 +56,9 @@ def run_command(command: Callable[[], None]) -> None:
     except PrenormError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("error: interrupted before there was anything to save", file=sys.stderr)
+        sys.exit(128 + 2)  # as a shell gives for SIGINT
     except OSError as error:  # no room, no rights: it names the file
         print(f"error: {first_line(error)}: mend that and give the same command again", file=sys.stderr)
         sys.exit(PrenormError.status)

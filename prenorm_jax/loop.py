@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -16,12 +14,14 @@ from prenorm_jax.checkpoint import Checkpoints, complete_steps
 from prenorm_jax.data import Data, load_data
 from prenorm_jax.errors import Interrupted, PrenormError, check_range, say
 from prenorm_jax.evaluate import evaluate
-from prenorm_jax.metrics import MetricsWriter, NonFinite
+from prenorm_jax.files import only_process
+from prenorm_jax.metrics import MetricsWriter, NonFinite, drop_after
 from prenorm_jax.optim import make_optimizer
 from prenorm_jax.resume import load_init_from, start_state
 from prenorm_jax.sharding import make_mesh, replicated, split_batch
 from prenorm_jax.signals import StopSignals
 from prenorm_jax.step import (
+    Params,
     RunModels,
     TrainState,
     computed_params,
@@ -31,9 +31,7 @@ from prenorm_jax.step import (
     make_train_step,
     run_models,
 )
-from prenorm_jax.workdir import config_differences, literal_config, load_config, read_json, write_json
-
-LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+from prenorm_jax.workdir import RunRecord, config_differences, device_name, literal_config, load_config, write_json
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -45,7 +43,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     workdir = Path(workdir)
     models = run_models(config)
     _check_config(config)
-    _check_workdir(workdir, config)
+    record = RunRecord(workdir)
+    is_new = _check_workdir(workdir, config, record)
     mesh = make_mesh(config.batch_size)
     data = load_data(config)
     data.check_model(config)
@@ -54,32 +53,35 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     eval_step = make_eval_step(config, models.computed, mesh)
     to_computed = jax.jit(lambda params: computed_params(params, models))
     end = min(config.steps, config.stop_at or config.steps)
-    is_new = not complete_steps(workdir / "checkpoints")
     given = load_init_from(config, models) if config.init_from and is_new else None
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "config.json").exists():  # before anything else: it says whose folder this is
-        write_json(workdir / "config.json", config.to_dict() | {"stop_at": None})
     with (
+        only_process(workdir),
         StopSignals(config.grace_seconds) as signals,
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
     ):
-        state = start_state(config, models, checkpoints, replicated(mesh), given)
+        if not (workdir / "config.json").exists():  # before anything else: it says whose folder this is
+            write_json(workdir / "config.json", config.to_dict() | {"stop_at": None})
+        state = start_state(config, models, checkpoints, data, replicated(mesh), given)
         start = int(state.step)
         if start >= end:
             say(f"{workdir} is at step {start} of {end} already: raise --config.steps (or stop_at) to go on")
             return
         write_json(workdir / "config.json", config.to_dict() | {"stop_at": None})
         counts = _parameter_counts(models, state)
-        _record_start(workdir, models, start, counts)
+        record.start(models, start, counts)
         say(f"data: {data.description}")
         say(f"model: {_describe(models, config.parameterization, counts)}; on {device_name()}")
         say(f"{'going on' if start else 'starting'} at step {start} of {config.steps} in {workdir}")
 
+        drop_after(workdir / "metrics.jsonl", start, first=record.first_step)
         skipped_before = int(state.nonfinite)
         state = state.replace(nonfinite=jnp.zeros_like(state.nonfinite))
 
         def save(done: int, skipped: int) -> None:
-            checkpoints.save(done, state.params, state.opt_state, models.trained, skipped_before + skipped)
+            skipped += skipped_before
+            checkpoints.save(done, state.params, state.opt_state, models.trained, skipped, data.digest)
+            record.saved(checkpoints.steps())  # the ones before: this one is being written
 
         try:
             with MetricsWriter(workdir, start, config, data) as metrics:
@@ -92,21 +94,22 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                         with metrics.pause():
                             result = evaluate(eval_step, to_computed(state.params), data, config, split_batch(mesh))
                             metrics.write(done, result)
-                    if _due(done, config.checkpoint_every, end) or signals.received:
+                    stop = signals.received  # read once: it may come at any moment
+                    if _due(done, config.checkpoint_every, end) or stop:
                         with metrics.pause():
                             save(done, int(state.nonfinite))
-                    if signals.received:
+                    if stop:
                         break
         except NonFinite as error:
             if (good := int(state.step)) not in checkpoints.steps():
                 save(good, skipped=0)
             checkpoints.wait()
+            record.saved(checkpoints.steps())
             raise PrenormError(_describe_nonfinite(error, config, models, state, data)) from error
         checkpoints.wait()
-        if signals.received and done < end:
-            raise Interrupted(
-                f"{signals.received} at step {done}: saved in {workdir}; the same command goes on from there"
-            )
+        record.saved(checkpoints.steps())
+        if stop and done < end:
+            raise Interrupted(f"{stop} at step {done}: saved in {workdir}; the same command goes on from there")
     if skipped := skipped_before + int(state.nonfinite):
         say(f"{skipped} steps were skipped: their loss or gradient was not finite")
     say(
@@ -116,19 +119,34 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def _describe_nonfinite(error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: Data) -> str:
-    """Where it happened, and the parameter whose gradient is worst there."""
+    """Where it happened, and in which parameter it is worst."""
     step = error.step - 1
     batch = data.train_batch(config, step)
     grads = jax.jit(jax.grad(make_loss(config, models)))(state.params, batch, jnp.int32(step))
-    sizes = {"/".join(path): float(jnp.abs(leaf).max()) for path, leaf in flatten_dict(grads).items()}
-    worst = max(sizes, key=lambda path: (not math.isfinite(sizes[path]), sizes[path]))
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in error.values.items() if name != "learning_rate")
     first = step * config.batch_size
     return (
-        f"step {error.step} is not finite ({numbers}): examples {first} to {first + config.batch_size - 1}, worst "
-        f"gradient in {worst} ({sizes[worst]:.3g}); the state before it, step {int(state.step)}, is saved; "
+        f"step {error.step} is not finite ({numbers}): examples {first} to {first + config.batch_size - 1}, "
+        f"{worst_leaf(grads, state.params)}; the state before it, step {int(state.step)}, is saved; "
         "--config.on_nonfinite=skip goes on without such steps"
     )
+
+
+def worst_leaf(grads: Params, params: Params) -> str:
+    """Says which leaf has the most gradients that are not finite or, if none has or all are, the largest numbers.
+
+    A loss that is not finite gives no finite gradient anywhere: then the largest parameter is the better hint.
+    """
+    grads, params = (
+        {"/".join(path): np.abs(np.asarray(leaf, np.float64)) for path, leaf in flatten_dict(tree).items()}
+        for tree in (grads, params)
+    )
+    bad = {path: 1 - np.isfinite(leaf).mean() for path, leaf in grads.items()}
+    if min(bad.values()) == 1:
+        worst = max(params, key=lambda path: params[path].max())
+        return f"no gradient is finite, the largest parameter is in {worst} ({params[worst].max():.3g})"
+    worst = max(grads, key=lambda path: (bad[path], grads[path].max()))
+    return f"worst gradient in {worst} ({bad[worst]:.0%} not finite, up to {grads[worst].max():.3g})"
 
 
 def _due(done: int, every: int, steps: int) -> bool:
@@ -138,7 +156,8 @@ def _due(done: int, every: int, steps: int) -> bool:
 def _check_config(config: ConfigDict) -> None:
     for key in ("steps", "batch_size", "log_every", "keep_checkpoints"):
         check_range(key, config[key], at_least=1)
-    for key in ("eval_every", "checkpoint_every", "grace_seconds"):
+    check_range("grace_seconds", config.grace_seconds, at_least=1)
+    for key in ("eval_every", "checkpoint_every"):
         check_range(key, config[key], at_least=0)
     check_range("seed", config.seed, at_least=0, below=2**32)
     for key in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
@@ -159,25 +178,30 @@ def _check_config(config: ConfigDict) -> None:
     make_optimizer(config)
 
 
-def _check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Raises unless `workdir` is new or holds this very run."""
+def _check_workdir(workdir: Path, config: ConfigDict, record: RunRecord) -> bool:
+    """Raises unless `workdir` is new or holds this very run; whether it has no checkpoint yet."""
+    checkpoints = complete_steps(workdir / "checkpoints")
     if workdir.exists() and not workdir.is_dir():
         raise PrenormError(f"--workdir={workdir} is a file: name a folder")
     if not (workdir / "config.json").exists():
         if (workdir / "checkpoints").exists():
             raise PrenormError(f"{workdir} holds checkpoints but no config.json: name another workdir")
-        return
+        return True
     differences = config_differences(literal_config(load_config(workdir)), literal_config(config))
     if differences:
         raise PrenormError(
             f"{workdir} holds a run with another config ({'; '.join(differences)}): name another workdir, or leave out "
             "--config to go on with the one it holds"
         )
-
-
-def device_name() -> str:
-    """Such as "2 × NVIDIA H100", or "1 × cpu"."""
-    return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    if record.last_saved and not checkpoints:
+        raise PrenormError(
+            f"{workdir} was saved at step {record.last_saved}, but there is no checkpoint in it any more: restore its "
+            "folder checkpoints, or start anew in another workdir"
+        )
+    if record.last_saved > max(checkpoints, default=0):
+        last = max(checkpoints)
+        say(f"warning: {workdir} was saved at step {record.last_saved}, but its last checkpoint is of step {last}")
+    return not checkpoints
 
 
 def _parameter_counts(models: RunModels, state: TrainState) -> dict[str, int]:
@@ -193,23 +217,3 @@ def _describe(models: RunModels, parameterization: str, counts: dict[str, int]) 
         else f" from {counts['trained']:,} of its Pre-LN form ({parameterization})"
     )
     return f"{model.norm}, {model.depth} blocks, d_model {model.d_model}, {counts['computed']:,} parameters{trained}"
-
-
-def _record_start(workdir: Path, models: RunModels, step: int, counts: dict[str, int]) -> None:
-    """Adds this start to run.json."""
-    path = workdir / "run.json"
-    sessions = read_json(path).get("sessions", []) if path.exists() else []
-    start = {
-        "step": step,
-        "norm": models.computed.norm,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
-    summary = {
-        "norm": models.computed.norm,
-        "parameters": counts,
-        "device": start["device"],
-        "versions": start["versions"],
-    }
-    write_json(path, summary | {"sessions": [*sessions, start]})

@@ -9,31 +9,40 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from prenorm_jax.checkpoint import Checkpoints
-from prenorm_jax.conversion import fit_params
+from prenorm_jax.checkpoint import Checkpoints, Damaged
+from prenorm_jax.conversion import fit_params, model_differences
+from prenorm_jax.data import Data
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.optim import make_optimizer
 from prenorm_jax.step import RunModels, TrainState, init_state
 
 
 def start_state(
-    config: ConfigDict, models: RunModels, checkpoints: Checkpoints, sharding: NamedSharding, given: Any = None
+    config: ConfigDict,
+    models: RunModels,
+    checkpoints: Checkpoints,
+    data: Data,
+    sharding: NamedSharding,
+    given: Any = None,
 ) -> TrainState:
-    """The state of the last checkpoint that can be read; only if none was ever completed, step 0.
+    """The state of the last checkpoint that can be read; only if there is none at all, step 0.
 
     Checkpoints that cannot be read are moved aside, unless no other is left: then PrenormError, and nothing changes.
-    `given` are parameters to start with at step 0 (`load_init_from`); None: the seed's.
+    So it is for a checkpoint of another model, or of a run on other data. `given` are parameters to start with at step
+    0 (`load_init_from`); None: the seed's.
     """
     damaged: dict[int, str] = {}
     for step in reversed(checkpoints.steps()):
         try:
-            state = _load(step, config, models, checkpoints, sharding)
-        except PrenormError as error:
+            state = _load(step, config, models, checkpoints, data, sharding)
+        except Damaged as error:
             damaged[step] = str(error)
-            say(f"warning: {error}")
             continue
-        for bad in damaged:
-            say(f"warning: moved it to {checkpoints.set_aside(bad)}; falling back to step {step}")
+        for bad, why in damaged.items():
+            place = checkpoints.set_aside(bad)
+            say(f"warning: {why}; moved to {place}")
+        if damaged:
+            say(f"warning: falling back to step {step}")
         return state
     if damaged:
         raise PrenormError(
@@ -46,17 +55,24 @@ def start_state(
 
 
 def _load(
-    step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, sharding: NamedSharding
+    step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, data: Data, sharding: NamedSharding
 ) -> TrainState:
+    metadata = checkpoints.metadata(step)
     model, params = checkpoints.params(step, sharding)
-    if model != models.trained:
-        raise PrenormError(f"the checkpoint at step {step} is of another model than the config.json beside it: {model}")
+    place = checkpoints.directory / str(step)
+    if differences := model_differences(models.trained, model):
+        raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
+    if metadata["data"] not in (None, data.digest):
+        raise PrenormError(
+            f"the data are not those that {place} was trained on, but {data.description}: that would be another run; "
+            f"restore them, or start one in another workdir with --config.init_from={checkpoints.directory.parent}"
+        )
     abstract = jax.eval_shape(lambda: init_state(config, models).opt_state)
     opt_state = checkpoints.optimizer(step, abstract, sharding)
     if opt_state is None:
         say("this checkpoint was converted and carries no optimizer state: its moments start anew")
         return _fresh(step, config, params, sharding)
-    counts = jax.device_put((jnp.int32(step), jnp.int32(checkpoints.metadata(step)["nonfinite"])), sharding)
+    counts = jax.device_put((jnp.int32(step), jnp.int32(metadata["nonfinite"])), sharding)
     return TrainState(*counts, params, opt_state)
 
 

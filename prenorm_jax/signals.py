@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (a machine is taken away) and SIGINT (Ctrl-C)."""
+"""Being asked to stop: SIGTERM (a machine is taken away), SIGINT (Ctrl-C), SIGHUP (a terminal is closed)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prenorm_jax.errors import Interrupted, say
 
 
 class StopSignals:
-    """While entered: SIGTERM and SIGINT (Ctrl-C) are noted in `received`, for the loop to save and stop.
+    """While entered: the signals are noted in `received`, for the loop to save and stop. Under nohup SIGHUP is not.
 
     If the process is still there `grace` seconds after the first one, or at the second, it ends at once: what the last
     complete checkpoint holds is then what is left.
@@ -20,7 +20,9 @@ class StopSignals:
         self._grace, self.received = grace, ""
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        wanted = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in wanted}
         return self
 
     def __exit__(self, *exception: object) -> None:

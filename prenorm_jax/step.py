@@ -67,8 +67,8 @@ def count(params: Params) -> int:
 class TrainState(flax.struct.PyTreeNode):
     """What a run is between two steps.
 
-    `step` counts the batches used; `nonfinite` those, since the process started, whose loss or gradient was not finite.
-    Both are scalar int32.
+    `step` counts the batches used; `nonfinite` those, since the process started, whose loss, gradient or new parameters
+    were not finite. Both are scalar int32.
     """
 
     step: jax.Array
@@ -134,11 +134,11 @@ def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch,
 def make_train_step(
     config: ConfigDict, models: RunModels, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step: (state, batch) -> (state, {loss, grad_norm, learning_rate}). The state passed in is donated.
+    """The jitted step: (state, batch) -> (state, {loss, grad_norm, param_norm, learning_rate}). It donates the state.
 
-    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they are. With
-    `config.on_nonfinite` "stop" so do all steps after it, `step` included: the host, which learns of it some steps
-    late, then still finds the last good state.
+    `param_norm` is that of the new parameters. A step for which one of the three is not finite leaves parameters and
+    optimizer as they are. With `config.on_nonfinite` "stop" so do all steps after it, `step` included: the host, which
+    learns of it some steps late, then still finds the last good state.
     """
     loss = make_loss(config, models)
     stop = config.on_nonfinite == "stop"
@@ -149,15 +149,15 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = schedule(state.step)
         params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
 
-        finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
+        finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
         good = finite & (state.nonfinite == 0) if stop else finite
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         step = state.step + (good if stop else 1)
-        return TrainState(step, state.nonfinite + ~finite, params, opt_state), metrics
+        return TrainState(step, state.nonfinite + ~finite, params, opt_state), metrics | {"learning_rate": rate}
 
     shardings = (replicated(mesh), split_batch(mesh))
     return jax.jit(train_step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0)

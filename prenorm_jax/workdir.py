@@ -1,9 +1,11 @@
 """The files of a run's folder beside its checkpoints.
 
 config.json      the run's configuration, every key as it was asked for
-run.json         what the run is and was made with: parameters, device, versions, and each start with its step and norm
-metrics.jsonl    one object a line: {step, loss, grad_norm, learning_rate, tokens_per_s or images_per_s} or
-                 {step, eval_loss, ...}
+run.json         what the run is and was made with: parameters, device, versions, each start with its step and norm, and
+                 the last step that is known to be saved
+lock             held by the process that trains here
+metrics.jsonl    one object a line: {step, loss, grad_norm, param_norm, learning_rate, tokens_per_s or
+                 images_per_s} or {step, eval_loss, ...}
 tensorboard/     the same as event files
 """
 
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,18 @@ import jax
 from ml_collections import ConfigDict
 
 from prenorm_jax.config import base_config
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.step import run_models
+from prenorm_jax.errors import PrenormError, say
+from prenorm_jax.files import write_whole
+from prenorm_jax.step import RunModels, run_models
 
-# What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm.
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+
+# What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the
+# data lie may change because their content may not: `resume.check_data` sees to that.
 MAY_CHANGE = (
+    "data.path",
+    "data.eval_path",
+    "data.tokenizer",
     "steps",
     "stop_at",
     "eval_every",
@@ -38,17 +48,18 @@ MAY_CHANGE = (
 
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Raises PrenormError if the file is not JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file. Raises PrenormError if it holds none."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
-        raise PrenormError(f"{path} is damaged: {error}") from error
+        raise PrenormError(f"{path} is damaged: {error}; restore it from a copy") from error
+    if not isinstance(value, dict):
+        raise PrenormError(f"{path} is damaged: it holds no JSON object; restore it from a copy")
+    return value
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
@@ -59,14 +70,12 @@ def load_config(workdir: str | Path) -> ConfigDict:
     if not path.is_file():
         raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
     stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise PrenormError(f"{path} is damaged: it holds no JSON object")
     try:
         family = stored.get("model", {}).get("family", "gpt")
         config = base_config(family)  # for the types of keys that are None, and keys that came later
         config.update(stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}; restore it from a copy") from error
     return config
 
 
@@ -108,6 +117,53 @@ def flat_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+class RunRecord:
+    """`run.json`: what is known about a run beside its configuration. One that is damaged is said, and starts anew."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "run.json"
+        self._values: dict[str, Any] = {}
+        if self._path.exists():
+            try:
+                self._values = read_json(self._path)
+            except PrenormError as error:
+                say(f"warning: {error}; the run's history starts anew")
+
+    @property
+    def last_saved(self) -> int:
+        """The last step whose checkpoint is known to be complete; 0 if none is."""
+        return self._values.get("last_saved", 0)
+
+    @property
+    def first_step(self) -> int:
+        """Where the training in this folder began: 0, or the step of a converted checkpoint."""
+        return self._values["sessions"][0]["step"]
+
+    def start(self, models: RunModels, step: int, counts: dict[str, int]) -> None:
+        """Adds a start at `step`; says so if the norm is another than before."""
+        sessions = self._values.get("sessions", [])
+        norm = models.computed.norm
+        if sessions and sessions[-1]["norm"] != norm:
+            say(f"the norm is switched from {sessions[-1]['norm']} to {norm} after step {step}")
+        made_with = {"device": device_name(), "versions": {name: version(name) for name in LIBRARIES}}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        session = {"step": step, "norm": norm, "date": date, **made_with}
+        summary = {"norm": norm, "parameters": counts, **made_with, "last_saved": step}
+        self._values = {**self._values, **summary, "sessions": [*sessions, session]}
+        write_json(self._path, self._values)
+
+    def saved(self, steps: list[int]) -> None:
+        """Notes that the checkpoints of these steps are complete."""
+        if steps and steps[-1] > self.last_saved:
+            self._values["last_saved"] = steps[-1]
+            write_json(self._path, self._values)
+
+
+def device_name() -> str:
+    """Such as "2 × NVIDIA H100", or "1 × cpu"."""
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
 
 
 def configure_jax(config: ConfigDict) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from hypothesis import strategies as st
 
-from prenorm_jax.model_config import ACTIVATIONS, GPTConfig, ModelConfig
+from prenorm_jax.model_config import ACTIVATIONS, GPTConfig, ModelConfig, ViTConfig
 from prenorm_jax.models import build_model
+from prenorm_jax.stream import abstract_params
 
 TINY = {
     "vocab_size": 11,
@@ -22,67 +23,107 @@ TINY = {
     "dtype": "float64",
     "param_dtype": "float64",
 }
+TINY_VIT = {"family": "vit", "image_size": 6, "patch_size": 2, "channels": 2, "classes": 5}
+TINY_VIT |= {key: TINY[key] for key in ("depth", "d_model", "heads", "dtype", "param_dtype")}
 
 
 def tiny(**changes: Any) -> ModelConfig:
-    """A float64 model that compiles in a second."""
+    """A float64 GPT that compiles in a second."""
     return ModelConfig.create(TINY | changes)
 
 
-@st.composite
-def model_configs(draw: st.DrawFn) -> ModelConfig:
-    """Every option of a Pre-LN network that converts."""
+def tiny_vit(**changes: Any) -> ModelConfig:
+    """A float64 ViT of 9 patches."""
+    return ModelConfig.create(TINY_VIT | changes)
+
+
+def transformer_options(draw: st.DrawFn) -> dict[str, Any]:
+    """Every option that the families share, of a Pre-LN network that converts; but for d_model."""
     heads = draw(st.sampled_from([1, 2, 4]))
     dropout = st.sampled_from([0.0, 0.3])
+    flag = st.sampled_from([None, True, False])
     parallel = draw(st.booleans())
+    return {
+        "depth": draw(st.integers(1, 2)),
+        "heads": heads,
+        "kv_heads": draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0])),
+        "head_dim": draw(st.sampled_from([2, 6])),
+        "mlp_dim": draw(st.sampled_from([1, 9])),
+        "gated_mlp": draw(st.booleans()),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "parallel": parallel,
+        "shared_norm": parallel and draw(st.booleans()),
+        "embed_norm": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
+        "layer_scale": draw(st.sampled_from([None, 0.1])),
+        "use_bias": draw(st.booleans()),
+        "reader_bias": draw(flag),
+        "qkv_bias": draw(flag),
+        "head_bias": draw(st.booleans()),
+        "norm_affine": draw(st.booleans()),
+        "norm_bias": draw(st.booleans()),
+        "final_norm_affine": draw(flag),
+        "kept_norm_affine": draw(flag),
+        "epsilon": draw(st.sampled_from([1e-12, 1e-6, 1e-5, 1e-3])),
+        "attention_dropout": draw(dropout),
+        "branch_dropout": draw(dropout),
+        "embed_dropout": draw(dropout),
+        "stochastic_depth": draw(dropout),
+        "stochastic_depth_schedule": draw(st.sampled_from(["linear", "constant"])),
+    }
+
+
+@st.composite
+def gpt_configs(draw: st.DrawFn) -> ModelConfig:
+    """Every option of a GPT that converts."""
     return tiny(
-        depth=draw(st.integers(1, 2)),
+        **transformer_options(draw),
         d_model=draw(st.sampled_from([2, 5, 8, 13, 16])),
-        heads=heads,
-        kv_heads=draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0])),
-        head_dim=draw(st.sampled_from([2, 6])),
-        mlp_dim=draw(st.sampled_from([1, 9])),
-        gated_mlp=draw(st.booleans()),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
         positions=draw(st.sampled_from(GPTConfig.choices["positions"])),
-        parallel=parallel,
-        shared_norm=parallel and draw(st.booleans()),
-        embed_norm=draw(st.booleans()),
         tie_embeddings=draw(st.booleans()),
-        use_bias=draw(st.booleans()),
-        reader_bias=draw(st.sampled_from([None, True, False])),
-        head_bias=draw(st.booleans()),
-        norm_affine=draw(st.booleans()),
-        norm_bias=draw(st.booleans()),
-        final_norm_affine=draw(st.sampled_from([None, True, False])),
-        kept_norm_affine=draw(st.sampled_from([None, True, False])),
-        epsilon=draw(st.sampled_from([1e-12, 1e-6, 1e-5, 1e-3])),
-        attention_dropout=draw(dropout),
-        branch_dropout=draw(dropout),
-        embed_dropout=draw(dropout),
+    )
+
+
+@st.composite
+def vit_configs(draw: st.DrawFn) -> ModelConfig:
+    """Every option of a ViT that converts."""
+    positions = draw(st.sampled_from(ViTConfig.choices["positions"]))
+    pooling = draw(st.sampled_from(ViTConfig.choices["pooling"]))
+    return tiny_vit(
+        **transformer_options(draw),
+        d_model=draw(st.sampled_from([4, 8, 16] if positions == "sincos2d" else [2, 5, 8, 13, 16])),
+        patch_size=draw(st.sampled_from([2, 3, 6])),
+        patch_bias=draw(st.booleans()),
+        positions=positions,
+        class_token=pooling.startswith("class") or draw(st.booleans()),
+        class_position=draw(st.booleans()),
+        registers=draw(st.sampled_from([0, 2])),
+        pooling=pooling,
+        norm_after_pooling=pooling != "attention" and draw(st.booleans()),
     )
 
 
 def random_params(config: ModelConfig, seed: int, embedding_mean: float = 100.0) -> dict[str, Any]:
-    """Widely spread γ of both signs, β of size 1, kernels that keep activations of size 1, embeddings far off zero."""
+    """Widely spread γ and λ of both signs, β of size 1, kernels that keep activations of size 1, embeddings far off
+    zero."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     flat = {}
-    for path, leaf in flatten_dict(shapes).items():
+    for path, abstract in abstract_params(config).items():
+        leaf = abstract.value
         value = rng.normal(size=leaf.shape)
-        if path[-1] == "scale":
+        if path[-1].endswith("scale"):
             value = np.exp(value) * rng.choice([-1, 1], size=leaf.shape)
-        elif path[-1].endswith("embedding"):
-            value += embedding_mean
         elif path[-1] == "kernel":
-            value /= leaf.shape[0] ** 0.5
+            value /= np.prod(leaf.shape[:-1]) ** 0.5
+        elif (len(path) == 1 and leaf.ndim == 2) or path == ("patch_embedding", "bias"):  # tables of all kinds
+            value += embedding_mean
         flat[path] = jnp.asarray(value, leaf.dtype)
     return unflatten_dict(flat)
 
 
-def random_tokens(config: ModelConfig, seed: int = 0, batch: int = 2) -> np.ndarray:
-    """(batch, max_len) int32."""
-    return np.random.default_rng(seed).integers(config.vocab_size, size=(batch, config.max_len), dtype=np.int32)
+def random_inputs(config: ModelConfig, seed: int = 0, batch: int = 2) -> np.ndarray:
+    """(batch, max_len) int32 tokens, or images."""
+    return build_model(config).example(batch, seed)
 
 
 def logits(config: ModelConfig, params: Any, tokens: np.ndarray, **kwargs: Any) -> np.ndarray:

@@ -4,22 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import logits, model_configs, random_params, random_tokens, relative, tiny
+from common import gpt_configs, logits, random_inputs, random_params, relative, tiny, vit_configs
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
 from prenorm_jax.config import base_config
-from prenorm_jax.conversion import fold_norms
+from prenorm_jax.conversion import center_heads, fold_norms
 from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.stream import abstract_params, center, parameter_roles
 
+model_configs = st.one_of(gpt_configs(), vit_configs())
 # From each norm to each other one, both ways: six directions.
 ROUND = ["rmsnorm", "crmsnorm", "layernorm", "crmsnorm", "rmsnorm", "layernorm"]
 
 
 def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
-    tokens = random_tokens(config)
+    tokens = random_inputs(config)
     expected = logits(config, params, tokens)
     for to in ROUND:
         params, config = convert_params(params, config, to), convert_config(config, to)
@@ -27,27 +29,29 @@ def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
         assert relative(logits(config, params, tokens), expected) < tolerance, to
 
 
-@given(config=model_configs())
+@given(config=model_configs)
 @settings(max_examples=30)
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
 
 @pytest.mark.parametrize("start", ["rmsnorm", "crmsnorm"])
-@given(config=model_configs())
+@given(config=model_configs)
 @settings(max_examples=8)
 def test_from_networks_born_as_a_variant(start, config):
     """With an affine of their own in their norms, and, for rmsnorm, zero-mean writers."""
     config = ModelConfig.create({**vars(config), "norm": start})
     params = random_params(config, 2)
-    if start == "rmsnorm":
-        roles, flat = parameter_roles(config), flatten_dict(params)
-        for path, role in roles.items():
-            if role.kind == "writer":
-                flat[path] = center(flat[path], role.axis)
-        params = unflatten_dict(flat)
+    # What makes it the equivalent of a Pre-LN network: zero-mean writers, and queries and keys under a QK-norm.
+    roles, flat = parameter_roles(config), flatten_dict(params)
+    for path, role in roles.items():
+        if start == "rmsnorm" and role.kind == "writer":
+            flat[path] = center(flat[path], role.axis)
+        if start == "rmsnorm" and role.kind == "layer_scale" and not config.raw_branches:
+            flat[path] = jnp.ones_like(flat[path])
+    params = unflatten_dict(center_heads(flat, roles, config.head_dim))
     others = [norm for norm in NORMS if norm != start]
-    tokens = random_tokens(config)
+    tokens = random_inputs(config)
     expected = logits(config, params, tokens)
     for to in others:
         converted = convert_params(params, config, to)
@@ -57,11 +61,11 @@ def test_from_networks_born_as_a_variant(start, config):
     assert relative(logits(config, params, tokens), expected) < 1e-10
 
 
-@given(config=model_configs())
+@given(config=model_configs)
 @settings(max_examples=12)
 def test_in_training_too_with_the_same_dropout_masks(config):
     config = ModelConfig.create({**vars(config), "dropout": 0.4, "attention_dropout": 0.4})
-    params, tokens = random_params(config, 1), random_tokens(config)
+    params, tokens = random_params(config, 1), random_inputs(config)
     key = jax.random.key(5)
     expected = logits(config, params, tokens, train=True, rngs={"dropout": key})
     for to in ("rmsnorm", "crmsnorm"):
@@ -79,7 +83,7 @@ def test_post_ln_without_affine_converts():
 
 
 @pytest.mark.slow
-@given(config=model_configs())
+@given(config=model_configs)
 @settings(max_examples=100)
 def test_all_six_directions_in_float64_long(config):
     check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10)
@@ -96,7 +100,7 @@ def test_float32_errs_no_more_than_twice_as_much_as_pre_ln(tie_embeddings, embed
     for seed in range(3):
         squares = dict.fromkeys(NORMS, 0.0)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), random_params(double, seed, embedding_mean))
-        tokens = random_tokens(double, seed)
+        tokens = random_inputs(double, seed)
         exact = logits(double, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), tokens)
         for norm in NORMS:
             config, tree = single, params
@@ -163,14 +167,14 @@ def wrongly(config: ModelConfig, params: dict, changes: dict, edit=lambda flat: 
     rms = convert_config(config, "rmsnorm")
     flat = flatten_dict(convert_params(params, config, "rmsnorm"))
     wrong = ModelConfig.create({**vars(rms), **changes})
-    tokens = random_tokens(config)
+    tokens = random_inputs(config)
     actual = logits(wrong, unflatten_dict(edit(flat)), tokens)
     return relative(actual, logits(config, params, tokens))
 
 
 def test_a_swap_of_the_norm_without_recentring_is_another_function():
     config = tiny(norm_affine=False, tie_embeddings=False)
-    params, tokens = random_params(config, 1, embedding_mean=1.0), random_tokens(config)
+    params, tokens = random_params(config, 1, embedding_mean=1.0), random_inputs(config)
     swapped = ModelConfig.create({**vars(config), "norm": "rmsnorm"})
     assert relative(logits(swapped, params, tokens), logits(config, params, tokens)) > 0.1
 
@@ -185,7 +189,7 @@ def test_centring_a_tied_table_changes_the_logits():
 
 def test_centring_the_weights_before_dropout_is_another_function():
     config = tiny(branch_dropout=0.5)
-    params, tokens, key = random_params(config, 1), random_tokens(config), jax.random.key(1)
+    params, tokens, key = random_params(config, 1), random_inputs(config), jax.random.key(1)
     rms, converted = convert_config(config, "rmsnorm"), flatten_dict(convert_params(params, config, "rmsnorm"))
     expected = logits(config, params, tokens, train=True, rngs={"dropout": key})
     actual = logits(rms, unflatten_dict(converted), tokens, train=True, rngs={"dropout": key})

@@ -20,10 +20,12 @@ class Data(Protocol):
     Attributes:
       unit: what the loss is the mean over, and speed counts: token or image.
       description: one line for logs.
+      digest: a hash of both splits: the same for the same data, wherever they lie.
     """
 
     unit: str
     description: str
+    digest: str
 
     def check_model(self, config: ConfigDict) -> None:
         """Raises PrenormError, naming the key to change, if the model cannot take these data."""

@@ -15,6 +15,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import xxhash
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -29,10 +32,12 @@ class Images:
     Attributes:
       labels: (N,) int32 classes.
       read: rows (n,) -> (n, side, side, C) uint8.
+      content: what is hashed to tell these images from others.
     """
 
     labels: np.ndarray
     read: Callable[[np.ndarray], np.ndarray]
+    content: bytes | np.ndarray
 
     def batch(self, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """images uint8 (B, side, side, C), labels int32 (B,), weights float32 (B,)."""
@@ -40,7 +45,7 @@ class Images:
 
     def select(self, rows: np.ndarray) -> Images:
         """These rows alone."""
-        return Images(self.labels[rows], lambda chosen: self.read(rows[chosen]))
+        return Images(self.labels[rows], lambda chosen: self.read(rows[chosen]), self.content)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +58,7 @@ class ImageData:
     channels: int
     classes: int
     description: str
+    digest: str
     unit = "image"
 
     def check_model(self, config: ConfigDict) -> None:
@@ -122,7 +128,11 @@ def load_images(config: ConfigDict) -> ImageData:
         train, evaluation = hold_out(train, data.holdout)
     sizes = f"train {len(train.labels):,}, eval {len(evaluation.labels):,} images"
     description = f"{source}: {sizes} of {side} × {side} × {channels}, {classes} classes"
-    return ImageData(train, evaluation, side, channels, int(classes), description)
+    digest = xxhash.xxh3_128(f"{side} {channels}")
+    for split in (train, evaluation):
+        digest.update(split.labels)
+        digest.update(split.content)
+    return ImageData(train, evaluation, side, channels, int(classes), description, digest.hexdigest())
 
 
 def hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
@@ -137,11 +147,11 @@ def hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
 
 def _array_images(images: np.ndarray, labels: np.ndarray) -> Images:
     """From (N, side, side) uint8 and (N,)."""
-    return Images(labels.astype(np.int32), lambda rows: images[rows, :, :, None])
+    return Images(labels.astype(np.int32), lambda rows: images[rows, :, :, None], np.ascontiguousarray(images))
 
 
 def _read_digits() -> tuple[Images, None]:
-    """1,797 handwritten digits, 8 × 8, in the wheel of scikit-learn (UCI, "Optical Recognition of Handwritten Digits")."""
+    """1,797 handwritten digits of 8 × 8 pixels, from the wheel of scikit-learn (UCI, Optical Recognition of Digits)."""
     from sklearn.datasets import load_digits  # its import takes a second
 
     digits = load_digits()
@@ -266,7 +276,11 @@ def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) ->
         return np.stack(list(pool.map(decode, rows, items))).reshape(len(rows), side, side, channels)
 
     classes = getattr(feature, "num_classes", None) or int(labels.max()) + 1
-    return Images(labels.astype(np.int32), read), classes
+    # Names and sizes, not all bytes: of a large data set, reading those takes hours.
+    table = encoded.with_format("arrow")[:][data.image_column].combine_chunks()
+    sizes = pa.compute.binary_length(table.field("bytes")).to_pylist()
+    paths = [Path(path or "").name for path in table.field("path").to_pylist()]
+    return Images(labels.astype(np.int32), read, repr((sizes, paths)).encode()), classes
 
 
 def square(image: Image.Image, side: int) -> np.ndarray:

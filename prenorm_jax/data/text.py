@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import xxhash
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
@@ -41,6 +42,7 @@ class TextData:
     eval_bytes: int  # of the evaluation text in UTF-8, without end-of-text tokens: for bits per byte
     eot: int
     description: str
+    digest: str
     unit = "token"
 
     def check_model(self, config: ConfigDict) -> None:
@@ -109,7 +111,11 @@ def load_text(config: ConfigDict) -> TextData:
         f"train {len(train):,} documents, {len(train_stream) - 1:,} tokens; "
         f"eval {len(evaluation):,} documents, {len(eval_stream) - 1:,} tokens, {eval_bytes:,} bytes"
     )
-    return TextData(train_stream, eval_stream, tokenizer.vocab_size, eval_bytes, tokenizer.eot, description)
+    digest = xxhash.xxh3_128(train_stream)
+    digest.update(eval_stream)
+    return TextData(
+        train_stream, eval_stream, tokenizer.vocab_size, eval_bytes, tokenizer.eot, description, digest.hexdigest()
+    )
 
 
 def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:

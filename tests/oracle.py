@@ -1,0 +1,170 @@
+"""The Pre-LN networks in NumPy, one position and one head at a time: what the models are tested against."""
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from scipy.special import erf
+
+from prenorm_jax.model_config import GPTConfig, ModelConfig, ViTConfig
+
+ACTIVATE = {
+    "gelu": lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+}
+
+
+def add(*lists):
+    return [sum(terms) for terms in zip(*lists, strict=True)]
+
+
+class Transformer:
+    """What both families share."""
+
+    def __init__(self, config: ModelConfig, params: dict):
+        self.c = config
+        self.p = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+
+    def norm(self, x, name):
+        mean = x.mean()
+        y = (x - mean) / np.sqrt(((x - mean) ** 2).mean() + self.c.epsilon)
+        return y * self.p.get(f"{name}/scale", 1) + self.p.get(f"{name}/bias", 0)
+
+    def linear(self, x, name):
+        return x @ self.p[f"{name}/kernel"] + self.p.get(f"{name}/bias", 0)
+
+    def turn(self, x, t):
+        if not self.c.rotary:
+            return x
+        half = self.c.head_dim // 2
+        turned = (x[:half] + 1j * x[half:]) * np.exp(1j * t * self.c.rotary_base ** (-np.arange(half) / half))
+        return np.concatenate([turned.real, turned.imag])
+
+    def attend(self, xs, name):
+        c = self.c
+        q, k, v = ([self.linear(x, f"{name}/{part}") for x in xs] for part in ("query", "key", "value"))
+
+        def head(vectors, place, h, part):
+            x = vectors[place][h * c.head_dim : (h + 1) * c.head_dim]
+            return self.turn(self.norm(x, f"{name}/{part}_norm") if c.qk_norm else x, place)
+
+        outputs = []
+        for t in range(len(xs)):
+            heads = []
+            for h in range(c.heads):
+                g = h // (c.heads // c.kv_heads)
+                seen = range(t + 1 if c.causal else len(xs))
+                scores = np.array([head(q, t, h, "query") @ head(k, s, g, "key") for s in seen])
+                weights = np.exp((scores - scores.max()) / np.sqrt(c.head_dim))
+                values = [v[s][g * c.head_dim : (g + 1) * c.head_dim] for s in seen]
+                heads.append(sum(w * value for w, value in zip(weights / weights.sum(), values, strict=True)))
+            outputs.append(self.linear(np.concatenate(heads), f"{name}/out") * self.p.get(f"{name}/out_scale", 1))
+        return outputs
+
+    def feed(self, xs, name):
+        c, act = self.c, ACTIVATE[self.c.activation]
+        if c.gated_mlp:
+            hidden = [act(self.linear(x, f"{name}/gate")) * self.linear(x, f"{name}/up") for x in xs]
+        else:
+            hidden = [act(self.linear(x, f"{name}/up")) for x in xs]
+        return [self.linear(h, f"{name}/down") * self.p.get(f"{name}/down_scale", 1) for h in hidden]
+
+    def stream(self, xs):
+        """From the embedding to the last block's output."""
+        c = self.c
+        if c.embed_norm:
+            xs = [self.norm(x, "embedding_norm") for x in xs]
+        for i in range(c.depth):
+            b = f"block_{i}"
+            names = [f"{b}/norm"] * 2 if c.shared_norm else [f"{b}/attention_norm", f"{b}/mlp_norm"]
+            if c.parallel:
+                normed = [[self.norm(x, name) for x in xs] for name in names]
+                xs = add(xs, self.attend(normed[0], f"{b}/attention"), self.feed(normed[1], f"{b}/mlp"))
+            elif c.post_norm:
+                xs = [self.norm(x, names[0]) for x in add(xs, self.attend(xs, f"{b}/attention"))]
+                xs = [self.norm(x, names[1]) for x in add(xs, self.feed(xs, f"{b}/mlp"))]
+            else:
+                xs = add(xs, self.attend([self.norm(x, names[0]) for x in xs], f"{b}/attention"))
+                xs = add(xs, self.feed([self.norm(x, names[1]) for x in xs], f"{b}/mlp"))
+        return xs
+
+
+def numpy_gpt(c: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
+    net = Transformer(c, params)
+    p = net.p
+    rows = []
+    for row in tokens:
+        xs = [p["token_embedding"][token] for token in row]
+        if c.positions == "learned":
+            xs = add(xs, p["position_embedding"][: len(xs)])
+        if c.positions == "sinusoidal":
+            i = np.arange((c.d_model + 1) // 2)
+            angles = [t / 10000 ** (2 * i / c.d_model) for t in range(len(xs))]
+            xs = add(xs, [np.concatenate([np.sin(a), np.cos(a)])[: c.d_model] for a in angles])
+        xs = net.stream(xs)
+        if c.final_norm:
+            xs = [net.norm(x, "head_norm") for x in xs]
+        if c.tie_embeddings:
+            xs = [x * p.get("head_affine/scale", 1) + p.get("head_affine/bias", 0) for x in xs]
+            rows.append([p["token_embedding"] @ x + p.get("head_bias", 0) for x in xs])
+        else:
+            rows.append([net.linear(x, "head") for x in xs])
+    return np.array(rows)
+
+
+def numpy_vit(c: ViTConfig, params: dict, images: np.ndarray) -> np.ndarray:
+    net = Transformer(c, params)
+    return np.array([_logits_of(net, image) for image in images])
+
+
+def _logits_of(net: Transformer, image: np.ndarray) -> np.ndarray:
+    c, p = net.c, net.p
+    side = c.image_size // c.patch_size
+    xs = []
+    for row in range(side):
+        for column in range(side):
+            x = p.get("patch_embedding/bias", np.zeros(c.d_model)).copy()
+            for i in range(c.patch_size):
+                for j in range(c.patch_size):
+                    pixel = image[row * c.patch_size + i, column * c.patch_size + j]
+                    x += pixel @ p["patch_embedding/kernel"][i, j]
+            if c.positions == "sincos2d":
+                quarter = c.d_model // 4
+                angle = np.array([10000 ** -(k / max(quarter - 1, 1)) for k in range(quarter)])
+                parts = (np.sin(column * angle), np.cos(column * angle), np.sin(row * angle), np.cos(row * angle))
+                x += np.concatenate(parts)
+            xs.append(x)
+    first = [*p["class_token"]] if c.class_token else []
+    if c.positions == "learned":
+        if c.class_token and c.class_position:
+            xs = add([*first, *xs], p["position_embedding"])
+            first, xs = xs[:1], xs[1:]
+        else:
+            xs = add(xs, p["position_embedding"])
+    xs = net.stream([*first, *p.get("registers", []), *xs])
+
+    def final(x, name="head_norm"):
+        return net.norm(x, name) if c.final_norm else x
+
+    if c.pooling == "attention":
+        if not c.norm_after_pooling:
+            xs = [final(x, "pool_norm") for x in xs]
+        q = net.linear(p["pool/probe"][0], "pool/query")
+        k, v = ([net.linear(x, f"pool/{part}") for x in xs] for part in ("key", "value"))
+        heads = []
+        for h in range(c.heads):
+            mine = slice(h * c.head_dim, (h + 1) * c.head_dim)
+            weights = np.exp([q[mine] @ key[mine] / np.sqrt(c.head_dim) for key in k])
+            heads.append(sum(w * value[mine] for w, value in zip(weights / weights.sum(), v, strict=True)))
+        x = net.linear(np.concatenate(heads), "pool/out")
+        hidden = ACTIVATE[c.activation](net.linear(net.norm(x, "pool/mlp_norm"), "pool/up"))
+        x = x + net.linear(hidden, "pool/down")
+        return net.linear(final(x, "pooled_norm") if c.norm_after_pooling else x, "head")
+    patches = xs[len(xs) - side * side :]
+    mean = final(np.mean(patches, axis=0)) if c.norm_after_pooling else np.mean([final(x) for x in patches], axis=0)
+    if c.pooling == "mean":
+        return net.linear(mean, "head")
+    if c.pooling == "class":
+        return net.linear(final(xs[0]), "head")
+    return net.linear(final(xs[0]), "head/class") + net.linear(mean, "head/mean")

@@ -1,0 +1,181 @@
+"""The ViT: against an independent NumPy implementation, its parts against known values, what it refuses."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import logits, random_inputs, random_params, relative, tiny_vit, vit_configs
+from flax.traverse_util import flatten_dict, unflatten_dict
+from hypothesis import given, settings
+from oracle import numpy_vit
+
+from prenorm_jax import PrenormError, build_model, convert_config, sizes
+from prenorm_jax.config import base_config
+from prenorm_jax.conversion import convert_params
+from prenorm_jax.model_config import NORMS, ModelConfig
+from prenorm_jax.models.vit import PatchEmbedding, sincos2d_table
+from prenorm_jax.stream import abstract_params, parameter_roles
+
+
+@given(config=vit_configs())
+@settings(max_examples=25)
+def test_matches_an_independent_implementation(config):
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    assert relative(logits(config, params, images), numpy_vit(config, params, images)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"post_norm": True},
+        {"final_norm": False},
+        {"pooling": "attention", "norm_after_pooling": True},
+    ],
+)
+def test_matches_it_where_conversion_is_refused(changes):
+    config = tiny_vit(**changes)
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    assert relative(logits(config, params, images), numpy_vit(config, params, images)) < 1e-11
+    with pytest.raises(PrenormError, match="converts only with" if "post_norm" in changes else "not convertible"):
+        convert_config(tiny_vit(**changes, norm_affine=False), "rmsnorm")
+
+
+def test_the_patch_embedding_is_a_convolution():
+    config = tiny_vit(patch_size=3)
+    images = random_inputs(config)
+    module = PatchEmbedding(config)
+    variables = nn.unbox(module.init(jax.random.key(0), images))
+    conv = nn.Conv(config.d_model, (3, 3), strides=(3, 3), padding="VALID", param_dtype="float64")
+    assert jax.tree.map(jnp.shape, nn.unbox(conv.init(jax.random.key(0), images))) == jax.tree.map(jnp.shape, variables)
+    expected = conv.apply(variables, images).reshape(len(images), -1, config.d_model)
+    np.testing.assert_allclose(module.apply(variables, images), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_sincos_table():
+    table = sincos2d_table(3, 8)
+    assert table.shape == (9, 8)
+    np.testing.assert_allclose(table[0], [0, 0, 1, 1, 0, 0, 1, 1])
+    # The second patch of the third row: x = 1, y = 2, frequencies 1 and 1/10000.
+    expected = [f(n * w) for n in (1, 2) for f in (np.sin, np.cos) for w in (1, 1e-4)]
+    np.testing.assert_allclose(table[7], expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_stochastic_depth_leaves_out_whole_branches_of_an_example(norm):
+    """With its only branch scaled up or left out, each example's logits are one of two."""
+    config = tiny_vit(
+        norm=norm, depth=1, parallel=True, stochastic_depth=0.5, stochastic_depth_schedule="constant", mlp_dim=1
+    )
+    params = random_params(config, 1)
+    params["block_0"]["mlp"]["down"] = jax.tree.map(jnp.zeros_like, params["block_0"]["mlp"]["down"])
+    image = np.repeat(random_inputs(config)[:1], 64, axis=0)
+    values = logits(config, params, image, train=True, rngs={"dropout": jax.random.key(0)})
+    kept, counts = np.unique(np.round(values, 9), axis=0, return_counts=True)
+    assert len(kept) == 2
+    assert counts.min() > 16
+    doubled = jax.tree.map(lambda x: x, params)
+    doubled["block_0"]["attention"]["out"] = jax.tree.map(lambda x: x * 2, params["block_0"]["attention"]["out"])
+    left_out = jax.tree.map(lambda x: x, params)
+    left_out["block_0"]["attention"]["out"] = jax.tree.map(jnp.zeros_like, params["block_0"]["attention"]["out"])
+    for expected in (doubled, left_out):
+        distance = np.abs(kept - logits(config, expected, image[:1])).max(1).min()
+        assert distance < 1e-7
+
+
+def test_stochastic_depth_grows_from_the_first_block():
+    """The first block of a linear schedule is never left out, the last is."""
+    config = tiny_vit(depth=2, stochastic_depth=0.9)
+    params, images = random_params(config, 1), random_inputs(config)
+    params["block_1"] = jax.tree.map(jnp.zeros_like, params["block_1"])
+    key = {"dropout": jax.random.key(0)}
+    assert relative(logits(config, params, images, train=True, rngs=key), logits(config, params, images)) < 1e-12
+
+
+def test_centring_before_the_layer_scale_is_another_function():
+    """λ comes between the writer and the stream: it has to be folded in first."""
+    config = tiny_vit(layer_scale=0.1)
+    params, images = random_params(config, 1), random_inputs(config)
+    expected = logits(config, params, images)
+    folded = convert_params(params, config, "rmsnorm")
+    assert relative(logits(convert_config(config, "rmsnorm"), folded, images), expected) < 1e-10
+    unscaled = {path: leaf for path, leaf in flatten_dict(params).items() if not path[-1].endswith("_scale")}
+    wrong = flatten_dict(convert_params(unflatten_dict(unscaled), tiny_vit(), "rmsnorm"))
+    for path, scale in flatten_dict(params).items():
+        if path[-1].endswith("_scale"):
+            writer = (*path[:-1], path[-1].removesuffix("_scale"))
+            wrong |= {(*writer, leaf): wrong[*writer, leaf] * scale for leaf in ("kernel", "bias")}
+    assert relative(logits(convert_config(config, "rmsnorm"), unflatten_dict(wrong), images), expected) > 1e-3
+
+
+def test_leaving_the_mean_in_normed_heads_is_another_function():
+    config = tiny_vit(qk_norm=True)
+    params, images = random_params(config, 1), random_inputs(config)
+    converted = convert_params(params, config, "rmsnorm")
+    expected = logits(config, params, images)
+    key = converted["block_0"]["attention"]["key"]
+    key["kernel"] = key["kernel"].at[0].add(0.5)
+    assert relative(logits(convert_config(config, "rmsnorm"), converted, images), expected) > 1e-3
+    with pytest.raises(PrenormError, match="block_0/attention/key/kernel is not zero-mean over each head"):
+        convert_params(converted, convert_config(config, "rmsnorm"), "layernorm")
+
+
+@given(config=vit_configs())
+@settings(max_examples=30)
+def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
+    for norm in NORMS:
+        variant = config if norm == "layernorm" else convert_config(config, norm)
+        leaves, roles = abstract_params(variant), parameter_roles(variant)
+        assert leaves.keys() == roles.keys()
+        for path, role in roles.items():
+            if role.axis is not None and role.kind != "layer_scale":
+                assert leaves[path].value.shape[role.axis] == variant.stream_width
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("Ti/16", 5.7), ("S/16", 22.1), ("B/16", 86.6), ("L/16", 304.3), ("H/14", 632.0), ("g/14", 1011), ("G/14", 1843)],
+)
+def test_sizes_are_those_of_the_papers(name, millions):
+    """With a class token and 1,000 classes at 224 pixels (the g and G of arXiv 2106.04560 differ in their head)."""
+    config = ModelConfig.create(base_config("vit").model.to_dict() | sizes.vit(name))
+    count = sum(leaf.value.size for leaf in abstract_params(config).values()) / 1e6
+    assert count == pytest.approx(millions, rel=0.01)
+
+
+def test_22b_has_its_parameters():
+    config = ModelConfig.create(base_config("vit").model.to_dict() | sizes.vit("22B"))
+    assert sum(leaf.value.size for leaf in abstract_params(config).values()) == pytest.approx(21.7e9, rel=0.03)
+    assert convert_config(config, "crmsnorm").qk_norm
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 5}, "model.patch_size=5 does not divide model.image_size=224"),
+        ({"pooling": "max"}, "model.pooling='max' is not one of class, mean, class_mean, attention"),
+        ({"class_token": False}, "model.pooling='class' needs model.class_token=True"),
+        ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, none"),
+        ({"positions": "sincos2d", "d_model": 6, "heads": 2}, "needs a model.d_model divisible by 4, not 6"),
+        ({"vocab_size": 7}, "unknown key model.vocab_size"),
+        ({"stochastic_depth": 1.0}, "model.stochastic_depth=1.0 must be at least 0 and below 1"),
+        ({"registers": -1}, "model.registers=-1 must be at least 0"),
+        ({"family": "cnn"}, "model.family='cnn' is not one of gpt, vit"),
+    ],
+)
+def test_a_wrong_config_is_named(changes, message):
+    with pytest.raises(PrenormError) as error:
+        build_model(base_config("vit").model.to_dict() | changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_do_not_fit_are_an_error():
+    config = tiny_vit()
+    with pytest.raises(PrenormError, match=r"images of shape \(6, 5, 2\) do not fit the model's, \(6, 6, 2\)"):
+        build_model(config).apply({"params": random_params(config, 0)}, np.zeros((1, 6, 5, 2)))
+
+
+def test_an_unknown_size_is_named():
+    with pytest.raises(PrenormError, match="ViT size='XL' is not one of Ti, S, B"):
+        sizes.vit("XL/16")
