@@ -24,7 +24,7 @@ from prenorm_jax.files import write_whole
 
 # These may differ: they are what is compared, and what a native run's own parameters need.
 COMPARED_KEYS = {"model.norm", "parameterization", "model.norm_affine", "model.final_norm_affine"}
-COMPARED_KEYS |= {"model.reader_bias", "model.head_bias"}
+COMPARED_KEYS |= {"model.reader_bias", "model.qkv_bias", "model.head_bias", "model.layer_scale"}
 SETTING_KEYS = ("model.depth", "model.d_model", "batch_size", "data.seq_len", "seed", "model.dtype")
 FINAL_STEPS = 20  # the final training loss is the mean over the last so many steps
 
@@ -39,7 +39,13 @@ class Run:
     info: dict[str, Any]
     losses: dict[int, float]  # by step; NaN or infinite where training diverged
     evals: dict[int, float]
-    rates: dict[int, float]  # tokens per second
+    top1s: dict[int, float]  # of images: the share classified correctly
+    rates: dict[int, float]  # units per second
+
+    @property
+    def unit(self) -> str:
+        """What a loss is the mean over, and speed counts."""
+        return "image" if self.config.get("model.family") == "vit" else "token"
 
 
 def compare(
@@ -60,6 +66,7 @@ def compare(
     report = {
         "title": title or "Training loss of " + ", ".join(run.name for run in runs),
         "reference": base.name,
+        "unit": base.unit,
         "final_loss_steps": FINAL_STEPS,
         "runs": [_row(run, base) for run in runs],
         "setting": {key: _text(base.config[key]) for key in SETTING_KEYS if key in base.config},
@@ -140,9 +147,10 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_metrics(path: Path) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
-    """Training losses, evaluation losses and tokens/s by step; a resumed run's last line of a step wins."""
-    series: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "tokens_per_s": {}}
+def _read_metrics(path: Path) -> list[dict[int, float]]:
+    """Losses, evaluation losses, top-1 and units/s by step; a resumed run's last line of a step wins."""
+    series: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "eval_top1": {}, "units_per_s": {}}
+    names = {name: name for name in series} | {f"{unit}s_per_s": "units_per_s" for unit in ("token", "image")}
     lines = _read(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -151,16 +159,15 @@ def _read_metrics(path: Path) -> tuple[dict[int, float], dict[int, float], dict[
             entry = json.loads(line.decode())
             if not isinstance(entry, dict) or type(entry.get("step")) is not int:
                 raise ValueError("not an object with a whole number as step")
-            for key in series.keys() & entry.keys():
-                series[key][entry["step"]] = _number(entry[key])
+            for key in names.keys() & entry.keys():
+                series[names[key]][entry["step"]] = _number(entry[key])
         except ValueError as error:
             if number == len(lines):  # no newline follows: a crash cut this line short
                 break
             raise PrenormError(f"{path}, line {number}: {error}; repair or delete this line") from error
     if not series["loss"]:
         raise PrenormError(f"{path} holds no training line: train in {path.parent}, or leave it out")
-    losses, evals, rates = (dict(sorted(values.items())) for values in series.values())
-    return losses, evals, rates
+    return [dict(sorted(values.items())) for values in series.values()]
 
 
 def _number(value: Any) -> float:
@@ -190,8 +197,9 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
     finite_evals = {step: loss for step, loss in run.evals.items() if math.isfinite(loss)}
     best_eval = min(finite_evals, key=finite_evals.__getitem__, default=None)
     rates = list(run.rates.values())[len(run.rates) // 10 :]  # compilation slows the first ones
-    tokens_per_s = _median(filter(math.isfinite, rates))
-    tokens_per_step = (run.config.get("batch_size") or 0) * (run.config.get("data.seq_len") or 0)
+    units_per_s = _median(filter(math.isfinite, rates))
+    seq_len = 1 if run.unit == "image" else run.config.get("data.seq_len") or 0
+    units_per_step = (run.config.get("batch_size") or 0) * seq_len
     nonfinite = [step for step, loss in run.losses.items() if not math.isfinite(loss)]
     changes = [abs(after - before) for before, after in itertools.pairwise(run.losses.values())]
     deltas = {} if run is base else _deltas(run.losses, base.losses)
@@ -227,8 +235,9 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
         "max_abs_delta_step": largest,
         "final_eval_abs_delta": None if eval_step is None else abs(eval_deltas[eval_step]),
         "final_eval_abs_delta_step": eval_step,
-        "tokens_per_s": tokens_per_s,
-        "steps_per_s": tokens_per_s / tokens_per_step if tokens_per_s and tokens_per_step else None,
+        "final_eval_top1": _finite(run.top1s[max(run.top1s)]) if run.top1s else None,
+        "units_per_s": units_per_s,
+        "steps_per_s": units_per_s / units_per_step if units_per_s and units_per_step else None,
     }
 
 

@@ -73,7 +73,7 @@ def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
         ax.plot([], [], label="evaluation loss", **_markers({"color": GREY}, 6, 1))
     if min(map(min, every)) > 0 and max(map(max, every)) > 10 * min(map(max, every)):
         ax.set_yscale("log")  # a linear axis would flatten the other runs
-    ax.set_ylabel("training loss\n(nats per token)", fontsize=FONT)
+    ax.set_ylabel(f"training loss\n(nats per {report['unit']})", fontsize=FONT)
     ax.legend(fontsize=FONT, edgecolor="none", framealpha=0.85, handlelength=3.2)
 
 
@@ -120,7 +120,7 @@ def _draw_differences(ax: Axes, report: Report, styles: dict[str, Report]) -> No
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
         text = _label(name, 16)
         ax.annotate(text, (1, 10**position), (4, 0), color=styles[name]["color"], fontsize=FONT, **place)
-    ax.set_ylabel(f"|loss − loss of {_label(report['reference'], 16)}|\n(nats per token)", fontsize=FONT)
+    ax.set_ylabel(f"|loss − loss of {_label(report['reference'], 16)}|\n(nats per {report['unit']})", fontsize=FONT)
 
 
 def _markers(style: Report, size: float, count: int) -> Report:

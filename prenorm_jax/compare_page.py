@@ -24,7 +24,11 @@ def with_words(report: Report) -> Report:
     others = [row for row in report["runs"] if row is not base]
     for row in others:
         row["relation"] = _relation(row, base)
-    words = {"verdict": [_verdict(row, base) for row in others], "notes": [], "warnings": _warnings(report)}
+    words = {
+        "verdict": [_verdict(row, base, report["unit"]) for row in others],
+        "notes": [],
+        "warnings": _warnings(report),
+    }
     for dtype in dict.fromkeys(row["dtype"] for row in report["runs"]):
         if others and dtype in ROUNDING:
             words["notes"].append(
@@ -45,7 +49,7 @@ def _relation(row: Report, base: Report) -> str:
     return "departs from {}" if diverged or ratio > 1 else "follows {}" if ratio > 0.1 else "follows {} closely"
 
 
-def _verdict(row: Report, base: Report) -> str:
+def _verdict(row: Report, base: Report, unit: str) -> str:
     name, largest, change = row["name"], row["max_abs_delta"], base["change_per_step"]
     claim = f"{name} {row['relation'].format(base['name'])}"
     if largest is None:
@@ -57,7 +61,7 @@ def _verdict(row: Report, base: Report) -> str:
     else:
         text = (
             f"{claim}: over {steps} the training losses differ by at most "
-            f"{_small(largest)} nats per token (at step {row['max_abs_delta_step']:,}; at first "
+            f"{_small(largest)} nats per {unit} (at step {row['max_abs_delta_step']:,}; at first "
             f"{_small(row['first_abs_delta'])}, in the median {_small(row['median_abs_delta'])})."
         )
         if change:
@@ -96,7 +100,8 @@ def _warnings(report: Report) -> list[str]:
 
 def plain_text(report: Report) -> str:
     """The table's main columns, the verdict and the warnings, for a terminal."""
-    table = [[cells[column] for column in (0, 1, 4, 5, 7, 9)] for cells in _table(report)]
+    columns = [i for i, head in enumerate(_table(report)[0]) if head in IN_TERMINAL]
+    table = [[cells[i] for i in columns] for cells in _table(report)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
     return "\n".join([*lines, *report["verdict"], *(f"warning: {text}" for text in report["warnings"])])
@@ -111,6 +116,7 @@ def page(report: Report, png: bytes) -> str:
         for row in report["runs"]
     ]
     warnings = [f"Warning: {text}" for text in report["warnings"]]
+    size = "batch_size" if report["unit"] == "image" else "(batch_size · data.seq_len)"
     return PAGE.substitute(
         title=html.escape(report["title"]),
         setting=html.escape(_pairs(report["setting"])),
@@ -120,14 +126,15 @@ def page(report: Report, png: bytes) -> str:
         verdict=_paragraphs(report["verdict"]),
         table=_html_table(_table(report)),
         notes=_paragraphs(report["notes"]),
-        footnote=html.escape(FOOTNOTE.format(final=report["final_loss_steps"])),
+        footnote=html.escape(FOOTNOTE.format(final=report["final_loss_steps"], unit=report["unit"], size=size)),
         differences=_html_table([["key", *names], *differences]) if differences else "<p>None.</p>",
         origins=_html_table([["run", "workdir", "device", "versions"], *origins]),
     )
 
 
 def _table(report: Report) -> list[list[str]]:
-    table = [TABLE_HEAD]
+    with_top1 = any(row["final_eval_top1"] is not None for row in report["runs"])
+    table = [[head for head in TABLE_HEAD if with_top1 or head != TOP1] + [f"{report['unit']}s/s"]]
     for row in report["runs"]:
         norms = [switch["from"] for switch in row["switches"][:1]] or [row["norm"]]
         norms += [f"{switch['to']} after step {switch['step']:,}" for switch in row["switches"]]
@@ -142,9 +149,10 @@ def _table(report: Report) -> list[list[str]]:
                 "not finite" if row["final_loss"] is None else f"{row['final_loss']:.4f}",
                 _eval_loss(row, "final_eval"),
                 _eval_loss(row, "best_eval"),
+                *([_number(row["final_eval_top1"], ".2%")] if with_top1 else []),
                 *(["reference"] * 2 if row["name"] == report["reference"] else deltas),
                 _number(row["steps_per_s"], ".3g"),
-                _number(row["tokens_per_s"], ",.0f"),
+                _number(row["units_per_s"], ",.0f"),
             ]
         )
     return table
@@ -188,6 +196,7 @@ def _html_table(rows: list[list[str]]) -> str:
     return '<div class="table"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
+TOP1 = "final top-1"
 TABLE_HEAD = [
     "run",
     "norm",
@@ -196,11 +205,21 @@ TABLE_HEAD = [
     "final training loss",
     "final eval loss",
     "best eval loss",
+    TOP1,
     "largest |Δ\N{NO-BREAK SPACE}loss|",
     "final |Δ\N{NO-BREAK SPACE}eval\N{NO-BREAK SPACE}loss|",
     "steps/s",
-    "tokens/s",
 ]
+# What fits a terminal.
+IN_TERMINAL = {
+    "run",
+    "norm",
+    "final training loss",
+    "final eval loss",
+    TOP1,
+    "largest |Δ\N{NO-BREAK SPACE}loss|",
+    "steps/s",
+}
 
 CAPTION = (
     "Above: training losses (lines) and evaluation losses (diamonds). Below: the size of their differences "
@@ -208,9 +227,9 @@ CAPTION = (
 )
 
 FOOTNOTE = (
-    "Losses are in nats per token. Final training loss: the mean over the last {final} steps, or over all if "
-    "there are fewer. Δ: the difference from the reference, at steps that both have. Tokens/s: the median "
-    "over the steps, the first 10 % left out; steps/s = tokens/s ÷ (batch_size · data.seq_len). Runs made "
+    "Losses are in nats per {unit}. Final training loss: the mean over the last {final} steps, or over all if "
+    "there are fewer. Δ: the difference from the reference, at steps that both have. {unit}s/s: the median "
+    "over the steps, the first 10 % left out; steps/s = {unit}s/s ÷ {size}. Runs made "
     "one after the other on a shared machine are no benchmark. “Follows closely”: the largest |Δ loss| is "
     "at most a tenth of the reference's median change from one step to the next; “follows”: at most that "
     "change; “departs from”: more, or not finite where the reference is."

@@ -31,7 +31,7 @@ from prenorm_jax.step import (
     make_train_step,
     run_models,
 )
-from prenorm_jax.workdir import RunRecord, config_differences, device_name, literal_config, load_config, write_json
+from prenorm_jax.workdir import RunRecord, config_differences, device_name, literal_config, load_config, write_config
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -61,13 +61,13 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
     ):
         if not (workdir / "config.json").exists():  # before anything else: it says whose folder this is
-            write_json(workdir / "config.json", config.to_dict() | {"stop_at": None})
+            write_config(workdir, config)
         state = start_state(config, models, checkpoints, data, replicated(mesh), given)
         start = int(state.step)
         if start >= end:
             say(f"{workdir} is at step {start} of {end} already: raise --config.steps (or stop_at) to go on")
             return
-        write_json(workdir / "config.json", config.to_dict() | {"stop_at": None})
+        write_config(workdir, config)
         counts = _parameter_counts(models, state)
         record.start(models, start, counts)
         say(f"data: {data.description}")

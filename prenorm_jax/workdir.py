@@ -1,6 +1,6 @@
 """The files of a run's folder beside its checkpoints.
 
-config.json      the run's configuration, every key as it was asked for
+config.json      the run's configuration, every key
 run.json         what the run is and was made with: parameters, device, versions, each start with its step and norm, and
                  the last step that is known to be saved
 lock             held by the process that trains here
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from prenorm_jax.config import base_config
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.files import write_whole
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.step import RunModels, run_models
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -77,6 +78,12 @@ def load_config(workdir: str | Path) -> ConfigDict:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}; restore it from a copy") from error
     return config
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes config.json: what was asked for, the model's keys resolved; without `stop_at`, which is of one start."""
+    model = dataclasses.asdict(ModelConfig.create(config.model))
+    write_json(workdir / "config.json", config.to_dict() | {"model": model, "stop_at": None})
 
 
 def literal_config(config: ConfigDict) -> ConfigDict:

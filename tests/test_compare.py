@@ -67,7 +67,7 @@ def test_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert (row["first_abs_delta"], row["median_abs_delta"], row["common_steps"]) == (0.0, 0.125, 4)
     assert (row["final_eval_abs_delta"], row["final_eval_abs_delta_step"]) == (0.75, 4)
     assert base["change_per_step"] == 2.0
-    assert (row["tokens_per_s"], row["steps_per_s"]) == (250.0, 25.0)
+    assert (row["units_per_s"], row["steps_per_s"]) == (250.0, 25.0)
     assert report["curves"]["rms"]["delta_loss"] == [[1, 0.0], [2, 0.5], [3, -0.25], [4, 0.0]]
     assert base["parameters_trained"] is None and base["max_abs_delta"] is None
     assert written_json(tmp_path / "report") == {key: value for key, value in report.items() if key != "files"}
@@ -76,7 +76,7 @@ def test_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
 def test_final_loss_and_speed_leave_out_what_they_say(tmp_path: Path) -> None:
     row = compare([write_run(tmp_path / "ln", [1000.0] * 10 + [1.0] * 20)], tmp_path / "report")["runs"][0]
     assert row["final_loss"] == 1.0  # of the last 20 steps
-    assert row["tokens_per_s"] == 100 * (4 + 30) / 2  # the first 3 of 30 left out
+    assert row["units_per_s"] == 100 * (4 + 30) / 2  # the first 3 of 30 left out
 
 
 @pytest.mark.parametrize(

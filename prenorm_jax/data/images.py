@@ -128,7 +128,7 @@ def load_images(config: ConfigDict) -> ImageData:
         train, evaluation = hold_out(train, data.holdout)
     sizes = f"train {len(train.labels):,}, eval {len(evaluation.labels):,} images"
     description = f"{source}: {sizes} of {side} × {side} × {channels}, {classes} classes"
-    digest = xxhash.xxh3_128(f"{side} {channels}")
+    digest = xxhash.xxh3_128(f"{side} {channels}".encode())
     for split in (train, evaluation):
         digest.update(split.labels)
         digest.update(split.content)
