@@ -11,14 +11,14 @@ from prenorm_jax.config import base_config
 def get_config() -> ConfigDict:
     """The run's configuration."""
     config = base_config("vit")
-    config.steps = 1000
+    config.steps = 2600
     config.batch_size = 64
-    config.eval_every = 250
-    config.checkpoint_every = 500
+    config.eval_every = 200
+    config.checkpoint_every = 650
 
     config.augment.label_smoothing = 0.1
 
-    config.optimizer.learning_rate = 5e-3
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.final_learning_rate = 0.0
 

@@ -32,6 +32,7 @@ def base_config(family: str = "gpt") -> ConfigDict:
 
     if family == "vit":
         config.data, config.augment = _image_data(), _augment()
+        config.loss = "softmax"  # softmax | sigmoid: in training, each class for itself (arXiv 2110.00476)
     else:
         config.data = _text_data()
 

@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints, complete_steps
-from prenorm_jax.data import Data, load_data
-from prenorm_jax.errors import Interrupted, PrenormError, check_range, say
+from prenorm_jax.data import Data, load_data, prefetch
+from prenorm_jax.errors import Interrupted, PrenormError, check_choice, check_range, say
 from prenorm_jax.evaluate import evaluate
 from prenorm_jax.files import only_process
 from prenorm_jax.metrics import MetricsWriter, NonFinite, drop_after
@@ -85,8 +85,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
         try:
             with MetricsWriter(workdir, start, config, data) as metrics:
-                for step in range(start, end):
-                    batch = data.train_batch(config, step)
+                batches = prefetch(lambda step: data.train_batch(config, step), range(start, end))
+                for step, batch in zip(range(start, end), batches, strict=True):
                     state, step_metrics = train_step(state, jax.device_put(batch, split_batch(mesh)))
                     done = step + 1
                     metrics.add(done, step_metrics)
@@ -169,6 +169,7 @@ def _check_config(config: ConfigDict) -> None:
     for key in config.get("augment", {}):
         check_range(f"augment.{key}", config.augment[key], at_least=0)
     if "augment" in config:
+        check_choice("loss", config.loss, ("softmax", "sigmoid"))
         check_range("augment.label_smoothing", config.augment.label_smoothing, at_least=0, below=1)
         if not 0 < config.augment.min_area <= 1:
             raise PrenormError(f"augment.min_area={config.augment.min_area} must be above 0 and at most 1")

@@ -105,6 +105,16 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """(..., V), (..., V) -> (...): in nats, the mean over classes, each for itself.
+
+    All classes that are mixed in count in full (arXiv 2110.00476, section 3): those whose target is above 1/V, which
+    label smoothing leaves none of the others.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return optax.sigmoid_binary_cross_entropy(logits, targets > 1 / targets.shape[-1]).mean(-1)
+
+
 def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """How many classes come before the label, by logit and then by number: (..., V), (...) -> (...).
 
@@ -119,13 +129,14 @@ def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch, jax.Array], jax.Array]:
     """(trained params, batch, step) -> mean loss over the batch's weights, in nats; dropout and augmentation on."""
     model = build_model(models.computed)
+    criterion = binary_cross_entropy if config.get("loss") == "sigmoid" else cross_entropy
 
     def loss(params: Params, batch: Batch, step: jax.Array) -> jax.Array:
         dropout_key = jax.random.fold_in(_keys(config)[1], step)
         examples = make_examples(config, batch, key=jax.random.fold_in(dropout_key, 0))
         variables = {"params": computed_params(params, models)}
         logits = model.apply(variables, examples.inputs, train=True, rngs={"dropout": dropout_key})
-        nats = cross_entropy(logits, examples.targets)
+        nats = criterion(logits, examples.targets)
         return (nats * examples.weights).sum() / examples.weights.sum()
 
     return loss

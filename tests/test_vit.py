@@ -179,3 +179,72 @@ def test_images_that_do_not_fit_are_an_error():
 def test_an_unknown_size_is_named():
     with pytest.raises(PrenormError, match="ViT size='XL' is not one of Ti, S, B"):
         sizes.vit("XL/16")
+
+
+class PublicAttentionBlock(nn.Module):
+    """A block with the module names that Flax gives in the public JAX checkpoints."""
+
+    heads: int
+    mlp_dim: int
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm(epsilon=1e-6, name="LayerNorm_0")(x)
+        x += nn.MultiHeadDotProductAttention(self.heads, name="MultiHeadDotProductAttention_1")(y, y)
+        y = nn.LayerNorm(epsilon=1e-6, name="LayerNorm_2")(x)
+        hidden = nn.gelu(nn.Dense(self.mlp_dim, name="MlpBlock_3/Dense_0")(y))
+        return x + nn.Dense(x.shape[-1], name="MlpBlock_3/Dense_1")(hidden)
+
+
+class PublicViT(nn.Module):
+    """The same of the whole model, from Flax's own layers; a "/" in a name is a level of the checkpoint's tree."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, images):
+        c = self.config
+        P, d, B = c.patch_size, c.d_model, len(images)
+        x = nn.Conv(d, (P, P), strides=(P, P), padding="VALID", name="embedding")(images).reshape(B, -1, d)
+        token = self.param("cls", nn.initializers.normal(1), (1, 1, d))
+        x = jnp.concatenate([jnp.tile(token, (B, 1, 1)), x], axis=1)
+        x += self.param("Transformer/posembed_input/pos_embedding", nn.initializers.normal(1), (1, *x.shape[1:]))
+        for i in range(c.depth):
+            x = PublicAttentionBlock(c.heads, c.mlp_dim, name=f"Transformer/encoderblock_{i}")(x)
+        x = nn.LayerNorm(epsilon=1e-6, name="Transformer/encoder_norm")(x)
+        return nn.Dense(c.classes, name="head")(x[:, 0])
+
+
+NAMES = {  # of configs/vit_s16_imagenet.py
+    "patch_embedding": "embedding",
+    "class_token": "cls",
+    "position_embedding": "Transformer/posembed_input/pos_embedding",
+    "block_0": "Transformer/encoderblock_0",
+    "block_1": "Transformer/encoderblock_1",
+    "attention_norm": "LayerNorm_0",
+    "attention": "MultiHeadDotProductAttention_1",
+    "mlp_norm": "LayerNorm_2",
+    "mlp/up": "MlpBlock_3/Dense_0",
+    "mlp/down": "MlpBlock_3/Dense_1",
+    "head_norm": "Transformer/encoder_norm",
+}
+
+
+def test_the_layout_is_that_of_the_public_checkpoints_by_other_names():
+    """Renaming, and reshapes that move no number, make their tree ours: the logits are the same."""
+    config = tiny_vit(activation="gelu_tanh", dtype="float64", epsilon=1e-6)
+    images = random_inputs(config).astype(np.float64)
+    public = PublicViT(config)
+    variables = public.init(jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    theirs = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), variables["params"])
+    expected = public.apply({"params": theirs}, images)
+
+    flat = {"/".join(path): leaf for path, leaf in flatten_dict(theirs).items()}
+    ours = {}
+    for path, leaf in abstract_params(config).items():
+        name = "/".join(path).replace("mlp/up", NAMES["mlp/up"]).replace("mlp/down", NAMES["mlp/down"])
+        name = "/".join(NAMES.get(part, part) for part in name.split("/"))
+        ours[path] = flat.pop(name).reshape(leaf.value.shape)
+    assert not flat
+    assert relative(logits(config, unflatten_dict(ours), images), expected) < 1e-6

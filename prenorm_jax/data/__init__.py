@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +42,17 @@ class Data(Protocol):
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss, ...} from the sums of `step.make_eval_step` over all batches."""
+
+
+def prefetch(make: Callable[[int], HostBatch], steps: range) -> Iterator[HostBatch]:
+    """`make(step)` for each step; while one is used, the next is made in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, steps.start)
+        for step in steps:
+            batch = coming.result()
+            if step + 1 in steps:
+                coming = pool.submit(make, step + 1)
+            yield batch
 
 
 def load_data(config: ConfigDict) -> Data:
