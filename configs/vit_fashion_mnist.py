@@ -14,16 +14,16 @@ from prenorm_jax.config import base_config
 def get_config() -> ConfigDict:
     """The run's configuration."""
     config = base_config("vit")
-    config.steps = 468  # one epoch
-    config.batch_size = 128
-    config.eval_every = 117
-    config.checkpoint_every = 234
+    config.steps = 937  # one epoch
+    config.batch_size = 64
+    config.eval_every = 234
+    config.checkpoint_every = 468
 
     config.data.path = "/usr/share/datasets/fashion-mnist"
     config.augment.flip = True
 
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 50
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
     config.optimizer.final_learning_rate = 0.0
 
     config.model.image_size = 28
