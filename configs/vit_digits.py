@@ -15,10 +15,10 @@ from prenorm_jax.config import base_config
 def get_config() -> ConfigDict:
     """The run's configuration."""
     config = base_config("vit")
-    config.steps = 2600
+    config.steps = 1600
     config.batch_size = 64
     config.eval_every = 200
-    config.checkpoint_every = 650
+    config.checkpoint_every = 400
 
     config.augment.label_smoothing = 0.1
 

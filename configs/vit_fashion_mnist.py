@@ -22,8 +22,9 @@ def get_config() -> ConfigDict:
     config.data.path = "/usr/share/datasets/fashion-mnist"
     config.augment.flip = True
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
+    config.optimizer.b2 = 0.999
     config.optimizer.final_learning_rate = 0.0
 
     config.model.image_size = 28

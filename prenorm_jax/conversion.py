@@ -330,7 +330,7 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
     layout = {"norm", "reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
     layout |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
     rates = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout"}
-    training = {"stochastic_depth", "stochastic_depth_schedule", "dtype", "param_dtype"}
+    training = {"stochastic_depth", "stochastic_depth_schedule", "init", "dtype", "param_dtype"}
     if differences := model_differences(config, to_config, ignored=layout | rates | training):
         raise PrenormError(
             f"the checkpoint is of another network ({'; '.join(differences)}): change the config to match"

@@ -61,6 +61,7 @@ class ModelConfig:
     embed_dropout: float | None = None  # dropout; on the embedding, before it enters the stream
     stochastic_depth: float = 0.0  # rate at which the last block's branches are left out, one draw an example
     stochastic_depth_schedule: str = "linear"  # linear, from 0 in the first block | constant
+    init: str = "normal"  # of kernels: normal, of deviation 0.02 (GPT-2) | xavier, uniform by their widths (ViT)
     dtype: str = "float32"  # of the computation; statistics and softmax are in float32 at least
     param_dtype: str = "float32"
 
@@ -70,6 +71,7 @@ class ModelConfig:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm": NORMS,
         "activation": ACTIVATIONS,
+        "init": ("normal", "xavier"),
         "stochastic_depth_schedule": ("linear", "constant"),
         "dtype": DTYPES,
         "param_dtype": DTYPES,
@@ -189,6 +191,7 @@ class ViTConfig(ModelConfig):
     activation: str = "gelu"
     head_bias: bool = True
     epsilon: float = 1e-6
+    init: str = "xavier"
 
     image_size: int = 224  # pixels, both ways
     patch_size: int = 16  # divides image_size

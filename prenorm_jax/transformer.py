@@ -104,13 +104,17 @@ def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> jax.Array:
 def linear(
     config: ModelConfig, name: str, features: int, axes: tuple[str, str], bias: bool, stddev: float = 0.02
 ) -> nn.Dense:
-    """A linear map over the last axis whose kernel (in, out) has these logical axis names."""
+    """A linear map over the last axis whose kernel (in, out) has these logical axis names.
+
+    `stddev` is that of its kernel under init "normal".
+    """
+    init = nn.initializers.xavier_uniform() if config.init == "xavier" else nn.initializers.normal(stddev)
     return nn.Dense(
         features,
         use_bias=bias,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(stddev), axes),
+        kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
         name=name,
     )
