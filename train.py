@@ -38,7 +38,10 @@ def parse(argv: list[str]) -> list[str]:
             f"command line or config file: no such key: {reason}; prenorm_jax/config.py lists the keys"
         ) from error
     except Exception as error:  # a config file is a program: anything can be wrong with it
-        raise PrenormError(f"command line or config file: {' '.join(str(error).split())}") from error
+        lines = str(error).strip().splitlines()  # ending in the error itself, after the stack trace of a config file
+        raise PrenormError(
+            f"command line or config file: {lines[-1] if len(lines) > 3 else ' '.join(lines)}"
+        ) from error
     if len(rest) > 1:
         raise PrenormError(f"command line: {rest[1]!r} is not a flag; flags look like --workdir=runs/ln")
     return rest

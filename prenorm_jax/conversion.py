@@ -130,7 +130,7 @@ def convert_params(
     roles = parameter_roles(source)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values())
     if not traced:
-        check_zero_mean(flat, source, roles, to)
+        check_zero_mean(fold_layer_scales(flat, roles), source, roles, to)
 
     dtypes = {path: leaf.dtype for path, leaf in flat.items()}
     for path, role in roles.items():
@@ -286,27 +286,28 @@ def check_zero_mean(flat: Flat, source: ModelConfig, roles: Roles, to: str) -> N
     """Raises PrenormError where a mean is not zero, to the rounding of its dtype, that layernorm would remove.
 
     Of an rmsnorm tree that is the mean along the stream of each writer; of a tree that becomes layernorm, under a
-    QK-norm, that of each head's query and key.
+    QK-norm, that of each head's query and key. LayerScale is folded already.
     """
-    for path, role in roles.items():
-        leaf = np.asarray(flat[path]).astype(np.float64)
+    for path in flat:
+        role, leaf = roles[path], np.asarray(flat[path]).astype(np.float64)
         if source.norm == "rmsnorm" and role.kind == "writer":
             # Rounding each entry to the leaf's dtype leaves a mean of at most half of this.
-            size = np.abs(leaf).mean(role.axis)
+            # Of a product with a LayerScale it is three roundings.
+            size = np.abs(leaf).mean(role.axis) * (1 if source.layer_scale is None else 2)
             _check_mean(path, leaf.mean(role.axis), size, flat[path].dtype, "along the stream")
         if source.norm != "layernorm" and to == "layernorm" and role.normed_axis is not None:
             heads = _split_heads(leaf, source.head_dim)
             # Under crmsnorm a row is the difference of two, with the rounding of both: the largest is the measure.
             size = np.abs(heads).mean(-1).max()
-            _check_mean(path, heads.mean(-1), size, flat[path].dtype, "over each head")
+            _check_mean(path, heads.mean(-1), size, flat[path].dtype, "over each head, as its norm takes it")
 
 
 def _check_mean(path: Path, mean: np.ndarray, size: Any, dtype: Any, where: str) -> None:
     if not (np.abs(mean) <= float(jnp.finfo(dtype).eps) * size).all():
         raise PrenormError(
-            f"{'/'.join(path)} is not zero-mean {where} (mean {np.abs(mean).max():.2g}, size {np.max(size):.2g}): a "
-            "general RMSNorm network has no equivalent with layernorm or crmsnorm, only one made from them has; "
-            "training with parameterization=pre_ln keeps it"
+            f"{'/'.join(path)} is not zero-mean {where} (mean {np.abs(mean).max():.2g}, size {np.max(size):.2g}): "
+            "what an RMSNorm network does with a mean has no equivalent; parameters made from Pre-LN's have none, and "
+            "training with parameterization=pre_ln keeps them so"
         )
 
 

@@ -170,6 +170,10 @@ def _check_config(config: ConfigDict) -> None:
         check_range(f"augment.{key}", config.augment[key], at_least=0)
     if "augment" in config:
         check_choice("loss", config.loss, ("softmax", "sigmoid"))
+        if config.loss == "sigmoid" and config.augment.label_smoothing:
+            raise PrenormError("loss=sigmoid takes no augment.label_smoothing: set it to 0")
+        if config.augment.shift and config.augment.min_area < 1:
+            raise PrenormError("augment.shift and augment.min_area<1 exclude each other: set one crop alone")
         check_range("augment.label_smoothing", config.augment.label_smoothing, at_least=0, below=1)
         if not 0 < config.augment.min_area <= 1:
             raise PrenormError(f"augment.min_area={config.augment.min_area} must be above 0 and at most 1")

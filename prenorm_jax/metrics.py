@@ -145,7 +145,10 @@ class _Events:
         try:
             yield
         except OSError as error:
-            self._writer = None
+            writer, self._writer = self._writer, None
+            # Else what it could not write is tried again, and complained about, when the interpreter ends.
+            with contextlib.suppress(OSError, AttributeError):
+                writer._py_recordio_writer.close()
             say(f"warning: no more TensorBoard events: {error.strerror}; metrics.jsonl has all numbers")
 
 

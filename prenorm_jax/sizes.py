@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prenorm_jax.errors import check_choice
+from prenorm_jax.errors import PrenormError, check_choice
 
 # name -> (d_model, depth, mlp_dim, heads): arXiv 2010.11929, table 1; 2106.04560, table 2; 2302.05442, section 2.
 _VIT = {
@@ -24,10 +24,12 @@ def vit(name: str) -> dict[str, Any]:
 
     22B also has its parallel branches, norms on queries and keys, no biases in query, key, value and norms, and the
     attention pooling; its norms are LayerNorms here, as the Pre-LN network that the variants are equivalent to.
-    Raises PrenormError for an unknown size.
+    Raises PrenormError for an unknown size or patch.
     """
     size, _, patch = name.partition("/")
     check_choice("ViT size", size, tuple(_VIT))
+    if patch and not patch.isdecimal():
+        raise PrenormError(f"ViT size {name!r}: {patch!r} is no patch size; give one like S/16")
     keys = dict(zip(("d_model", "depth", "mlp_dim", "heads"), _VIT[size], strict=True))
     keys["patch_size"] = int(patch) if patch else 14 if size in ("H", "g", "G", "22B") else 16
     if size == "22B":

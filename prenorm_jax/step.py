@@ -108,22 +108,21 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """(..., V), (..., V) -> (...): in nats, the mean over classes, each for itself.
 
-    All classes that are mixed in count in full (arXiv 2110.00476, section 3): those whose target is above 1/V, which
-    label smoothing leaves none of the others.
+    All classes that are mixed in count in full (arXiv 2110.00476, section 3): those whose target is above 0.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return optax.sigmoid_binary_cross_entropy(logits, targets > 1 / targets.shape[-1]).mean(-1)
+    return optax.sigmoid_binary_cross_entropy(logits, targets > 0).mean(-1)
 
 
 def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """How many classes come before the label, by logit and then by number: (..., V), (...) -> (...).
 
-    Where a logit is NaN, all V of them.
+    Where a logit is NaN, more than there are.
     """
     own = jnp.take_along_axis(logits, labels[..., None], axis=-1)
     earlier = jnp.arange(logits.shape[-1]) < labels[..., None]
-    before = (logits > own) | ((logits == own) & earlier) | jnp.isnan(logits).any(-1, keepdims=True)
-    return before.sum(-1)
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(-1)
+    return jnp.where(jnp.isnan(logits).any(-1), jnp.iinfo(rank.dtype).max, rank)
 
 
 def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch, jax.Array], jax.Array]:

@@ -46,9 +46,8 @@ def test_from_networks_born_as_a_variant(start, config):
     roles, flat = parameter_roles(config), flatten_dict(params)
     for path, role in roles.items():
         if start == "rmsnorm" and role.kind == "writer":
-            flat[path] = center(flat[path], role.axis)
-        if start == "rmsnorm" and role.kind == "layer_scale" and not config.raw_branches:
-            flat[path] = jnp.ones_like(flat[path])
+            scale = flat.get((*path[:-2], f"{path[-2]}_scale"), 1) if len(path) > 1 else 1  # LayerScale comes first
+            flat[path] = center(flat[path] * scale, role.axis) / scale
     params = unflatten_dict(center_heads(flat, roles, config.head_dim))
     others = [norm for norm in NORMS if norm != start]
     tokens = random_inputs(config)

@@ -1,11 +1,13 @@
 """Images: where they come from, their split, and what augmentation makes of a batch."""
 
 import gzip
+from types import SimpleNamespace
 
 import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,6 +113,42 @@ def test_a_folder_of_class_folders(tmp_path):
             split.read(np.arange(len(split.labels)))
 
 
+def test_pictures_that_change_change_the_digest(tmp_path):
+    make_pictures(tmp_path)
+    config = vit_config(data__path=str(tmp_path), model__channels=3)
+    before = load_images(config).digest
+    assert load_images(config).digest == before
+    noise = np.random.default_rng(0).integers(256, size=(40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(next(tmp_path.rglob("3.png")))
+    assert load_images(config).digest != before
+    write_idx(tmp_path)
+    idx_config = vit_config(data__path=str(tmp_path))
+    before = load_images(idx_config).digest
+    for name in ("t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[-1] ^= 1
+        (tmp_path / name).write_bytes(content)
+        assert load_images(idx_config).digest != before
+        before = load_images(idx_config).digest
+
+
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
+    make_pictures(tmp_path)
+    for file in tmp_path.rglob("*.png"):
+        Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(file)
+    with pytest.raises(PrenormError, match="has more than 8 bits a channel"):
+        load_images(vit_config(data__path=str(tmp_path))).train.read(np.arange(2))
+
+
+def test_columns_of_many_chunks_beyond_2_gib():
+    """As the hub's data sets are stored. Their chunks share one buffer here, so that it costs no memory."""
+    buffer = pa.array([b"x" * 10_000_000])
+    struct = pa.StructArray.from_arrays([buffer, pa.array(["a.png"])], ["bytes", "path"])
+    table = pa.table({"image": pa.chunked_array([struct] * 230)})
+    encoded = SimpleNamespace(data=datasets.table.InMemoryTable(table))
+    assert len(images_module._contents(encoded, "image")) == 16
+
+
 def test_a_folder_with_splits(tmp_path):
     make_pictures(tmp_path, ("train", "test"))
     data = load_images(vit_config(data__path=str(tmp_path), data__eval_split="test", model__channels=3))
@@ -156,6 +194,8 @@ def test_the_central_square_is_taken():
         ({"data__image_size": 16}, "data.image_size=16: images of digits are 8 wide"),
         ({"data__mean": (0.1, 0.2)}, "has 2 numbers: give 1 or model.channels"),
         ({"data__std": (0.0,)}, "must be above 0"),
+        ({"data__std": (float("nan"),)}, "must be above 0"),
+        ({"data__std": ("a",)}, "must be numbers"),
     ],
 )
 def test_refused_keys(changes, message):
@@ -173,7 +213,12 @@ def test_refused_keys(changes, message):
         ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12 + bytes(9), "is cut short or too long"),
         ("train-images-idx3-ubyte", idx(np.zeros((19, 8, 8))), "not as many labels as square images"),
         ("train-images-idx3-ubyte", idx(np.zeros((20, 8, 7))), "not as many labels as square images"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\xc8" + bytes(900), "is no IDX file of unsigned bytes"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 8 + bytes(4), "is cut short or too long"),
+        ("train-images-idx3-ubyte", idx(np.zeros((0, 8, 8))), "not as many labels as square images"),
+        ("t10k-images-idx3-ubyte", idx(np.zeros((6, 5, 5))), "differ in size"),
         ("t10k-labels-idx1-ubyte", None, "has no IDX file of eval labels"),
+        ("emnist-train-images-idx3-ubyte", idx(np.zeros((20, 8, 8))), "has two files of train images"),
         ("train-images-idx3-ubyte.gz", b"\x1f\x8b no gzip", "cannot be read"),
     ],
 )
@@ -182,6 +227,7 @@ def test_refused_idx_files(tmp_path, file, content, message):
     if content is None:
         (tmp_path / file).unlink()
     else:
+        (tmp_path / file.removesuffix(".gz")).unlink(missing_ok=True)
         (tmp_path / file).write_bytes(content)
     with pytest.raises(PrenormError) as error:
         load_images(vit_config(data__path=str(tmp_path)))
@@ -327,4 +373,4 @@ def test_label_smoothing_spreads_its_mass_over_all_classes():
 def test_the_rank_of_a_label():
     logits = jnp.array([[3.0, 1, 2], [3, 1, 2], [1, 1, 1], [1, 1, 1], [np.nan, 5, 1], [np.inf, 1, 0]])
     labels = jnp.array([0, 1, 0, 2, 1, 0])
-    np.testing.assert_array_equal(rank_of_label(logits, labels), [0, 2, 0, 2, 3, 0])
+    np.testing.assert_array_equal(rank_of_label(logits, labels), [0, 2, 0, 2, 2**63 - 1, 0])

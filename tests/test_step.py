@@ -13,7 +13,7 @@ from prenorm_jax.config import base_config
 from prenorm_jax.model_config import NORMS
 from prenorm_jax.optim import make_optimizer, make_schedule
 from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import init_state, make_eval_step, make_train_step, run_models
+from prenorm_jax.step import binary_cross_entropy, init_state, make_eval_step, make_loss, make_train_step, run_models
 
 STEPS = 100
 # name -> (peak learning rate, other settings): rates at which each of them learns something in 100 steps.
@@ -175,3 +175,25 @@ def test_an_unknown_optimizer_is_named():
     config.optimizer.name = "adam"
     with pytest.raises(ValueError, match=r"optimizer\.name='adam' is not one of adamw, lamb, sgd, adafactor, muon"):
         make_optimizer(config)
+
+
+def test_binary_cross_entropy_takes_each_class_for_itself():
+    logits, targets = np.array([[2.0, -1, 0.5]]), np.array([[0.7, 0.3, 0.0]])
+    probability = 1 / (1 + np.exp(-logits))
+    expected = -np.mean(np.log(np.where(targets > 0, probability, 1 - probability)))
+    np.testing.assert_allclose(binary_cross_entropy(logits, targets), [expected], rtol=1e-12)
+
+
+def test_the_loss_that_is_asked_for_is_trained_and_augmentation_changes_with_step_and_seed():
+    def loss_of(step: int = 0, **changes: object) -> float:
+        config = run_config("layernorm", "pre_ln", family="vit")
+        config.augment.shift = 2
+        for key, value in changes.items():
+            config[key] = value
+        models = run_models(config)
+        params = init_state(run_config("layernorm", "pre_ln", family="vit"), models).params
+        return float(jax.jit(make_loss(config, models))(params, batch_of(0, config), step))
+
+    assert loss_of() == loss_of()
+    assert len({loss_of(), loss_of(loss="sigmoid"), loss_of(step=1), loss_of(seed=1)}) == 4
+    assert 0.5 < loss_of(loss="sigmoid") < 1  # log 2 a class, not log 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import math
 import os
 import tempfile
 import zlib
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute
 import xxhash
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from prenorm_jax.data.batches import example_rows
 from prenorm_jax.errors import PrenormError, check_range, first_line
@@ -107,21 +108,24 @@ def load_images(config: ConfigDict) -> ImageData:
     what they are called.
     """
     data = config.data
+    folder = Path(os.path.expanduser(data.path)) if data.path else None
     if data.path and data.hub:
         raise PrenormError("data.path and data.hub exclude each other: unset one")
     check_range("data.holdout", data.holdout, at_least=0, below=1)
     for key in ("mean", "std"):
         if len(data[key]) not in (1, config.model.channels):
             raise PrenormError(f"data.{key}={data[key]} has {len(data[key])} numbers: give 1 or model.channels")
-    if min(data.std) <= 0:
+    if not all(isinstance(value, float | int) for value in (*data.mean, *data.std)):
+        raise PrenormError(f"data.mean={data.mean} and data.std={data.std} must be numbers")
+    if not min(data.std) > 0:
         raise PrenormError(f"data.std={data.std} must be above 0")
-    if data.hub or (data.path and not _idx_files(Path(data.path))):
+    if data.hub or (folder and not _idx_files(folder)):
         train, evaluation, classes, source = _read_datasets(config)
         side, channels = _stored_size(config), config.model.channels
     else:
-        train, evaluation, source = _read_idx_folder(Path(data.path)) if data.path else (*_read_digits(), "digits")
+        train, evaluation, source = _read_idx_folder(folder) if folder else (*_read_digits(), "digits")
         side, channels = train.read(np.arange(1)).shape[2:]
-        classes = 1 + max(split.labels.max() for split in (train, evaluation) if split)
+        classes = 1 + max(split.labels.max() for split in (train, evaluation) if split is not None)
         if data.image_size not in (None, side):
             raise PrenormError(f"data.image_size={data.image_size}: images of {source} are {side} wide; unset it")
     if evaluation is None:
@@ -164,16 +168,23 @@ def _read_digits() -> tuple[Images, None]:
 def _idx_files(folder: Path) -> dict[str, Path]:
     """The folder's {train images, train labels, eval images, eval labels}, as far as there are any."""
     found = {}
-    for file in sorted(folder.expanduser().glob("*idx[13]*")):
+    for file in sorted(folder.glob("*idx[13]*")):
         split = "train" if "train" in file.name else "eval" if "t10k" in file.name or "test" in file.name else None
+        kind = f"{split} {'images' if 'idx3' in file.name else 'labels'}"
+        if kind in found:
+            raise PrenormError(
+                f"data.path={str(folder)!r} has two files of {kind}, {found[kind].name} and {file.name}: put one data "
+                "set into a folder of its own"
+            )
         if split:
-            found[f"{split} {'images' if 'idx3' in file.name else 'labels'}"] = file
+            found[kind] = file
     return found
 
 
 def _read_idx_folder(folder: Path) -> tuple[Images, Images | None, str]:
     files = _idx_files(folder)
     splits: dict[str, Images] = {}
+    sizes: set[tuple[int, ...]] = set()
     for split in ("train", "eval"):
         kinds = [f"{split} {kind}" for kind in ("images", "labels")]
         if split == "eval" and not any(kind in files for kind in kinds):
@@ -183,12 +194,16 @@ def _read_idx_folder(folder: Path) -> tuple[Images, Images | None, str]:
                 f"data.path={str(folder)!r} has no IDX file of {missing[0]}, as in train-images-idx3-ubyte"
             )
         images, labels = (read_idx(files[kind]) for kind in kinds)
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or images.shape[1] != images.shape[2]:
+        square_images = images.ndim == 3 and images.shape[1] == images.shape[2] and images.size
+        if not square_images or labels.shape != images.shape[:1]:
             raise PrenormError(
                 f"{files[kinds[0]]} and {files[kinds[1]]} have shapes {images.shape} and {labels.shape}: not as many "
                 "labels as square images"
             )
         splits[split] = _array_images(images, labels)
+        sizes.add(images.shape[1:])
+    if len(sizes) > 1:
+        raise PrenormError(f"data.path={str(folder)!r}: images for training and evaluation differ in size, {sizes}")
     return splits["train"], splits.get("eval"), str(folder)
 
 
@@ -204,10 +219,10 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise PrenormError(f"{path} cannot be read: {first_line(error)}") from error
     start = 4 + 4 * content[3] if len(content) > 3 else 4
-    if content[:3] != b"\0\0\x08" or len(content) < start:
+    if content[:3] != b"\0\0\x08" or content[3] > 4 or len(content) < start:
         raise PrenormError(f"{path} is no IDX file of unsigned bytes")
     shape = tuple(map(int, np.frombuffer(content[4:start], ">u4")))
-    if len(content) - start != int(np.prod(shape, dtype=object)):
+    if len(content) - start != math.prod(shape) or max(shape, default=0) > len(content):
         raise PrenormError(f"{path} is cut short or too long: {len(content) - start} bytes of data for shape {shape}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -223,14 +238,14 @@ def _read_datasets(config: ConfigDict) -> tuple[Images, Images | None, int, str]
     """From the hub, or a folder of class folders, with splits as folders around them or not."""
     data = config.data
     source = f"data.hub={data.hub!r}" if data.hub else f"data.path={data.path!r}"
-    if data.path and not Path(data.path).expanduser().is_dir():
+    if data.path and not Path(os.path.expanduser(data.path)).is_dir():
         raise PrenormError(f"{source} is no folder: give one of IDX files, or of a folder of images for each class")
     try:
         if data.hub:
             splits = datasets.load_dataset(data.hub, data.hub_config)
         else:
             with tempfile.TemporaryDirectory() as cache:  # as in sources.read_files
-                folder = str(Path(data.path).expanduser().resolve())
+                folder = str(Path(os.path.expanduser(data.path)).resolve())
                 splits = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # network, cache, files, unknown name: each has exceptions of its own
         remedy = "it needs network access, or give a folder as data.path" if data.hub else "give a folder of classes"
@@ -266,7 +281,9 @@ def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) ->
     def decode(row: int, item: dict[str, Any]) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]) as image:
-                return square(image.convert("L" if channels == 1 else "RGB"), side)
+                if image.mode.startswith(("I", "F")):  # converting them would cut off all above 255
+                    raise ValueError(f"mode {image.mode!r} has more than 8 bits a channel: convert it first")
+                return square(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), side)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             where = item["path"] or f"row {row}"
             raise PrenormError(f"{source}: image {where} cannot be decoded: {first_line(error)}") from error
@@ -276,11 +293,18 @@ def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) ->
         return np.stack(list(pool.map(decode, rows, items))).reshape(len(rows), side, side, channels)
 
     classes = getattr(feature, "num_classes", None) or int(labels.max()) + 1
-    # Names and sizes, not all bytes: of a large data set, reading those takes hours.
-    table = encoded.with_format("arrow")[:][data.image_column].combine_chunks()
-    sizes = pa.compute.binary_length(table.field("bytes")).to_pylist()
-    paths = [Path(path or "").name for path in table.field("path").to_pylist()]
-    return Images(labels.astype(np.int32), read, repr((sizes, paths)).encode()), classes
+    return Images(labels.astype(np.int32), read, _contents(encoded, data.image_column)), classes
+
+
+def _contents(encoded: datasets.Dataset, column: str) -> bytes:
+    """A hash of the names and sizes of the encoded images: of a large data set, reading all bytes takes hours."""
+    digest = xxhash.xxh3_128()
+    for chunk in encoded.data.column(column).chunks:
+        sizes = pa.compute.binary_length(chunk.field("bytes")).to_pylist()
+        for path, size in zip(chunk.field("path").to_pylist(), sizes, strict=True):
+            size = Path(path).stat().st_size if size is None else size
+            digest.update(f"{Path(path or '').name} {size}\n".encode())
+    return digest.digest()
 
 
 def square(image: Image.Image, side: int) -> np.ndarray:
