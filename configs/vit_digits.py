@@ -2,9 +2,8 @@
 
     python train.py --config=configs/vit_digits.py --workdir=runs/digits-ln --config.model.norm=layernorm
 
-0.2 M parameters, 2,600 steps of 64 images. On 2 CPU cores (AMD EPYC, no GPU): 2 minutes and 17 seconds, evaluation
-included. 97.5 % of the held-out fifth are classified correctly under each of the three norms. A higher learning rate
-(5e-3) gets there in 1,000 steps, but there rounding grows until, after 200 steps, no two float32 runs are alike.
+0.2 M parameters, 1,600 steps of 64 images. On 2 CPU cores (AMD EPYC, no GPU): 100 seconds of processor time, evaluation
+included. 98.1 % of the held-out fifth are classified correctly under each of the three norms.
 """
 
 from ml_collections import ConfigDict
