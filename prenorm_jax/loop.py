@@ -111,7 +111,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if stop and done < end:
             raise Interrupted(f"{stop} at step {done}: saved in {workdir}; the same command goes on from there")
     if skipped := skipped_before + int(state.nonfinite):
-        say(f"{skipped} steps were skipped: their loss or gradient was not finite")
+        say(f"{skipped} steps were skipped: their loss, gradient or update was not finite")
     say(
         f"done: {done} of {config.steps} steps in {workdir}"
         + (f"; eval loss {result['eval_loss']:.4f}" if done == config.steps else "")

@@ -28,8 +28,8 @@ def start_state(
     """The state of the last checkpoint that can be read; only if there is none at all, step 0.
 
     Checkpoints that cannot be read are moved aside, unless no other is left: then PrenormError, and nothing changes.
-    So it is for a checkpoint of another model, or of a run on other data. `given` are parameters to start with at step
-    0 (`load_init_from`); None: the seed's.
+    For a checkpoint of another model, or of a run on other data: PrenormError too. `given` are parameters to start with
+    at step 0 (`load_init_from`); None: the seed's.
     """
     damaged: dict[int, str] = {}
     for step in reversed(checkpoints.steps()):
@@ -58,15 +58,15 @@ def _load(
     step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, data: Data, sharding: NamedSharding
 ) -> TrainState:
     metadata = checkpoints.metadata(step)
-    model, params = checkpoints.params(step, sharding)
     place = checkpoints.directory / str(step)
-    if differences := model_differences(models.trained, model):
-        raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
     if metadata["data"] not in (None, data.digest):
         raise PrenormError(
             f"the data are not those that {place} was trained on, but {data.description}: that would be another run; "
             f"restore them, or start one in another workdir with --config.init_from={checkpoints.directory.parent}"
         )
+    model, params = checkpoints.params(step, sharding)
+    if differences := model_differences(models.trained, model):
+        raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
     abstract = jax.eval_shape(lambda: init_state(config, models).opt_state)
     opt_state = checkpoints.optimizer(step, abstract, sharding)
     if opt_state is None:

@@ -30,7 +30,7 @@ from prenorm_jax.step import RunModels, run_models
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 # What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the
-# data lie may change because their content may not: `resume.check_data` sees to that.
+# data lie may change because their content may not: `resume._load` sees to that.
 MAY_CHANGE = (
     "data.path",
     "data.eval_path",

@@ -30,6 +30,18 @@ def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
 
 
 @given(config=model_configs)
+@settings(max_examples=60)
+def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
+    for norm in NORMS:
+        variant = config if norm == "layernorm" else convert_config(config, norm)
+        leaves, roles = abstract_params(variant), parameter_roles(variant)
+        assert leaves.keys() == roles.keys()
+        for path, role in roles.items():
+            if role.axis is not None and role.kind != "layer_scale":
+                assert leaves[path].value.shape[role.axis] == variant.stream_width
+
+
+@given(config=model_configs)
 @settings(max_examples=30)
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)

@@ -120,7 +120,7 @@ def load_images(config: ConfigDict) -> ImageData:
     if not min(data.std) > 0:
         raise PrenormError(f"data.std={data.std} must be above 0")
     if data.hub or (folder and not _idx_files(folder)):
-        train, evaluation, classes, source = _read_datasets(config)
+        train, evaluation, classes, source = _read_datasets(config, folder)
         side, channels = _stored_size(config), config.model.channels
     else:
         train, evaluation, source = _read_idx_folder(folder) if folder else (*_read_digits(), "digits")
@@ -234,19 +234,19 @@ def _stored_size(config: ConfigDict) -> int:
     return config.data.image_size or config.model.image_size
 
 
-def _read_datasets(config: ConfigDict) -> tuple[Images, Images | None, int, str]:
+def _read_datasets(config: ConfigDict, folder: Path | None) -> tuple[Images, Images | None, int, str]:
     """From the hub, or a folder of class folders, with splits as folders around them or not."""
     data = config.data
     source = f"data.hub={data.hub!r}" if data.hub else f"data.path={data.path!r}"
-    if data.path and not Path(os.path.expanduser(data.path)).is_dir():
+    if folder and not folder.is_dir():
         raise PrenormError(f"{source} is no folder: give one of IDX files, or of a folder of images for each class")
     try:
         if data.hub:
             splits = datasets.load_dataset(data.hub, data.hub_config)
         else:
             with tempfile.TemporaryDirectory() as cache:  # as in sources.read_files
-                folder = str(Path(os.path.expanduser(data.path)).resolve())
-                splits = datasets.load_dataset("imagefolder", data_dir=folder, cache_dir=cache, keep_in_memory=True)
+                options = {"data_dir": str(folder.resolve()), "cache_dir": cache, "keep_in_memory": True}
+                splits = datasets.load_dataset("imagefolder", **options)
     except Exception as error:  # network, cache, files, unknown name: each has exceptions of its own
         remedy = "it needs network access, or give a folder as data.path" if data.hub else "give a folder of classes"
         raise PrenormError(f"{source} cannot be loaded: {first_line(error.__cause__ or error)}; {remedy}") from error
