@@ -20,7 +20,7 @@ STEPS = 100
 OPTIMIZERS = {
     "sgd": (0.1, {"weight_decay": 0.0, "clip": 0.0}),
     "adamw": (0.01, {}),
-    "adafactor": (0.1, {"weight_decay": 0.01}),
+    "adafactor": (0.03, {"weight_decay": 0.01}),
     "lamb": (0.03, {}),
     "muon": (0.03, {}),
 }
