@@ -53,7 +53,7 @@ def start(*flags: object, **options: object) -> subprocess.Popen:
     return subprocess.Popen(
         arguments,
         cwd=ROOT,
-        env=clean_environment(),
+        env=clean_environment() | {"JAX_ENABLE_COMPILATION_CACHE": "0"},  # no half-written entry for the next
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

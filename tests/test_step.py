@@ -92,8 +92,17 @@ each_optimizer = pytest.mark.parametrize(
 )
 
 
-@each_optimizer
-@pytest.mark.parametrize("model", ["gpt", "gpt-dropout", pytest.param("gpt-untied", marks=pytest.mark.slow), "vit"])
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        pytest.param(
+            model, optimizer, marks=[pytest.mark.xdist_group(optimizer), *([] if quick else [pytest.mark.slow])]
+        )
+        for model in MODELS
+        for optimizer in OPTIMIZERS
+        for quick in [model == "gpt" or (optimizer == "adamw" and model != "gpt-untied")]
+    ],
+)
 @pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
 def test_pre_ln_parameterization_follows_pre_ln(norm, model, optimizer):
     assert differences(model, norm, "pre_ln", optimizer).max() <= 1e-9
