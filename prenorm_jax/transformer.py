@@ -8,6 +8,7 @@ Shape suffixes, here and in `models/`:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prenorm_jax.attention import attend
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import LayerNorm, RMSNorm
 from prenorm_jax.stream import COORDINATES
@@ -29,8 +31,8 @@ _ACTIVATIONS = {
 
 
 def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
-    """The nonlinearity of the config's MLPs."""
-    return _ACTIVATIONS[config.activation](x)
+    """The nonlinearity of the config's MLPs. The backward pass computes it anew: cheaper than keeping what it made."""
+    return jax.checkpoint(_ACTIVATIONS[config.activation])(x)
 
 
 class StreamModel(nn.Module):
@@ -101,26 +103,62 @@ def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> jax.Array:
     return x_BxTxD
 
 
+class Linear(nn.Module):
+    """x W + b over the last axis. The kernel (in, features) has the logical axis names `axes`, the bias the second.
+
+    Attributes:
+      stddev: of the kernel under init "normal".
+    """
+
+    config: ModelConfig
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool
+    stddev: float = 0.02
+
+    @nn.compact
+    def weights(self, width: int) -> list[jax.Array]:
+        """Kernel (width, features) and, if there is one, bias (features,), in config.dtype."""
+        config = self.config
+        init = nn.initializers.xavier_uniform() if config.init == "xavier" else nn.initializers.normal(self.stddev)
+        boxed_init = nn.with_logical_partitioning(init, self.axes)
+        kernel = self.param("kernel", boxed_init, (width, self.features), config.param_dtype)
+        weights = [kernel]
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+            weights.append(self.param("bias", bias_init, (self.features,), config.param_dtype))
+        return [leaf.astype(config.dtype) for leaf in weights]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return apply_together([self], x)[0]
+
+
+def apply_together(layers: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
+    """What each of the linear layers, which all have a bias or all have none, makes of x; by one matrix product."""
+    weights = [layer.weights(x.shape[-1]) for layer in layers]
+    kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
+    y = matmul(x.astype(kernel.dtype), kernel)
+    y = y + bias[0] if bias else y
+    return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(..., in) @ (in, out), as one product of two matrices.
+
+    Its derivative by the kernel is then one too. Of three axes XLA:CPU would first copy an operand, transposed, and
+    fuse all that made it into the copy.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def linear(
     config: ModelConfig, name: str, features: int, axes: tuple[str, str], bias: bool, stddev: float = 0.02
-) -> nn.Dense:
-    """A linear map over the last axis whose kernel (in, out) has these logical axis names.
-
-    `stddev` is that of its kernel under init "normal".
-    """
-    init = nn.initializers.xavier_uniform() if config.init == "xavier" else nn.initializers.normal(stddev)
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
-        name=name,
-    )
+) -> Linear:
+    """A `Linear` called `name`."""
+    return Linear(config, features, axes, bias, stddev, name=name)
 
 
-def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> nn.Dense:
+def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> Linear:
     """A linear map from the normalised stream: (B, T, D) -> (B, T, features)."""
     return linear(config, name, features, ("read", axis), bias)
 
@@ -166,13 +204,16 @@ class Attention(nn.Module):
         B, T, _ = x_BxTxD.shape
         H, G, K = config.heads, config.kv_heads, config.head_dim
 
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            return reader(config, name, heads * K, axis, config.qkv_bias)(x_BxTxD).reshape(B, T, heads, K)
-
         normed = "normed_" if config.qk_norm else ""
-        q_BxTxHxK = project("query", H, f"{normed}heads")
-        k_BxSxGxK = project("key", G, f"{normed}kv_heads")
-        v_BxSxGxK = project("value", G, "kv_heads")
+        projections = [
+            reader(config, name, heads * K, axis, config.qkv_bias)
+            for name, heads, axis in (
+                ("query", H, f"{normed}heads"),
+                ("key", G, f"{normed}kv_heads"),
+                ("value", G, "kv_heads"),
+            )
+        ]
+        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_together(projections, x_BxTxD))
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
             q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
@@ -180,14 +221,8 @@ class Attention(nn.Module):
         if config.rotary:
             q_BxTxHxK, k_BxSxGxK = (rotate(x, config.rotary_base) for x in (q_BxTxHxK, k_BxSxGxK))
 
-        q_BxTxGxRxK = q_BxTxHxK.reshape(B, T, G, H // G, K) * K**-0.5
-        scores_BxGxRxTxS = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxSxGxK)
-        scores_BxGxRxTxS = scores_BxGxRxTxS.astype(jnp.promote_types(scores_BxGxRxTxS.dtype, jnp.float32))
-        if config.causal:
-            scores_BxGxRxTxS = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores_BxGxRxTxS, -jnp.inf)
-        weights_BxGxRxTxS = jax.nn.softmax(scores_BxGxRxTxS).astype(v_BxSxGxK.dtype)
-        weights_BxGxRxTxS = nn.Dropout(config.attention_dropout)(weights_BxGxRxTxS, deterministic=not train)
-        heads_BxTxN = jnp.einsum("bgrts,bsgk->btgrk", weights_BxGxRxTxS, v_BxSxGxK).reshape(B, T, H * K)
+        dropout_key = self.make_rng("dropout") if train and config.attention_dropout else None
+        heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, config.causal, config.attention_dropout, dropout_key)
         return write(self, config, "out", "heads", heads_BxTxN, train)
 
 
@@ -200,12 +235,12 @@ class Mlp(nn.Module):
     def __call__(self, x_BxTxD: jax.Array, train: bool = False) -> jax.Array:
         config = self.config
 
-        def project(name: str) -> jax.Array:
-            return reader(config, name, config.mlp_dim, "mlp", config.reader_bias)(x_BxTxD)
-
-        h_BxTxF = activate(config, project("gate" if config.gated_mlp else "up"))
+        names = ["gate", "up"] if config.gated_mlp else ["up"]
+        readers = [reader(config, name, config.mlp_dim, "mlp", config.reader_bias) for name in names]
+        h_BxTxF, *gated_BxTxF = apply_together(readers, x_BxTxD)
+        h_BxTxF = activate(config, h_BxTxF)
         if config.gated_mlp:
-            h_BxTxF *= project("up")
+            h_BxTxF *= gated_BxTxF[0]
         return write(self, config, "down", "mlp", h_BxTxF, train)
 
 

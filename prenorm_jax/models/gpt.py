@@ -11,7 +11,16 @@ from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import GPTConfig
 from prenorm_jax.norms import Affine
 from prenorm_jax.stream import COORDINATES
-from prenorm_jax.transformer import StreamModel, blocks, constant_table, enter_stream, make_norm, reader, table
+from prenorm_jax.transformer import (
+    StreamModel,
+    blocks,
+    constant_table,
+    enter_stream,
+    make_norm,
+    matmul,
+    reader,
+    table,
+)
 
 
 def sinusoidal_table(length: int, width: int) -> np.ndarray:
@@ -56,7 +65,7 @@ class GPT(StreamModel):
         if config.final_norm and config.final_norm_affine:
             affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
             x_BxTxW = affine(x_BxTxW.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)
-        logits_BxTxV = x_BxTxW @ table_VxW.T
+        logits_BxTxV = matmul(x_BxTxW, table_VxW.T)
         if config.head_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("vocab",))
             logits_BxTxV += self.param("head_bias", bias_init, (config.vocab_size,), config.param_dtype)

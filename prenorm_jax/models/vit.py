@@ -15,6 +15,7 @@ from prenorm_jax.norms import LayerNorm
 from prenorm_jax.transformer import (
     StreamModel,
     activate,
+    apply_together,
     blocks,
     constant_table,
     embedding_axis,
@@ -22,6 +23,7 @@ from prenorm_jax.transformer import (
     kept_norm,
     linear,
     make_norm,
+    matmul,
     reader,
     table,
 )
@@ -53,7 +55,7 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), (P, P, C, width), config.param_dtype)
         patches_BxTxN = images.astype(config.dtype).reshape(-1, side, P, side, P, C).swapaxes(2, 3)
         patches_BxTxN = patches_BxTxN.reshape(-1, side * side, P * P * C)
-        x_BxTxD = patches_BxTxN @ kernel.astype(config.dtype).reshape(P * P * C, width)
+        x_BxTxD = matmul(patches_BxTxN, kernel.astype(config.dtype).reshape(P * P * C, width))
         if config.patch_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (stream_axis,))
             x_BxTxD += self.param("bias", bias_init, (width,), config.param_dtype).astype(config.dtype)
@@ -75,10 +77,8 @@ class AttentionPool(nn.Module):
         B, T, _ = x_BxTxD.shape
         W, H, K = config.d_model, config.heads, config.head_dim
 
-        def project(name: str) -> jax.Array:
-            return reader(config, name, H * K, "heads", config.qkv_bias)(x_BxTxD).reshape(B, T, H, K)
-
-        k_BxTxHxK, v_BxTxHxK = project("key"), project("value")
+        projections = [reader(config, name, H * K, "heads", config.qkv_bias) for name in ("key", "value")]
+        k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_together(projections, x_BxTxD))
         probe_init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("token", "raw"))
         probe_1xW = self.param("probe", probe_init, (1, W), config.param_dtype).astype(config.dtype)
         q_HxK = linear(config, "query", H * K, ("raw", "heads"), config.use_bias)(probe_1xW).reshape(H, K)

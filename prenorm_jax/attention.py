@@ -1,0 +1,70 @@
+"""Softmax attention that computes what the causal mask leaves, and stores no attention matrix for the backward pass.
+
+The queries go in blocks, each against the keys that it may see: with 4 blocks, 5/8 of the full product. Each block is
+under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
+its sum after the product with the values, which is the smaller.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+CAUSAL_BLOCKS = 4
+SMALLEST_BLOCK = 32  # queries
+
+
+def attend(
+    q_BxTxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxK: jax.Array,
+    causal: bool,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
+
+    Scores and softmax are in float32 at least. With a `dropout_key`, each probability is dropped with `dropout_rate`.
+    """
+    B, T, H, K = q_BxTxHxK.shape
+    S, G = k_BxSxGxK.shape[1:3]
+    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BxGxSxK, v_BxGxSxK = (x.transpose(0, 2, 1, 3) for x in (k_BxSxGxK, v_BxSxGxK))
+    size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal else T
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        seen = S - T + end if causal else S
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
+        block = jax.checkpoint(functools.partial(_attend_block, causal=causal, dropout_rate=dropout_rate))
+        blocks.append(block(q_BxGxRxTxK[:, :, :, start:end], k_BxGxSxK[:, :, :seen], v_BxGxSxK[:, :, :seen], key))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H * K)
+
+
+def _attend_block(
+    q_BxGxRxTxK: jax.Array,
+    k_BxGxSxK: jax.Array,
+    v_BxGxSxK: jax.Array,
+    key: jax.Array | None,
+    causal: bool,
+    dropout_rate: float,
+) -> jax.Array:
+    """The same of T queries that stand at the end of the S keys."""
+    B, G, R, T, K = q_BxGxRxTxK.shape
+    S = k_BxGxSxK.shape[2]
+    # Query heads of one key head are further rows of one product.
+    scores = jnp.einsum("bgnk,bgsk->bgns", q_BxGxRxTxK.reshape(B, G, R * T, K), k_BxGxSxK).reshape(B, G, R, T, S)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    if causal:
+        scores = jnp.where(jnp.tril(jnp.ones((T, S), bool), k=S - T), scores, -jnp.inf)
+    # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    if key is not None:
+        kept = jax.random.bernoulli(key, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
+    weights = weights.astype(v_BxGxSxK.dtype).reshape(B, G, R * T, S)
+    values = jnp.einsum("bgns,bgsk->bgnk", weights, v_BxGxSxK).reshape(B, G, R, T, K)
+    return (values / total).astype(q_BxGxRxTxK.dtype)
