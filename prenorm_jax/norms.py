@@ -108,7 +108,7 @@ class Affine(nn.Module):
         return x
 
 
-class _Norm(nn.Module):
+class Norm(nn.Module):
     """What the three norms share: the signature, the affine map, the dtypes.
 
     Attributes:
@@ -134,19 +134,19 @@ class _Norm(nn.Module):
         return affine(y).astype(self.dtype or x.dtype)
 
 
-class LayerNorm(_Norm):
+class LayerNorm(Norm):
     """LN over the last axis, of width d."""
 
     normalize = staticmethod(layer_norm)
 
 
-class RMSNorm(_Norm):
+class RMSNorm(Norm):
     """RMSNorm over the last axis, of width d."""
 
     normalize = staticmethod(rms_norm)
 
 
-class CRMSNorm(_Norm):
+class CRMSNorm(Norm):
     """CRMSNorm over the last axis, of width d-1: a zero-mean vector of width d without its last entry."""
 
     normalize = staticmethod(crms_norm)

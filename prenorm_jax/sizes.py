@@ -17,6 +17,46 @@ _VIT = {
     "G": (1664, 48, 8192, 16),
     "22B": (6144, 48, 24576, 48),
 }
+# name -> (d_model, depth, heads, head_dim): arXiv 2005.14165, table 2.1.
+_GPT3 = {
+    "Small": (768, 12, 12, 64),
+    "Medium": (1024, 24, 16, 64),
+    "Large": (1536, 24, 16, 96),
+    "XL": (2048, 24, 24, 128),
+    "2.7B": (2560, 32, 32, 80),
+    "6.7B": (4096, 32, 32, 128),
+    "13B": (5140, 40, 40, 128),
+    "175B": (12288, 96, 96, 128),
+}
+
+
+def gpt3(name: str) -> dict[str, Any]:
+    """Keys of `config.model` for a GPT-3 such as "Small": 2,048 positions, GPT-2's vocabulary.
+
+    Its sparse attention in every other layer is dense here. Raises PrenormError for an unknown size.
+    """
+    check_choice("GPT-3 size", name, tuple(_GPT3))
+    keys = dict(zip(("d_model", "depth", "heads", "head_dim"), _GPT3[name], strict=True))
+    return keys | {"vocab_size": 50257, "max_len": 2048}
+
+
+def model(name: str) -> dict[str, Any]:
+    """Keys of `config.model`, `family` among them, for "gpt3:Small", "vit:S/16" or "gpt:6x384".
+
+    The last is a GPT of that depth and width with heads of 64, over bytes. Raises PrenormError.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "vit":
+        return {"family": "vit"} | vit(size)
+    if kind == "gpt3":
+        return {"family": "gpt"} | gpt3(size)
+    depth, _, width = size.partition("x")
+    if kind != "gpt" or not (depth.isdecimal() and width.isdecimal()) or int(width) % 64:
+        raise PrenormError(
+            f"model {name!r} is none of gpt3:SIZE, vit:SIZE/PATCH and gpt:DEPTHxWIDTH (the width a multiple of 64)"
+        )
+    keys = {"depth": int(depth), "d_model": int(width), "heads": int(width) // 64}
+    return {"family": "gpt", **keys, "vocab_size": 257}
 
 
 def vit(name: str) -> dict[str, Any]:

@@ -1,0 +1,258 @@
+"""Times the norms against each other, against Flax's LayerNorm and against no norm at all.
+
+    python -m prenorm_jax.benchmark --model=gpt:6x384 --batch=8 --length=256
+
+One process runs all contenders in turn, in a new random order each round, each call waited for. Only ratios within a
+round are compared. The baseline is the fastest LayerNorm; a contender's share is how much of the way from it to no norm
+at all it goes. Where the noise is larger than the way, there is no verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from prenorm_jax import benchmark_report, topology
+from prenorm_jax.contenders import BASELINES, BOUND, CONTENDERS, Contender, run_config
+from prenorm_jax.data import load_data
+from prenorm_jax.errors import PrenormError, check_choice, check_range, run_command, say
+from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.sharding import make_mesh
+from prenorm_jax.step import computed_params, init_params, init_state, make_eval_step, make_train_step
+from prenorm_jax.workdir import configure_jax, device_name
+
+TASKS = ("step", "forward", "h")
+WARM_UP = 2  # rounds
+
+
+def real_batch(config: ConfigDict) -> dict[str, np.ndarray]:
+    """The standard library's text, by bytes; or crops of scikit-learn's two photographs, their labels random."""
+    if config.model.family == "gpt":
+        return load_data(config).train_batch(config, 0)
+    from sklearn.datasets import load_sample_images
+
+    rng, side, images = np.random.default_rng(0), config.model.image_size, []
+    for photo in load_sample_images().images * -(-config.batch_size // 2):
+        top, left = (rng.integers(1 + size - side) for size in photo.shape[:2])
+        images.append(photo[top : top + side, left : left + side])
+    labels = rng.integers(config.model.classes, size=config.batch_size).astype(np.int32)
+    weights = np.ones(config.batch_size, np.float32)
+    return {"images": np.stack(images[: config.batch_size]), "labels": labels, "weights": weights}
+
+
+def prepare(contender: Contender, config: ConfigDict, task: str, batch: Any) -> tuple[Callable[[], Any], Any]:
+    """(a call that does the task once, the compiled program)."""
+    config, models, mesh = contender.config(config), contender.models(config), make_mesh(config.batch_size)
+    with contender.norms():
+        if task == "step":
+            state = jax.jit(lambda: init_state(config, models))()
+            program = make_train_step(config, models, mesh).lower(state, batch).compile()
+
+            def call() -> Any:
+                nonlocal state
+                state, metrics = program(state, batch)
+                return state, metrics
+
+            return call, program
+        params = jax.jit(lambda: init_params(config, models))()
+        if task == "forward":
+            params = computed_params(params, models)
+            program = make_eval_step(config, models.computed, mesh).lower(params, batch).compile()
+            return lambda: program(params, batch), program
+
+        def conversion(params: Any, gradients: Any) -> Any:
+            computed, pull_back = jax.vjp(lambda params: computed_params(params, models), params)
+            return computed, pull_back(gradients)
+
+        gradients = computed_params(params, models)
+        program = jax.jit(conversion).lower(params, gradients).compile()
+        return lambda: program(params, gradients), program
+
+
+def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round. Every round is in another order."""
+    rng, seconds = np.random.default_rng(0), {name: [] for name in calls}
+    for index in range(-WARM_UP, rounds):
+        for name in rng.permutation(list(calls)):
+            start = time.perf_counter()
+            jax.block_until_ready(calls[name]())
+            if index >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_flops(dtype: str) -> float:
+    """FLOP/s of the best of ten products of two 2048 × 2048 matrices on all devices of this process."""
+    size = 2048
+    devices = jax.local_devices()
+    product = jax.jit(lambda a, b: a @ b)
+    operands = [jax.device_put(jnp.ones((size, size), dtype), device) for device in devices]
+    best = np.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready([product(a, a) for a in operands])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * len(devices) / best
+
+
+def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
+    """MiB: what the compiler plans for, and what the process's peak rises by when it runs (Linux, CPU), if known."""
+    analysis = program.memory_analysis()
+    planned = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
+    planned -= analysis.alias_size_in_bytes
+    process = None
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = _status("VmRSS")
+        jax.block_until_ready(call())
+        process = (_status("VmHWM") - before) / 1024
+    except OSError:
+        pass
+    return {
+        "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
+        "compiled_mib": planned / 2**20,
+        "process_mib": process,
+    }
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
+    """For each contender: the median ratio to the baseline, round by round, and its share of the way to no norm.
+
+    With 95 % intervals, by resampling rounds. The share is None where there is no bound among the contenders, or where
+    its ratio's interval reaches 1: then there is no way to be measured.
+    """
+    rng, base = np.random.default_rng(0), np.array(seconds[baseline])
+    samples = rng.integers(len(base), size=(4000, len(base)))
+    pairwise = {name: np.array(times) / base for name, times in seconds.items()}
+    resampled = {name: np.median(ratio[samples], axis=1) for name, ratio in pairwise.items()}
+    bound = resampled.get(BOUND)
+    measurable = bound is not None and np.quantile(bound, 0.975) < 1
+    result = {}
+    for name, ratio in pairwise.items():
+        entry = {"ratio": float(np.median(ratio)), "ratio_interval": _interval(resampled[name])}
+        entry |= {"share": None, "share_interval": None}
+        if measurable and name != baseline:
+            entry["share"] = float((1 - np.median(ratio)) / (1 - np.median(pairwise[BOUND])))
+            entry["share_interval"] = _interval((1 - resampled[name]) / np.maximum(1 - bound, 1e-9))
+        result[name] = entry
+    return result
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.quantile(values, (0.025, 0.975))]
+
+
+def model_flops(config: ModelConfig, batch: int, length: int, training: bool) -> float:
+    """FLOPs of the matrix products of one forward pass, or of a training step (three times that).
+
+    2 · tokens · (numbers in kernels) + 4 · B · T · S · H · K a layer for attention, half of it if causal.
+    """
+    tokens_per_row = length if config.family == "gpt" else config.patches + config.prefix
+    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = config.d_model * (2 * heads + 2 * kv + (3 if config.gated_mlp else 2) * config.mlp_dim)
+    attention = 4 * tokens_per_row**2 * heads * (0.5 if config.causal else 1)
+    row = config.depth * (2 * tokens_per_row * layer + attention)
+    if config.family == "gpt":
+        row += 2 * length * config.d_model * config.vocab_size
+    else:
+        patch = config.patch_size**2 * config.channels
+        row += 2 * config.d_model * (config.patches * patch + config.classes)
+    return batch * row * (3 if training else 1)
+
+
+def benchmark(model: str, batch: int, length: int, task: str, names: list[str], rounds: int, dtype: str) -> dict:
+    """What the JSON file holds. Raises PrenormError for an unknown model, task or contender."""
+    check_choice("--task", task, TASKS)
+    for name in names:
+        check_choice("--only", name, tuple(CONTENDERS))
+    config = run_config(model, batch, length, dtype)
+    configure_jax(config)
+    data = real_batch(config)
+    if task == "h":
+        names = [name for name in names if CONTENDERS[name].parameterization == "pre_ln"]
+    calls, rows = {}, {}
+    for name in names:
+        start = time.monotonic()
+        calls[name], program = prepare(CONTENDERS[name], config, task, data)
+        jax.block_until_ready(calls[name]())
+        rows[name] = {"about": CONTENDERS[name].about, **memory(calls[name], program)}
+        say(f"{name}: compiled in {time.monotonic() - start:.0f} s")
+    seconds = measure(calls, rounds)
+    baselines = [name for name in BASELINES if name in names]
+    baseline = min(baselines or names, key=lambda name: np.median(seconds[name]))
+    flops = model_flops(ModelConfig.create(config.model), batch, length, task == "step")
+    peak = peak_flops(dtype)
+    units = batch * length if config.model.family == "gpt" else batch
+    compared = ratios(seconds, baseline)
+    for name, row in rows.items():
+        quartiles = np.quantile(seconds[name], (0.25, 0.5, 0.75))
+        row |= {"seconds": seconds[name], "quartiles_ms": [1e3 * float(q) for q in quartiles], **compared[name]}
+        row["units_per_s"] = units / float(quartiles[1])
+        row["flops_share_of_peak"] = flops / float(quartiles[1]) / peak if task != "h" else None
+    return {
+        "model": model,
+        "task": task,
+        "batch": batch,
+        "length": length if config.model.family == "gpt" else None,
+        "unit": "token" if config.model.family == "gpt" else "image",
+        "dtype": dtype,
+        "rounds": rounds,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "jax": jax.__version__,
+        "matmul_peak_gflops": peak / 1e9,
+        "model_gflop": flops / 1e9,
+        "baseline": baseline,
+        "contenders": rows,
+    }
+
+
+def main() -> None:
+    """Parses the command line; prints a table, writes JSON and PNG. Raises PrenormError."""
+    parser = argparse.ArgumentParser(prog="python -m prenorm_jax.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="gpt:6x384", help="gpt:DEPTHxWIDTH, gpt3:Small, vit:S/16, ...")
+    parser.add_argument("--batch", type=int, default=8, help="sequences or images")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--task", default="step", help=f"one of {', '.join(TASKS)}; h is the conversion alone")
+    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, with commas between them")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dtype", default="float32", help="of the computation")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, five rounds: to see that it runs")
+    parser.add_argument("--topology", help="TPUs that need not be there, as v5e:2x2: the compiler's cycles, not time")
+    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the JSON file and the picture")
+    args = parser.parse_args()
+    if args.quick:
+        args.model, args.batch, args.length, args.rounds = "gpt:2x64", 8, 32, 5
+    for key in ("batch", "length", "rounds"):
+        check_range(f"--{key}", getattr(args, key), at_least=1)
+    names = [name for name in CONTENDERS if name in args.only.split(",")]
+    unknown = set(args.only.split(",")) - set(CONTENDERS)
+    if unknown or not names:
+        raise PrenormError(f"--only={args.only}: {', '.join(sorted(unknown))} is not among {', '.join(CONTENDERS)}")
+    if args.topology:
+        report = topology.estimate(args.topology, args.model, args.batch, args.length, args.task, names, args.dtype)
+    else:
+        report = benchmark(args.model, args.batch, args.length, args.task, names, args.rounds, args.dtype)
+    print(benchmark_report.table(report))
+    where = args.topology.replace(":", "-") if args.topology else jax.default_backend()
+    stem = f"{args.model}-{args.task}-{where}".replace(":", "-").replace("/", "-")
+    for path in benchmark_report.write(report, args.out, stem):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

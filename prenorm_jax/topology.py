@@ -1,0 +1,109 @@
+"""Programs compiled for TPUs that are not there, and what the TPU compiler says of them.
+
+The figures are the compiler's own model of the chip, not measurements. It needs libtpu, of the version that belongs to
+the installed jax: `pip install "jax[tpu]"`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.contenders import BASELINES, CONTENDERS, Contender, run_config
+from prenorm_jax.errors import PrenormError, check_choice, first_line, say
+from prenorm_jax.sharding import make_mesh
+from prenorm_jax.step import computed_params, init_params, init_state, make_eval_step, make_train_step
+
+_NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+_NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Compile-only devices of a topology such as "v5e:2x2". Raises PrenormError if it or libtpu is missing."""
+    # libtpu looks for a machine's metadata and for other users of its TPU: there is neither.
+    for key, value in _NO_TPU.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:  # of many types, from the plugin
+        raise PrenormError(
+            f"--topology={name} is not to be had ({first_line(error)}): name one like v5e:2x2, v5p:2x2x1 or v6e:2x2, "
+            'with libtpu installed: pip install "jax[tpu]"'
+        ) from error
+
+
+def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a training batch."""
+    B = config.batch_size
+    if config.model.family == "gpt":
+        T = config.data.seq_len
+        shapes = {"tokens": ((B, T + 1), np.int32), "weights": ((B, T), np.float32)}
+    else:
+        side, channels = config.model.image_size, config.model.channels
+        shapes = {"images": ((B, side, side, channels), np.uint8), "labels": ((B,), np.int32)}
+        shapes["weights"] = ((B,), np.float32)
+    return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
+
+
+def compile_for(contender: Contender, config: Any, task: str, devices: list[Any]) -> jax.stages.Compiled:
+    """The program of `task` (step or forward) for these devices; no array is made."""
+    config, models = contender.config(config), contender.models(config)
+    mesh, batch = make_mesh(config.batch_size, devices), abstract_batch(config)
+    with contender.norms():
+        if task == "step":
+            state = jax.eval_shape(lambda: init_state(config, models))
+            return make_train_step(config, models, mesh).lower(state, batch).compile()
+        params = jax.eval_shape(lambda: computed_params(init_params(config, models), models))
+        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), params)
+        return make_eval_step(config, models.computed, mesh).lower(cast, batch).compile()
+
+
+def cycles(program: jax.stages.Compiled) -> int:
+    """The sum of the compiler's estimated cycles, one device's, over all operations of the program that state them."""
+    return sum(map(int, _CYCLES.findall(program.as_text())))
+
+
+def estimate(name: str, model: str, batch: int, length: int, task: str, names: list[str], dtype: str) -> dict:
+    """What the JSON file holds, for `batch` examples a device. Raises PrenormError."""
+    check_choice("--task", task, ("step", "forward"))
+    devices = topology_devices(name)
+    config = run_config(model, batch * len(devices), length, dtype)
+    rows = {}
+    for contender in names:
+        start = time.monotonic()
+        program = compile_for(CONTENDERS[contender], config, task, devices)
+        analysis = program.memory_analysis()
+        rows[contender] = {
+            "about": CONTENDERS[contender].about,
+            "cycles": cycles(program),
+            "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
+            "compile_s": time.monotonic() - start,
+        }
+        say(f"{contender}: compiled in {rows[contender]['compile_s']:.0f} s")
+    baselines = [name for name in BASELINES if name in names] or names
+    baseline = min(baselines, key=lambda name: rows[name]["cycles"])
+    for row in rows.values():
+        row["ratio"] = row["cycles"] / rows[baseline]["cycles"]
+    return {
+        "model": model,
+        "task": task,
+        "batch": batch,
+        "length": length if config.model.family == "gpt" else None,
+        "dtype": dtype,
+        "topology": name,
+        "devices": len(devices),
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "baseline": baseline,
+        "contenders": rows,
+    }
