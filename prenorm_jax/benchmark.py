@@ -10,6 +10,7 @@ at all it goes. Where the noise is larger than the way, there is no verdict.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prenorm_jax import benchmark_report, topology
-from prenorm_jax.contenders import BASELINES, BOUND, CONTENDERS, Contender, run_config
+from prenorm_jax.contenders import BASELINES, BOUND, CONTENDERS, Contender, Setting
 from prenorm_jax.data import load_data
 from prenorm_jax.errors import PrenormError, check_choice, check_range, run_command, say
 from prenorm_jax.model_config import ModelConfig
@@ -174,12 +175,12 @@ def model_flops(config: ModelConfig, batch: int, length: int, training: bool) ->
     return batch * row * (3 if training else 1)
 
 
-def benchmark(model: str, batch: int, length: int, task: str, names: list[str], rounds: int, dtype: str) -> dict:
+def benchmark(setting: Setting, task: str, names: list[str], rounds: int) -> dict:
     """What the JSON file holds. Raises PrenormError for an unknown model, task or contender."""
     check_choice("--task", task, TASKS)
     for name in names:
         check_choice("--only", name, tuple(CONTENDERS))
-    config = run_config(model, batch, length, dtype)
+    config = setting.run_config()
     configure_jax(config)
     data = real_batch(config)
     if task == "h":
@@ -194,9 +195,10 @@ def benchmark(model: str, batch: int, length: int, task: str, names: list[str], 
     seconds = measure(calls, rounds)
     baselines = [name for name in BASELINES if name in names]
     baseline = min(baselines or names, key=lambda name: np.median(seconds[name]))
-    flops = model_flops(ModelConfig.create(config.model), batch, length, task == "step")
-    peak = peak_flops(dtype)
-    units = batch * length if config.model.family == "gpt" else batch
+    flops = model_flops(ModelConfig.create(config.model), setting.batch, setting.length, task == "step")
+    peak = peak_flops(setting.dtype)
+    is_text = config.model.family == "gpt"
+    units = setting.batch * (setting.length if is_text else 1)
     compared = ratios(seconds, baseline)
     for name, row in rows.items():
         quartiles = np.quantile(seconds[name], (0.25, 0.5, 0.75))
@@ -204,12 +206,10 @@ def benchmark(model: str, batch: int, length: int, task: str, names: list[str], 
         row["units_per_s"] = units / float(quartiles[1])
         row["flops_share_of_peak"] = flops / float(quartiles[1]) / peak if task != "h" else None
     return {
-        "model": model,
+        **dataclasses.asdict(setting),
         "task": task,
-        "batch": batch,
-        "length": length if config.model.family == "gpt" else None,
-        "unit": "token" if config.model.family == "gpt" else "image",
-        "dtype": dtype,
+        "length": setting.length if is_text else None,
+        "unit": "token" if is_text else "image",
         "rounds": rounds,
         "date": datetime.date.today().isoformat(),
         "device": device_name(),
@@ -225,6 +225,7 @@ def main() -> None:
     """Parses the command line; prints a table, writes JSON and PNG. Raises PrenormError."""
     parser = argparse.ArgumentParser(prog="python -m prenorm_jax.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gpt:6x384", help="gpt:DEPTHxWIDTH, gpt3:Small, vit:S/16, ...")
+    parser.add_argument("--depth", type=int, help="blocks, instead of the model's own number")
     parser.add_argument("--batch", type=int, default=8, help="sequences or images")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--task", default="step", help=f"one of {', '.join(TASKS)}; h is the conversion alone")
@@ -237,16 +238,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.model, args.batch, args.length, args.rounds = "gpt:2x64", 8, 32, 5
-    for key in ("batch", "length", "rounds"):
+    for key in ("batch", "length", "rounds", "depth"):
         check_range(f"--{key}", getattr(args, key), at_least=1)
     names = [name for name in CONTENDERS if name in args.only.split(",")]
     unknown = set(args.only.split(",")) - set(CONTENDERS)
     if unknown or not names:
         raise PrenormError(f"--only={args.only}: {', '.join(sorted(unknown))} is not among {', '.join(CONTENDERS)}")
+    setting = Setting(args.model, args.batch, args.length, args.dtype, args.depth)
     if args.topology:
-        report = topology.estimate(args.topology, args.model, args.batch, args.length, args.task, names, args.dtype)
+        report = topology.estimate(args.topology, setting, args.task, names)
     else:
-        report = benchmark(args.model, args.batch, args.length, args.task, names, args.rounds, args.dtype)
+        report = benchmark(setting, args.task, names, args.rounds)
     print(benchmark_report.table(report))
     where = args.topology.replace(":", "-") if args.topology else jax.default_backend()
     stem = f"{args.model}-{args.task}-{where}".replace(":", "-").replace("/", "-")

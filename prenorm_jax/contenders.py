@@ -127,13 +127,24 @@ CONTENDERS = {
 }
 
 
-def run_config(model: str, batch: int, length: int, dtype: str) -> ConfigDict:
-    """The Pre-LN run that all contenders are made from. Raises PrenormError for an unknown model."""
-    keys = sizes.model(model)
-    config = base_config(keys["family"])
-    config.batch_size = batch
-    config.model.update(keys)
-    config.model.dtype = dtype
-    if keys["family"] == "gpt":
-        config.data.seq_len, config.model.max_len = length, max(length, keys.get("max_len", 0))
-    return config
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all contenders share: a model's name (`sizes.model`), examples, tokens in each, dtype, blocks (its own)."""
+
+    model: str
+    batch: int
+    length: int
+    dtype: str
+    depth: int | None = None
+
+    def run_config(self) -> ConfigDict:
+        """The Pre-LN run that the contenders' are made from. Raises PrenormError for an unknown model."""
+        keys = sizes.model(self.model)
+        config = base_config(keys["family"])
+        config.batch_size = self.batch
+        config.model.update(keys)
+        config.model.dtype = self.dtype
+        config.model.depth = self.depth or config.model.depth
+        if keys["family"] == "gpt":
+            config.data.seq_len, config.model.max_len = self.length, max(self.length, keys.get("max_len", 0))
+        return config

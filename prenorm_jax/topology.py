@@ -6,6 +6,7 @@ the installed jax: `pip install "jax[tpu]"`.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import re
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.contenders import BASELINES, CONTENDERS, Contender, run_config
+from prenorm_jax.contenders import BASELINES, CONTENDERS, Contender, Setting
 from prenorm_jax.errors import PrenormError, check_choice, first_line, say
 from prenorm_jax.sharding import make_mesh
 from prenorm_jax.step import computed_params, init_params, init_state, make_eval_step, make_train_step
@@ -73,11 +74,11 @@ def cycles(program: jax.stages.Compiled) -> int:
     return sum(map(int, _CYCLES.findall(program.as_text())))
 
 
-def estimate(name: str, model: str, batch: int, length: int, task: str, names: list[str], dtype: str) -> dict:
-    """What the JSON file holds, for `batch` examples a device. Raises PrenormError."""
+def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
+    """What the JSON file holds, for the setting's batch on each device. Raises PrenormError."""
     check_choice("--task", task, ("step", "forward"))
     devices = topology_devices(name)
-    config = run_config(model, batch * len(devices), length, dtype)
+    config = dataclasses.replace(setting, batch=setting.batch * len(devices)).run_config()
     rows = {}
     for contender in names:
         start = time.monotonic()
@@ -95,11 +96,9 @@ def estimate(name: str, model: str, batch: int, length: int, task: str, names: l
     for row in rows.values():
         row["ratio"] = row["cycles"] / rows[baseline]["cycles"]
     return {
-        "model": model,
+        **dataclasses.asdict(setting),
         "task": task,
-        "batch": batch,
-        "length": length if config.model.family == "gpt" else None,
-        "dtype": dtype,
+        "length": setting.length if config.model.family == "gpt" else None,
         "topology": name,
         "devices": len(devices),
         "date": datetime.date.today().isoformat(),
