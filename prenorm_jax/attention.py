@@ -8,12 +8,25 @@ its sum after the product with the values, which is the smaller.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 CAUSAL_BLOCKS = 4
 SMALLEST_BLOCK = 32  # queries
+
+
+class CacheUse(NamedTuple):
+    """What a call does with the collection "cache", which holds the keys and values of a sequence's tokens.
+
+    Attributes:
+      size: S, for how many tokens to make it, where they begin a sequence; None: it is there, and they go on with it.
+      position: of the first token given, a scalar that may be traced; 0 where a sequence begins.
+    """
+
+    size: int | None
+    position: jax.Array | int = 0
 
 
 def attend(
@@ -28,9 +41,9 @@ def attend(
 
     Scores and softmax are in float32 at least. With a `dropout_key`, each probability is dropped with `dropout_rate`.
     """
-    B, T, H, K = q_BxTxHxK.shape
+    T = q_BxTxHxK.shape[1]
     S, G = k_BxSxGxK.shape[1:3]
-    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    q_BxGxRxTxK = _group(q_BxTxHxK, G)
     k_BxGxSxK, v_BxGxSxK = (x.transpose(0, 2, 1, 3) for x in (k_BxSxGxK, v_BxSxGxK))
     size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal else T
     blocks = []
@@ -38,9 +51,29 @@ def attend(
         end = min(start + size, T)
         seen = S - T + end if causal else S
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
-        block = jax.checkpoint(functools.partial(_attend_block, causal=causal, dropout_rate=dropout_rate))
+        position = seen - end + start if causal else None
+        block = jax.checkpoint(functools.partial(_attend_block, position=position, dropout_rate=dropout_rate))
         blocks.append(block(q_BxGxRxTxK[:, :, :, start:end], k_BxGxSxK[:, :, :seen], v_BxGxSxK[:, :, :seen], key))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H * K)
+    return _ungroup(jnp.concatenate(blocks, axis=3))
+
+
+def attend_cached(
+    q_BxTxHxK: jax.Array, k_BxGxSxK: jax.Array, v_BxGxSxK: jax.Array, position: jax.Array | int
+) -> jax.Array:
+    """The same of queries from `position` on, each of which sees the entries of a cache up to its own: (B, T, H·K)."""
+    q_BxGxRxTxK = _group(q_BxTxHxK, k_BxGxSxK.shape[1])
+    return _ungroup(_attend_block(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, None, position, dropout_rate=0.0))
+
+
+def _group(q_BxTxHxK: jax.Array, G: int) -> jax.Array:
+    """Queries / √K, those of one key head together."""
+    B, T, H, K = q_BxTxHxK.shape
+    return (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(x_BxGxRxTxK: jax.Array) -> jax.Array:
+    B, _, _, T, _ = x_BxGxRxTxK.shape
+    return x_BxGxRxTxK.transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
 
 
 def _attend_block(
@@ -48,17 +81,17 @@ def _attend_block(
     k_BxGxSxK: jax.Array,
     v_BxGxSxK: jax.Array,
     key: jax.Array | None,
-    causal: bool,
+    position: jax.Array | int | None,
     dropout_rate: float,
 ) -> jax.Array:
-    """The same of T queries that stand at the end of the S keys."""
+    """The same of T queries, of which the first stands at key `position`; None: each sees all keys."""
     B, G, R, T, K = q_BxGxRxTxK.shape
     S = k_BxGxSxK.shape[2]
     # Query heads of one key head are further rows of one product.
     scores = jnp.einsum("bgnk,bgsk->bgns", q_BxGxRxTxK.reshape(B, G, R * T, K), k_BxGxSxK).reshape(B, G, R, T, S)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    if causal:
-        scores = jnp.where(jnp.tril(jnp.ones((T, S), bool), k=S - T), scores, -jnp.inf)
+    if position is not None:
+        scores = jnp.where(jnp.arange(S) <= position + jnp.arange(T)[:, None], scores, -jnp.inf)
     # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)

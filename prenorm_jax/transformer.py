@@ -8,6 +8,7 @@ Shape suffixes, here and in `models/`:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.attention import attend
+from prenorm_jax.attention import CacheUse, attend, attend_cached
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import LayerNorm, RMSNorm
 from prenorm_jax.stream import COORDINATES
@@ -93,13 +94,13 @@ def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Ar
     return COORDINATES[config.norm].enter(x_BxTxW) if config.raw_embedding else x_BxTxW
 
 
-def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> jax.Array:
+def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
     """All of the model's blocks: (B, T, D) -> (B, T, D)."""
     for i in range(config.depth):
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        x_BxTxD = Block(config, rate, name=f"block_{i}")(x_BxTxD, train)
+        x_BxTxD = Block(config, rate, name=f"block_{i}")(x_BxTxD, train, cache)
     return x_BxTxD
 
 
@@ -135,6 +136,8 @@ class Linear(nn.Module):
 
 def apply_together(layers: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
     """What each of the linear layers, which all have a bias or all have none, makes of x; by one matrix product."""
+    if x.shape[-2] == 1 and len(layers) > 1:  # of one token a sequence: to copy the kernels would be most of the work
+        return [layer(x) for layer in layers]
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
     y = matmul(x.astype(kernel.dtype), kernel)
@@ -182,11 +185,15 @@ def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN:
     return COORDINATES[config.norm].enter(y_BxTxW) if raw else y_BxTxW
 
 
-def rotate(x_BxTxHxK: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864): turns the pair (k, k + K/2) of position t by t · base^(-2k/K)."""
+def rotate(x_BxTxHxK: jax.Array, base: float, position: jax.Array | int = 0) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864): turns the pair (k, k + K/2) of position t by t · base^(-2k/K).
+
+    `position` is t of the first token.
+    """
     T, K = x_BxTxHxK.shape[1], x_BxTxHxK.shape[3]
     dtype = jnp.promote_types(x_BxTxHxK.dtype, jnp.float32)
-    angles_TxK = jnp.arange(T, dtype=dtype)[:, None] * base ** (-jnp.arange(0, K, 2, dtype=dtype) / K)
+    t_T = jnp.arange(T, dtype=dtype) + position
+    angles_TxK = t_T[:, None] * base ** (-jnp.arange(0, K, 2, dtype=dtype) / K)
     cos, sin = jnp.cos(angles_TxK)[:, None, :], jnp.sin(angles_TxK)[:, None, :]
     first, second = jnp.split(x_BxTxHxK.astype(dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -199,7 +206,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
         config = self.config
         B, T, _ = x_BxTxD.shape
         H, G, K = config.heads, config.kv_heads, config.head_dim
@@ -219,11 +226,29 @@ class Attention(nn.Module):
             q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
             k_BxSxGxK = kept_norm(config, "key_norm", norm, axis="head_dim")(k_BxSxGxK)
         if config.rotary:
-            q_BxTxHxK, k_BxSxGxK = (rotate(x, config.rotary_base) for x in (q_BxTxHxK, k_BxSxGxK))
+            position = 0 if cache is None else cache.position
+            q_BxTxHxK, k_BxSxGxK = (rotate(x, config.rotary_base, position) for x in (q_BxTxHxK, k_BxSxGxK))
 
-        dropout_key = self.make_rng("dropout") if train and config.attention_dropout else None
-        heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, config.causal, config.attention_dropout, dropout_key)
+        if cache is not None:
+            k_BxGxSxK = self._remember("keys", k_BxSxGxK, cache)
+            v_BxGxSxK = self._remember("values", v_BxSxGxK, cache)
+        if cache is not None and cache.size is None:
+            heads_BxTxN = attend_cached(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, cache.position)
+        else:
+            key = self.make_rng("dropout") if train and config.attention_dropout else None
+            heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, config.causal, config.attention_dropout, key)
         return write(self, config, "out", "heads", heads_BxTxN, train)
+
+    def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:
+        """Writes the tokens' keys or values into the cache, and returns all of it: (B, G, S, K).
+
+        It is stored as (B·G, S, K), in which XLA:CPU multiplies: of four axes each step would copy it, several times.
+        """
+        B, T, G, K = x_BxTxGxK.shape
+        stored = self.variable("cache", name, jnp.zeros, (B * G, cache.size, K), x_BxTxGxK.dtype)
+        x_NxTxK = x_BxTxGxK.swapaxes(1, 2).reshape(B * G, T, K)
+        stored.value = jax.lax.dynamic_update_slice_in_dim(stored.value, x_NxTxK, cache.position, axis=1)
+        return stored.value.reshape(B, G, -1, K)
 
 
 class Mlp(nn.Module):
@@ -258,9 +283,10 @@ class Block(nn.Module):
     drop_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
         config = self.config
-        branches = {"attention": Attention(config, name="attention"), "mlp": Mlp(config, name="mlp")}
+        attention = functools.partial(Attention(config, name="attention"), cache=cache)
+        branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
         def norm(name: str) -> nn.Module:
             return make_norm(config, name, config.norm_affine)

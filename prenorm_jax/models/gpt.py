@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prenorm_jax.attention import CacheUse
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import GPTConfig
 from prenorm_jax.norms import Affine
@@ -34,24 +35,47 @@ class GPT(StreamModel):
     """A causal language model: (B, T) int tokens -> (B, T, V) logits in `config.dtype`.
 
     Dropout is active with `train=True` and needs `rngs={"dropout": key}`; one key gives the three norms the same masks.
+
+    With `mutable=["cache"]`, `cache_size=S` also makes the collection "cache": keys and values of the tokens, and room
+    for S positions. Given back with `position=t` (a scalar, maybe traced), it stands for the t tokens before those of
+    that call, and takes them up. Nothing checks that t + T <= S. `generate.py` is built on this.
     """
 
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, tokens_BxT: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        train: bool = False,
+        cache_size: int | None = None,
+        position: jax.Array | int | None = None,
+    ) -> jax.Array:
         config = self.config
         T = tokens_BxT.shape[1]
         if config.max_len < T:
             raise PrenormError(f"a sequence of {T} tokens is longer than model.max_len={config.max_len}")
+        if cache_size is not None and not (position is None and T <= cache_size <= config.max_len):
+            raise PrenormError(
+                f"cache_size={cache_size} must be from {T}, the tokens given, to model.max_len={config.max_len}, "
+                "and excludes position"
+            )
+        cache = None
+        if cache_size is not None or position is not None:
+            cache = CacheUse(cache_size, 0 if position is None else position)
+
+        def rows(table_NxW: jax.Array) -> jax.Array:
+            """Those of the tokens' positions."""
+            return table_NxW[:T] if position is None else jax.lax.dynamic_slice_in_dim(table_NxW, position, T)
 
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab")
         x_BxTxW = jnp.take(table_VxW, tokens_BxT, axis=0)
         if config.positions == "learned":
-            x_BxTxW += table(self, config, "position_embedding", config.max_len, "position")[:T]
+            x_BxTxW += rows(table(self, config, "position_embedding", config.max_len, "position"))
         elif config.positions == "sinusoidal":
-            x_BxTxW += constant_table(config, sinusoidal_table(T, config.d_model))
-        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train)
+            length = T if position is None else config.max_len
+            x_BxTxW += rows(constant_table(config, sinusoidal_table(length, config.d_model)))
+        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
 
         if not config.tie_embeddings:
             if config.final_norm:
