@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.data import Data, load_data
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh, replicated, split_batch
 from prenorm_jax.step import make_eval_step
 from prenorm_jax.workdir import configure_jax, load_config
@@ -28,6 +30,20 @@ def evaluate(
     return data.summarize({key: float(np.sum([batch[key] for batch in sums], dtype=np.float64)) for key in sums[0]})
 
 
+def load_as(workdir: str | Path, norm: str, step: int | None) -> tuple[int, ModelConfig, dict[str, Any]]:
+    """The step of a run's checkpoint (None: the latest), and what it holds as the model and parameters of `norm`.
+
+    Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
+    """
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.resolve(step)
+        model, params = checkpoints.params(step)
+    if norm != model.norm:
+        params = convert_params(params, model, to=norm)
+        model = convert_config(model, to=norm)
+    return step, model, params
+
+
 def main() -> None:
     """Parses the command line of `eval.py`, evaluates, prints. Raises PrenormError."""
     parser = argparse.ArgumentParser(description="Loss of a checkpoint on the whole held-out split.")
@@ -40,13 +56,8 @@ def main() -> None:
     config = load_config(args.workdir)
     configure_jax(config)
     mesh = make_mesh(config.batch_size)
-    with Checkpoints(args.workdir, read_only=True) as checkpoints:
-        step = checkpoints.resolve(args.step)
-        model, params = checkpoints.params(step)
     norm = args.norm or config.model.norm
-    if norm != model.norm:
-        params = convert_params(params, model, to=norm)
-        model = convert_config(model, to=norm)
+    step, model, params = load_as(args.workdir, norm, args.step)
     data = load_data(config)
     params = jax.device_put(params, replicated(mesh))
     result = evaluate(make_eval_step(config, model, mesh), params, data, config, split_batch(mesh))

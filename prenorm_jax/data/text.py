@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -47,11 +47,7 @@ class TextData:
 
     def check_model(self, config: ConfigDict) -> None:
         """Raises PrenormError, naming the key to change, if the model cannot take these tokens."""
-        if self.vocab_size > config.model.vocab_size:
-            raise PrenormError(
-                f"model.vocab_size={config.model.vocab_size} is too small for the tokenizer {config.data.tokenizer!r}: "
-                f"it needs {self.vocab_size}"
-            )
+        check_vocab_size(self.vocab_size, config)
         if config.data.seq_len > config.model.max_len:
             raise PrenormError(f"data.seq_len={config.data.seq_len} is above model.max_len={config.model.max_len}")
 
@@ -80,11 +76,25 @@ class TextData:
 
 @dataclasses.dataclass(frozen=True)
 class TextTokenizer:
-    """Text to ids without special tokens: `encode` gives each text a 1-D array of unsigned integers."""
+    """Text to ids without special tokens: `encode` gives each text a 1-D array of unsigned integers.
+
+    `decode` is the way back. Bytes that are no UTF-8 become U+FFFD, so the last one may stand for a character whose end
+    is still to come; special and unknown ids become nothing.
+    """
 
     encode: Callable[[list[str]], list[np.ndarray]]
+    decode: Callable[[Sequence[int]], str]
     vocab_size: int
     eot: int
+
+
+def check_vocab_size(needed: int, config: ConfigDict) -> None:
+    """Raises PrenormError, naming the key to change, if the model of a run has fewer ids than its tokenizer."""
+    if needed > config.model.vocab_size:
+        raise PrenormError(
+            f"model.vocab_size={config.model.vocab_size} is too small for the tokenizer {config.data.tokenizer!r}: "
+            f"it needs {needed}"
+        )
 
 
 def load_text(config: ConfigDict) -> TextData:
@@ -126,7 +136,7 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     if name == "bytes":
         if eot_token:
             raise PrenormError("data.eot_token has no use with data.tokenizer='bytes': unset it")
-        return TextTokenizer(_encode_bytes, vocab_size=257, eot=256)
+        return TextTokenizer(_encode_bytes, _decode_bytes, vocab_size=257, eot=256)
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".json"
     try:
@@ -151,11 +161,18 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     def encode(texts: list[str]) -> list[np.ndarray]:
         return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return TextTokenizer(encode, vocab_size, eots[0])
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode([int(i) for i in ids])
+
+    return TextTokenizer(encode, decode, vocab_size, eots[0])
 
 
 def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+def _decode_bytes(ids: Sequence[int]) -> str:
+    return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 def _documents(config: ConfigDict) -> tuple[datasets.Dataset, datasets.Dataset, str]:
