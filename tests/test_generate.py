@@ -1,0 +1,323 @@
+"""Text from a GPT: with the cache as without it, under every norm, alone as in a batch; sampling; the command."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import random_inputs, random_params, relative, tiny
+from test_commands import SMALL, command, error_of, make_text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from prenorm_jax import PrenormError, build_model, convert_config, convert_params
+from prenorm_jax.data.text import load_tokenizer
+from prenorm_jax.generate import NO_TOKEN, TextStream, decode_step, generate, main, prefill, write_texts
+from prenorm_jax.model_config import NORMS
+from prenorm_jax.sampling import Sampling, choice_logits, choose
+
+CONFIGS = {
+    "learned, tied": {"depth": 2},
+    "grouped, rotary": {"heads": 4, "kv_heads": 2, "head_dim": 6, "positions": "rotary", "tie_embeddings": False},
+    "sinusoidal, gated": {"positions": "sinusoidal", "gated_mlp": True, "head_bias": True},
+    "one key head, parallel, qk_norm": {"kv_heads": 1, "parallel": True, "qk_norm": True, "positions": "rotary"},
+    "no positions, shared norm": {"positions": "none", "parallel": True, "shared_norm": True, "layer_scale": 0.1},
+    "raw branches": {"dropout": 0.2, "embed_norm": True, "tie_embeddings": False},
+}
+
+
+def model_of(norm="layernorm", seed=4, **changes):
+    """A model whose sequences may have 20 tokens, and its parameters: those of one Pre-LN network for all norms."""
+    config = tiny(**{"max_len": 20, "depth": 1} | changes)
+    params = random_params(config, seed, embedding_mean=3.0)
+    if norm != "layernorm":
+        config, params = convert_config(config, norm), convert_params(params, config, norm)
+    return build_model(config), params
+
+
+def continuations(model, params, prompts, tokens, **options):
+    """What `generate` adds to each prompt."""
+    steps = np.array(list(generate(model, params, prompts, tokens, **options)))
+    return [[token for token in column.tolist() if token != NO_TOKEN] for column in steps.T]
+
+
+apply = jax.jit(lambda model, params, tokens: model.apply({"params": params}, tokens), static_argnums=0)
+
+
+def without_cache(model, params, prompt, tokens):
+    """The same of one prompt, greedily, by the model alone. It is causal, so that what is behind does not matter."""
+    sequence = list(prompt)
+    for _ in range(tokens):
+        padded = np.array([sequence + [0] * (model.config.max_len - len(sequence))])
+        sequence.append(int(apply(model, params, padded)[0, len(sequence) - 1].argmax()))
+    return sequence[len(prompt) :]
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_greedy_tokens_are_the_same_under_every_norm_and_without_a_cache(changes):
+    prompt = [3, 1, 4]
+    expected = without_cache(*model_of(**changes), prompt, 6)
+    for norm in NORMS:
+        assert continuations(*model_of(norm, **changes), [prompt], 6) == [expected]
+
+
+@pytest.mark.parametrize(("norm", "changes"), list(zip(NORMS * 2, CONFIGS.values(), strict=True)), ids=CONFIGS)
+def test_logits_with_the_cache_are_those_of_the_whole_sequence(norm, changes):
+    """Whether the tokens after a beginning come one by one, or several at once; and from a cache with room to spare."""
+    model, params = model_of(norm, **changes)
+    tokens = random_inputs(model.config)
+    expected = apply(model, params, tokens)
+    begin = jax.jit(lambda v, tokens: model.apply(v, tokens, cache_size=20, mutable=["cache"]))
+    beginning, state = begin({"params": params}, tokens[:, :12])
+    assert relative(beginning, expected[:, :12]) < 1e-12
+    step = jax.jit(lambda v, tokens, t: model.apply(v, tokens, position=t, mutable=["cache"]))
+    position = 12
+    for count in (1, 1, 5, 1):
+        now = slice(position, position + count)
+        found, state = step({"params": params, **state}, tokens[:, now], position)
+        assert relative(found, expected[:, now]) < 1e-12
+        position += count
+    assert position == 20
+
+
+def test_only_a_call_that_asks_for_it_makes_a_cache():
+    model, params = model_of()
+    tokens = jnp.zeros((2, 3), int)
+
+    def state(**options):
+        apply = functools.partial(model.apply, mutable=True, **options)
+        return jax.eval_shape(apply, {"params": params}, tokens)[1]
+
+    assert jax.eval_shape(model.init, jax.random.key(0), tokens).keys() == {"params"}
+    assert state().keys() == {"params"}
+    assert {leaf.shape for leaf in jax.tree.leaves(state(cache_size=9)["cache"])} == {(2 * 2, 9, 6)}
+    for options in ({"cache_size": 2}, {"cache_size": 21}, {"cache_size": 9, "position": 3}):
+        with pytest.raises(PrenormError, match=f"cache_size={options['cache_size']} must be from 3"):
+            state(**options)
+
+
+def test_prompts_of_other_lengths_change_nothing():
+    model, params = model_of(**CONFIGS["grouped, rotary"])
+    prompts = [[5, 2, 7, 1, 9], [3], [8, 8, 0]]
+    assert continuations(model, params, prompts, 7) == [without_cache(model, params, prompt, 7) for prompt in prompts]
+    # The place in the batch decides the random numbers: the first is as it is alone.
+    sampling = Sampling(temperature=1.5, top_p=0.9)
+    alone = continuations(model, params, prompts[:1], 7, sampling=sampling)
+    assert continuations(model, params, prompts, 7, sampling=sampling)[:1] == alone
+
+
+def test_sampling_is_decided_by_the_seed_and_the_place_in_the_batch():
+    model, params = model_of()
+
+    def sample(seed):
+        return continuations(model, params, [[3], [3]], 15, sampling=Sampling(temperature=3), seed=seed)
+
+    assert sample(0) == sample(0) != sample(1)
+    assert sample(0)[0] != sample(0)[1]
+    crms = model_of("crmsnorm")
+    assert continuations(*crms, [[3], [3]], 15, sampling=Sampling(temperature=3)) == sample(0)
+
+
+def test_each_prompt_stops_by_itself():
+    model, params = model_of()
+    prompts = [[5, 2, 7], [3], [1] * 20, [4] * 18]
+    found = continuations(model, params, prompts, 10)
+    # The last token of a full sequence can still be followed by one, which then nobody reads.
+    assert [len(tokens) for tokens in found] == [10, 10, 1, 3]
+    end = found[0][4]
+    stopped = continuations(model, params, prompts, 10, end=end)
+    for tokens, before in zip(stopped, found, strict=True):
+        assert tokens == (before[: before.index(end) + 1] if end in before else before)
+    # An end-of-text token in a prompt stops nothing.
+    assert len(continuations(model, params, [[3], [3, end, 5]], 2)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1] * 21], {}, "a prompt of 21 tokens, the first one included, exceeds model.max_len=20"),
+        ([[1], []], {}, "a prompt holds no token"),
+        ([], {}, "a prompt holds no token"),
+        ([[1, 11]], {}, "tokens that are not from 0 to 10"),
+        ([[-1]], {}, "tokens that are not from 0 to 10"),
+        ([[1]], {"tokens": 0}, "tokens=0 must be at least 1"),
+        ([[1]], {"seed": -1}, "seed=-1 must be at least 0"),
+        ([[1]], {"seed": 2**32}, "and below 4294967296"),
+    ],
+)
+def test_what_generate_refuses(prompts, options, message):
+    with pytest.raises(PrenormError) as error:
+        generate(*model_of(), prompts, **{"tokens": 3} | options)
+    assert message in str(error.value)
+
+
+# --- sampling
+
+
+def numpy_probabilities(logits_V, temperature, top_k, top_p):
+    """Of the next token, by definition."""
+    p = np.exp((logits_V - logits_V.max()) / temperature)
+    order = np.argsort(-p, kind="stable")[:top_k]
+    kept, total = [], 0.0
+    for i in order:
+        if top_p is not None and total >= top_p:
+            break
+        kept.append(i)
+        total += p[i] / p[order].sum()
+    result = np.zeros_like(p)
+    result[kept] = p[kept] / p[kept].sum()
+    return result
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (3, None), (50, None), (None, 0.6), (4, 0.8), (None, 1.0)])
+def test_probabilities_are_those_of_the_definition(temperature, top_k, top_p):
+    logits_BxV = np.random.default_rng(0).normal(size=(20, 9))
+    logits_BxV[1] = 0.0  # of equal tokens the first stay
+    found = jax.nn.softmax(choice_logits(jnp.asarray(logits_BxV), Sampling(temperature, top_k, top_p)))
+    for row, logits_V in zip(found, logits_BxV, strict=True):
+        np.testing.assert_allclose(row, numpy_probabilities(logits_V, temperature, top_k, top_p), atol=1e-14)
+
+
+def test_samples_have_these_probabilities():
+    sampling, logits_V = Sampling(0.7, top_k=4, top_p=0.95), np.array([0.3, -1.0, 1.2, 0.9, 0.0, 0.5])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    tokens = choose(jnp.tile(logits_V, (len(keys), 1)), sampling, keys, position=3)
+    expected = numpy_probabilities(logits_V, 0.7, 4, 0.95)
+    counts = np.bincount(tokens, minlength=6)
+    assert ((counts == 0) == (expected == 0)).all() and (expected == 0).sum() == 2
+    deviation = np.sqrt(expected * (1 - expected) / len(keys))
+    assert (np.abs(counts / len(keys) - expected) <= 4 * deviation).all()
+
+
+def test_the_limits_of_sampling_are_greedy():
+    keys, logits_BxV = jax.random.split(jax.random.key(0), 50), np.random.default_rng(0).normal(size=(50, 9)) * 1e4
+    for sampling in (Sampling(), Sampling(1.0, top_k=1), Sampling(9.0, top_p=1e-9), Sampling(1e-30), Sampling(1e-300)):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            logits_in_it = jnp.asarray(logits_BxV, dtype)
+            assert (choose(logits_in_it, sampling, keys, 0) == logits_in_it.argmax(-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p=1.1 must be above 0 and at most 1"),
+        ({"top_k": 3}, "set a temperature above 0"),
+        ({"top_p": 0.5}, "set a temperature above 0"),
+    ],
+)
+def test_what_sampling_refuses(options, message):
+    with pytest.raises(PrenormError) as error:
+        Sampling(**options)
+    assert message in str(error.value)
+
+
+# --- text
+
+
+def pieces(tokenizer, prompt, ids):
+    stream = TextStream(tokenizer.decode, prompt)
+    return [*(stream.push(i) for i in ids), stream.rest()]
+
+
+def test_characters_come_whole():
+    tokenizer = load_tokenizer("bytes")
+    text = "aé€😀\N{REPLACEMENT CHARACTER}b"
+    found = pieces(tokenizer, [], text.encode())
+    assert "".join(found) == text
+    assert [piece for piece in found if piece] == ["a", "é", "€", "😀", "\N{REPLACEMENT CHARACTER}b"]
+    # What can never be complete is replaced, as the whole text would be; the end of the text too.
+    broken = b"\xff\xffa\xe2\x82b\xf0\x9f\x98"
+    assert "".join(pieces(tokenizer, [], broken)) == broken.decode(errors="replace")
+    assert tokenizer.decode([97, 256, 300]) == "a"  # end-of-text and ids that no text has
+
+
+def test_the_pieces_of_a_tokenizer_make_its_text(tmp_path):
+    def saved(tokenizer):
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        return load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+    words = saved(Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "</s>": 3}, unk_token="a")))
+    assert pieces(words, [0, 1], [2, 0]) == [" c", " a", ""]
+    alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet | {"</s>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    by_byte = saved(tokenizer)
+    ids = by_byte.encode(["n 😀é x"])[0].tolist()
+    assert [piece for piece in pieces(by_byte, ids[:1], ids[1:]) if piece] == [" ", "😀", "é", " ", "x"]
+
+
+def test_texts_end_where_they_should():
+    model, params = model_of(vocab_size=257, max_len=16, head_bias=True)
+    shown, tokenizer = [], load_tokenizer("bytes")
+
+    def write(prompts, likely, show=None):
+        biased = params | {"head_bias": params["head_bias"].at[likely].add(1e4)}
+        return write_texts(model, biased, tokenizer, prompts, 5, Sampling(), 0, *([show] if show else []))
+
+    prompts = ["é", "0123456789abcd", ""]
+    results = write(prompts, ord("x"), shown.append)
+    assert [dataclasses.astuple(result) for result in results] == [
+        ("é", "xxxxx", 5, "tokens"),
+        ("0123456789abcd", "xx", 2, "max_len"),
+        ("", "xxxxx", 5, "tokens"),
+    ]
+    assert shown == ["é", *"xxxxx"]
+    assert dataclasses.astuple(write(["ab"], 256)[0]) == ("ab", "", 0, "end-of-text")
+    assert write(["ab"], 0xE2)[0].text == 5 * "\N{REPLACEMENT CHARACTER}"
+    with pytest.raises(PrenormError, match="not valid UTF-8"):
+        write(["\udcff"], 0)
+
+
+def test_the_step_takes_over_the_cache():
+    model, params = model_of()
+    _, cache = prefill(model, params, jnp.zeros((1, 3), int), 9)
+    decode_step(model, params, cache, jnp.zeros(1, jnp.int32), 3, jax.random.split(jax.random.key(0), 1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+
+
+# --- the command
+
+
+def test_the_command_on_a_run(tmp_path, monkeypatch, capsys):
+    run, vit = tmp_path / "ln", tmp_path / "vit"
+    (tmp_path / "text").mkdir()
+    data = f"--config.data.path={make_text(tmp_path / 'text')}"
+    command("train.py", *SMALL, data, f"--workdir={run}", "--config.model.max_len=48")
+    plain = command("-m", "prenorm_jax.generate", run, "--prompt=def é", "--tokens=20").stdout
+    assert plain.startswith("def é") and len(plain) > 10
+    assert "unknown norm 'batchnorm'" in error_of("-m", "prenorm_jax.generate", run, "--norm=batchnorm")
+
+    def here(*flags):
+        """The same in this process, which is the quicker."""
+        monkeypatch.setattr(sys, "argv", ["generate", *map(str, flags)])
+        main()
+        return capsys.readouterr()
+
+    for norm in ("rmsnorm", "crmsnorm"):
+        assert here(run, "--prompt=def é", "--tokens=20", f"--norm={norm}").out == plain
+    several = [run, "--prompt=def é", "--prompt=", "--tokens=60", "--step=3"]
+    out, err = here(*several, "--json")
+    result = json.loads(out)
+    assert (result["step"], result["norm"]) == (3, "layernorm")
+    assert [text["prompt"] for text in result["texts"]] == ["def é", ""]
+    full = [str(i) for i, text in enumerate(result["texts"], 1) if text["end"] == "max_len"]
+    assert full and err == f"stopped where model.max_len=48 is full (prompt {', '.join(full)})\n"
+    headed = here(*several).out
+    for i, text in enumerate(result["texts"], 1):
+        assert f"--- {i} of 2, {text['tokens']} tokens\n{text['prompt']}{text['text']}\n" in headed
+
+    with pytest.raises(PrenormError, match=r"a prompt of 49 tokens, the first one included, exceeds model\.max_len=48"):
+        here(run, "--prompt=" + 48 * "a")
+    vit.mkdir()
+    (vit / "config.json").write_text('{"model": {"family": "vit"}}')
+    with pytest.raises(PrenormError, match="is the run of a vit: only a gpt writes text"):
+        here(vit)
