@@ -19,7 +19,7 @@ from prenorm_jax import sizes
 from prenorm_jax.config import base_config
 from prenorm_jax.conversion import convert_config
 from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.norms import Norm
+from prenorm_jax.norms import Norm, Scaled
 from prenorm_jax.step import RunModels, run_models
 from prenorm_jax.stream import COORDINATES
 
@@ -27,7 +27,7 @@ from prenorm_jax.stream import COORDINATES
 class NoNorm(Norm):
     """Leaves its input as it is."""
 
-    normalize = staticmethod(lambda x, epsilon: x)
+    scaled = staticmethod(lambda x, epsilon: Scaled(x, None))
 
 
 def _flax_layer_norm(one_pass: bool) -> Callable[..., nn.Module]:
@@ -56,6 +56,9 @@ class _FlaxLayerNorm(Norm):
         )
         nn.share_scope(self, norm)
         return norm(x)
+
+    def for_readers(self, x: jax.Array) -> Scaled:
+        return Scaled(self(x), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,75 +12,81 @@ Source: arXiv 2305.14858, sections 3.1 and 3.2.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Each norm's derivative is a formula in its own output n and in r, the reciprocal root: of what the forward pass made,
-# those two are kept, and n is kept anyway by the matrix product that reads it. Derived line by line, the formulas keep
-# more, and XLA fuses them worse.
+
+class Scaled(NamedTuple):
+    """A normalised vector n = x ⊙ scale that is not multiplied out: what reads it by W takes (x W) ⊙ scale instead.
+
+    So n is never stored, and the product with scale, which is one number for a vector, joins whatever follows.
+
+    Attributes:
+      x: (..., N). Only its derivative is other than that of the norm's input (or, of a LayerNorm, of that centred).
+      scale: (..., 1), to be taken as a constant: what depends on it is in the derivative of x. None: 1.
+    """
+
+    x: jax.Array
+    scale: jax.Array | None
+
+    @property
+    def product(self) -> jax.Array:
+        """n, in x's dtype."""
+        return self.times(self.x)
+
+    def times(self, y: jax.Array) -> jax.Array:
+        """y ⊙ scale, of any y (..., M) that is linear in x, in y's dtype."""
+        return y if self.scale is None else (y * self.scale).astype(y.dtype)
+
+
+# n = x r, with r = (‖x‖²/d + ε)^(-1/2), has the derivative dn = r (dx - x r² (x·dx)/d). Its bracket is given to x, and
+# r is a constant. Derived line by line, the same keeps more for the backward pass, and XLA fuses it worse.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scaled_rms(z: jax.Array, epsilon: float) -> Scaled:
+    """RMSNorm of (..., d)."""
+    return Scaled(z, jax.lax.rsqrt(_dot(z, z) / z.shape[-1] + epsilon))
+
+
+@scaled_rms.defjvp
+def _(epsilon: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Scaled, Scaled]:
+    (z,), (dz,) = primals, tangents
+    _, r = scaled_rms(z, epsilon)
+    bracket = dz - z * (jnp.square(r) * _dot(z, dz) / z.shape[-1])
+    return Scaled(z, r), Scaled(bracket.astype(z.dtype), jnp.zeros_like(r))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scaled_crms(y: jax.Array, epsilon: float) -> Scaled:
+    """CRMSNorm of (..., d-1)."""
+    return Scaled(y, jax.lax.rsqrt((_dot(y, y) + jnp.square(_sum(y))) / (y.shape[-1] + 1) + epsilon))
+
+
+@scaled_crms.defjvp
+def _(epsilon: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Scaled, Scaled]:
+    (y,), (dy,) = primals, tangents
+    _, r = scaled_crms(y, epsilon)
+    dot = _dot(y, dy) + _sum(y) * _sum(dy)  # that of the restored vectors
+    bracket = dy - y * (jnp.square(r) * dot / (y.shape[-1] + 1))
+    return Scaled(y, r), Scaled(bracket.astype(y.dtype), jnp.zeros_like(r))
+
+
+def scaled_layer_norm(x: jax.Array, epsilon: float) -> Scaled:
+    """LayerNorm of (..., d). The variance by two passes: E[x²] - E[x]² cancels where |mean| ≫ std."""
+    return scaled_rms((x - _sum(x) / x.shape[-1]).astype(x.dtype), epsilon)
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    return x.sum(-1, keepdims=True)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(-1, keepdims=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def layer_norm(x: jax.Array, epsilon: float) -> jax.Array:
-    """(..., d) -> (..., d). The variance by two passes: E[x²] - E[x]² cancels where |mean| ≫ std."""
-    return _layer_norm(x, epsilon)[0]
-
-
-def _layer_norm(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    d = x.shape[-1]
-    centered = x - _sum(x) / d
-    r = jax.lax.rsqrt(_sum(jnp.square(centered)) / d + epsilon)
-    return centered * r, r
-
-
-@layer_norm.defjvp
-def _(epsilon: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (dx,), d = tangents, tangents[0].shape[-1]
-    n, r = _layer_norm(*primals, epsilon)
-    return n, r * (dx - _sum(dx) / d - n * (_sum(n * dx) / d))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def rms_norm(z: jax.Array, epsilon: float) -> jax.Array:
-    """(..., d) -> (..., d)."""
-    return _rms_norm(z, epsilon)[0]
-
-
-def _rms_norm(z: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    r = jax.lax.rsqrt(_sum(jnp.square(z)) / z.shape[-1] + epsilon)
-    return z * r, r
-
-
-@rms_norm.defjvp
-def _(epsilon: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (dz,), d = tangents, tangents[0].shape[-1]
-    n, r = _rms_norm(*primals, epsilon)
-    return n, r * (dz - n * (_sum(n * dz) / d))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def crms_norm(y: jax.Array, epsilon: float) -> jax.Array:
-    """(..., d-1) -> (..., d-1)."""
-    return _crms_norm(y, epsilon)[0]
-
-
-def _crms_norm(y: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    r = jax.lax.rsqrt((_sum(jnp.square(y)) + jnp.square(_sum(y))) / (y.shape[-1] + 1) + epsilon)
-    return y * r, r
-
-
-@crms_norm.defjvp
-def _(epsilon: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (dy,), d = tangents, tangents[0].shape[-1] + 1
-    n, r = _crms_norm(*primals, epsilon)
-    return n, r * (dy - n * ((_sum(n * dy) + _sum(n) * _sum(dy)) / d))
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(dtype) * y.astype(dtype)).sum(-1, keepdims=True)
 
 
 class Affine(nn.Module):
@@ -128,25 +134,29 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.normalize(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon)
+        y = self.scaled(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon).product
         affine = Affine(self.use_scale, self.use_bias, self.param_dtype, self.axis)
         nn.share_scope(self, affine)
         return affine(y).astype(self.dtype or x.dtype)
+
+    def for_readers(self, x: jax.Array) -> Scaled:
+        """The same for what reads it by a matrix; not multiplied out, where no affine map is in between."""
+        return Scaled(self(x), None) if self.use_scale or self.use_bias else self.scaled(x, self.epsilon)
 
 
 class LayerNorm(Norm):
     """LN over the last axis, of width d."""
 
-    normalize = staticmethod(layer_norm)
+    scaled = staticmethod(scaled_layer_norm)
 
 
 class RMSNorm(Norm):
     """RMSNorm over the last axis, of width d."""
 
-    normalize = staticmethod(rms_norm)
+    scaled = staticmethod(scaled_rms)
 
 
 class CRMSNorm(Norm):
     """CRMSNorm over the last axis, of width d-1: a zero-mean vector of width d without its last entry."""
 
-    normalize = staticmethod(crms_norm)
+    scaled = staticmethod(scaled_crms)

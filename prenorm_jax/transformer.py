@@ -9,7 +9,6 @@ Shape suffixes, here and in `models/`:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.attention import CacheUse, attend, attend_cached
+from prenorm_jax.linear import apply_together, reader, write
 from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.norms import LayerNorm, RMSNorm
+from prenorm_jax.norms import LayerNorm, Norm, RMSNorm, Scaled
 from prenorm_jax.stream import COORDINATES
 
 _ACTIVATIONS = {
@@ -50,7 +50,7 @@ class StreamModel(nn.Module):
         return nn.unbox(self.annotated_init(*args, **kwargs))
 
 
-def make_norm(config: ModelConfig, name: str, affine: bool) -> nn.Module:
+def make_norm(config: ModelConfig, name: str, affine: bool) -> Norm:
     """The config's norm, for values in stream coordinates."""
     return COORDINATES[config.norm].norm(
         epsilon=config.epsilon,
@@ -104,87 +104,6 @@ def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse
     return x_BxTxD
 
 
-class Linear(nn.Module):
-    """x W + b over the last axis. The kernel (in, features) has the logical axis names `axes`, the bias the second.
-
-    Attributes:
-      stddev: of the kernel under init "normal".
-    """
-
-    config: ModelConfig
-    features: int
-    axes: tuple[str, str]
-    use_bias: bool
-    stddev: float = 0.02
-
-    @nn.compact
-    def weights(self, width: int) -> list[jax.Array]:
-        """Kernel (width, features) and, if there is one, bias (features,), in config.dtype."""
-        config = self.config
-        init = nn.initializers.xavier_uniform() if config.init == "xavier" else nn.initializers.normal(self.stddev)
-        boxed_init = nn.with_logical_partitioning(init, self.axes)
-        kernel = self.param("kernel", boxed_init, (width, self.features), config.param_dtype)
-        weights = [kernel]
-        if self.use_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            weights.append(self.param("bias", bias_init, (self.features,), config.param_dtype))
-        return [leaf.astype(config.dtype) for leaf in weights]
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return apply_together([self], x)[0]
-
-
-def apply_together(layers: Sequence[Linear], x: jax.Array) -> list[jax.Array]:
-    """What each of the linear layers, which all have a bias or all have none, makes of x; by one matrix product."""
-    if x.shape[-2] == 1 and len(layers) > 1:  # of one token a sequence: to copy the kernels would be most of the work
-        return [layer(x) for layer in layers]
-    weights = [layer.weights(x.shape[-1]) for layer in layers]
-    kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
-    y = matmul(x.astype(kernel.dtype), kernel)
-    y = y + bias[0] if bias else y
-    return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
-
-
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(..., in) @ (in, out), as one product of two matrices.
-
-    Its derivative by the kernel is then one too. Of three axes XLA:CPU would first copy an operand, transposed, and
-    fuse all that made it into the copy.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def linear(
-    config: ModelConfig, name: str, features: int, axes: tuple[str, str], bias: bool, stddev: float = 0.02
-) -> Linear:
-    """A `Linear` called `name`."""
-    return Linear(config, features, axes, bias, stddev, name=name)
-
-
-def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> Linear:
-    """A linear map from the normalised stream: (B, T, D) -> (B, T, features)."""
-    return linear(config, name, features, ("read", axis), bias)
-
-
-def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN: jax.Array, train: bool) -> jax.Array:
-    """What a branch (`module`) ends in: (B, T, N) -> (B, T, D), to be added to the stream.
-
-    A linear map, dropout, and LayerScale (arXiv 2103.17239), whose parameter `<name>_scale` conversion folds into the
-    map. Dropout drops some of all d coordinates, and what is left has no zero mean whatever the weights are: the value
-    is centred (and compressed) after it. Without dropout the weights themselves are in stream coordinates.
-    """
-    raw = config.raw_branches
-    features = config.d_model if raw else config.stream_width
-    stddev = 0.02 / (2 * config.depth) ** 0.5  # 2·depth branches add up (GPT-2, section 2.3)
-    write_map = linear(config, name, features, (axis, "raw" if raw else "write"), config.use_bias, stddev)
-    y_BxTxW = nn.Dropout(config.branch_dropout)(write_map(x_BxTxN), deterministic=not train)
-    if config.layer_scale is not None:
-        init = nn.with_logical_partitioning(nn.initializers.constant(config.layer_scale), ("layer_scale",))
-        scale_W = module.param(f"{name}_scale", init, (features,), config.param_dtype)
-        y_BxTxW = y_BxTxW * scale_W.astype(config.dtype)
-    return COORDINATES[config.norm].enter(y_BxTxW) if raw else y_BxTxW
-
-
 def rotate(x_BxTxHxK: jax.Array, base: float, position: jax.Array | int = 0) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864): turns the pair (k, k + K/2) of position t by t · base^(-2k/K).
 
@@ -206,21 +125,21 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
+    def __call__(self, normed: Scaled, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
         config = self.config
-        B, T, _ = x_BxTxD.shape
+        B, T, _ = normed.x.shape
         H, G, K = config.heads, config.kv_heads, config.head_dim
 
-        normed = "normed_" if config.qk_norm else ""
+        prefix = "normed_" if config.qk_norm else ""
         projections = [
             reader(config, name, heads * K, axis, config.qkv_bias)
             for name, heads, axis in (
-                ("query", H, f"{normed}heads"),
-                ("key", G, f"{normed}kv_heads"),
+                ("query", H, f"{prefix}heads"),
+                ("key", G, f"{prefix}kv_heads"),
                 ("value", G, "kv_heads"),
             )
         ]
-        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_together(projections, x_BxTxD))
+        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_together(projections, normed))
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
             q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
@@ -257,12 +176,11 @@ class Mlp(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, normed: Scaled, train: bool = False) -> jax.Array:
         config = self.config
-
         names = ["gate", "up"] if config.gated_mlp else ["up"]
         readers = [reader(config, name, config.mlp_dim, "mlp", config.reader_bias) for name in names]
-        h_BxTxF, *gated_BxTxF = apply_together(readers, x_BxTxD)
+        h_BxTxF, *gated_BxTxF = apply_together(readers, normed)
         h_BxTxF = activate(config, h_BxTxF)
         if config.gated_mlp:
             h_BxTxF *= gated_BxTxF[0]
@@ -288,22 +206,22 @@ class Block(nn.Module):
         attention = functools.partial(Attention(config, name="attention"), cache=cache)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
-        def norm(name: str) -> nn.Module:
+        def norm(name: str) -> Norm:
             return make_norm(config, name, config.norm_affine)
 
-        def update(name: str, x_BxTxD: jax.Array) -> jax.Array:
+        def update(name: str, normed: Scaled) -> jax.Array:
             drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), name=f"{name}_drop")
-            return drop(branches[name](x_BxTxD, train), deterministic=not train)
+            return drop(branches[name](normed, train), deterministic=not train)
 
         if config.shared_norm:
-            normed_BxTxD = norm("norm")(x_BxTxD)
-            return x_BxTxD + sum(update(name, normed_BxTxD) for name in branches)
+            normed = norm("norm").for_readers(x_BxTxD)
+            return x_BxTxD + sum(update(name, normed) for name in branches)
         if config.parallel:
-            return x_BxTxD + sum(update(name, norm(f"{name}_norm")(x_BxTxD)) for name in branches)
+            return x_BxTxD + sum(update(name, norm(f"{name}_norm").for_readers(x_BxTxD)) for name in branches)
         for name in branches:
             branch_norm = norm(f"{name}_norm")
             if config.post_norm:
-                x_BxTxD = branch_norm(x_BxTxD + update(name, x_BxTxD))
+                x_BxTxD = branch_norm(x_BxTxD + update(name, Scaled(x_BxTxD, None)))
             else:
-                x_BxTxD = x_BxTxD + update(name, branch_norm(x_BxTxD))
+                x_BxTxD = x_BxTxD + update(name, branch_norm.for_readers(x_BxTxD))
         return x_BxTxD

@@ -9,6 +9,7 @@ import numpy as np
 
 from prenorm_jax.attention import CacheUse
 from prenorm_jax.errors import PrenormError
+from prenorm_jax.linear import matmul, reader
 from prenorm_jax.model_config import GPTConfig
 from prenorm_jax.norms import Affine
 from prenorm_jax.stream import COORDINATES
@@ -18,8 +19,6 @@ from prenorm_jax.transformer import (
     constant_table,
     enter_stream,
     make_norm,
-    matmul,
-    reader,
     table,
 )
 
@@ -78,9 +77,10 @@ class GPT(StreamModel):
         x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
 
         if not config.tie_embeddings:
-            if config.final_norm:
-                x_BxTxD = make_norm(config, "head_norm", config.final_norm_affine)(x_BxTxD)
-            return reader(config, "head", config.vocab_size, "vocab", config.head_bias)(x_BxTxD)
+            head = reader(config, "head", config.vocab_size, "vocab", config.head_bias)
+            if not config.final_norm:
+                return head(x_BxTxD)
+            return head(make_norm(config, "head_norm", config.final_norm_affine).for_readers(x_BxTxD))
 
         # A tied table is read in its raw form, so the stream goes back to d numbers, and γ, β cannot be folded into it.
         if config.final_norm:

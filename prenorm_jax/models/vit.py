@@ -10,21 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.errors import PrenormError
+from prenorm_jax.linear import apply_together, linear, matmul, reader
 from prenorm_jax.model_config import ViTConfig
-from prenorm_jax.norms import LayerNorm
+from prenorm_jax.norms import LayerNorm, Scaled
 from prenorm_jax.transformer import (
     StreamModel,
     activate,
-    apply_together,
     blocks,
     constant_table,
     embedding_axis,
     enter_stream,
     kept_norm,
-    linear,
     make_norm,
-    matmul,
-    reader,
     table,
 )
 
@@ -78,7 +75,7 @@ class AttentionPool(nn.Module):
         W, H, K = config.d_model, config.heads, config.head_dim
 
         projections = [reader(config, name, H * K, "heads", config.qkv_bias) for name in ("key", "value")]
-        k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_together(projections, x_BxTxD))
+        k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_together(projections, Scaled(x_BxTxD, None)))
         probe_init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("token", "raw"))
         probe_1xW = self.param("probe", probe_init, (1, W), config.param_dtype).astype(config.dtype)
         q_HxK = linear(config, "query", H * K, ("raw", "heads"), config.use_bias)(probe_1xW).reshape(H, K)

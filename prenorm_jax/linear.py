@@ -1,0 +1,96 @@
+"""Linear maps: from the normalised stream, and back to it. Shape suffixes as in `transformer.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.norms import Scaled
+from prenorm_jax.stream import COORDINATES
+
+
+class Linear(nn.Module):
+    """x W + b over the last axis. The kernel (in, features) has the logical axis names `axes`, the bias the second.
+
+    Attributes:
+      stddev: of the kernel under init "normal".
+    """
+
+    config: ModelConfig
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool
+    stddev: float = 0.02
+
+    @nn.compact
+    def weights(self, width: int) -> list[jax.Array]:
+        """Kernel (width, features) and, if there is one, bias (features,), in config.dtype."""
+        config = self.config
+        init = nn.initializers.xavier_uniform() if config.init == "xavier" else nn.initializers.normal(self.stddev)
+        boxed_init = nn.with_logical_partitioning(init, self.axes)
+        kernel = self.param("kernel", boxed_init, (width, self.features), config.param_dtype)
+        weights = [kernel]
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+            weights.append(self.param("bias", bias_init, (self.features,), config.param_dtype))
+        return [leaf.astype(config.dtype) for leaf in weights]
+
+    def __call__(self, x: jax.Array | Scaled) -> jax.Array:
+        return apply_together([self], x if isinstance(x, Scaled) else Scaled(x, None))[0]
+
+
+def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
+    """What each of the linear layers, which all have a bias or all have none, makes of n; by one matrix product."""
+    x = normed.x
+    if x.shape[-2] == 1 and len(layers) > 1:  # of one token a sequence: to copy the kernels would be most of the work
+        return [layer(normed) for layer in layers]
+    weights = [layer.weights(x.shape[-1]) for layer in layers]
+    kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
+    y = normed.times(matmul(x.astype(kernel.dtype), kernel))
+    y = y + bias[0] if bias else y
+    return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(..., in) @ (in, out), as one product of two matrices.
+
+    Its derivative by the kernel is then one too. Of three axes XLA:CPU would first copy an operand, transposed, and
+    fuse all that made it into the copy.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def linear(
+    config: ModelConfig, name: str, features: int, axes: tuple[str, str], bias: bool, stddev: float = 0.02
+) -> Linear:
+    """A `Linear` called `name`."""
+    return Linear(config, features, axes, bias, stddev, name=name)
+
+
+def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> Linear:
+    """A linear map from the normalised stream: (B, T, D) -> (B, T, features)."""
+    return linear(config, name, features, ("read", axis), bias)
+
+
+def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN: jax.Array, train: bool) -> jax.Array:
+    """What a branch (`module`) ends in: (B, T, N) -> (B, T, D), to be added to the stream.
+
+    A linear map, dropout, and LayerScale (arXiv 2103.17239), whose parameter `<name>_scale` conversion folds into the
+    map. Dropout drops some of all d coordinates, and what is left has no zero mean whatever the weights are: the value
+    is centred (and compressed) after it. Without dropout the weights themselves are in stream coordinates.
+    """
+    raw = config.raw_branches
+    features = config.d_model if raw else config.stream_width
+    stddev = 0.02 / (2 * config.depth) ** 0.5  # 2·depth branches add up (GPT-2, section 2.3)
+    write_map = linear(config, name, features, (axis, "raw" if raw else "write"), config.use_bias, stddev)
+    y_BxTxW = nn.Dropout(config.branch_dropout)(write_map(x_BxTxN), deterministic=not train)
+    if config.layer_scale is not None:
+        init = nn.with_logical_partitioning(nn.initializers.constant(config.layer_scale), ("layer_scale",))
+        scale_W = module.param(f"{name}_scale", init, (features,), config.param_dtype)
+        y_BxTxW = y_BxTxW * scale_W.astype(config.dtype)
+    return COORDINATES[config.norm].enter(y_BxTxW) if raw else y_BxTxW
