@@ -78,3 +78,41 @@ def test_layernorm_does_not_cancel():
     expected = oracle("layernorm", x.astype(np.float64), 1e-5)
     error = np.abs(LayerNorm(use_scale=False, use_bias=False).apply({}, x) - expected).max()
     assert error < 2e-3 < np.abs(one_pass - expected).max()
+
+
+def by_definition(norm, x, epsilon):
+    """JAX, for derivatives line by line."""
+    d = x.shape[-1] + (norm == "crmsnorm")
+    if norm == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    squares = jnp.square(x).sum(-1, keepdims=True)
+    if norm == "crmsnorm":
+        squares += jnp.square(x.sum(-1, keepdims=True))
+    return x / jnp.sqrt(squares / d + epsilon)
+
+
+@pytest.mark.parametrize("norm", MODULES)
+@given(width=st.integers(2, 33), epsilon=st.sampled_from([1e-12, 1e-5, 1.0]), seed=st.integers(0, 99))
+def test_derivatives_are_those_of_the_formula_whether_it_is_multiplied_out_or_read(norm, width, epsilon, seed):
+    rng = np.random.default_rng(seed)
+    x, direction, kernel = rng.normal(1, 2, (3, width)), rng.normal(size=(3, width)), rng.normal(size=(width, 4))
+    module = MODULES[norm](epsilon, False, False, param_dtype=jnp.float64)
+
+    def read(x, kernel):
+        normed = module.apply({}, x, method="for_readers")
+        return normed.times(normed.x @ kernel)
+
+    functions = {
+        "multiplied": lambda x, kernel: module.apply({}, x) @ kernel,
+        "read": read,
+        "definition": lambda x, kernel: by_definition(norm, x, epsilon) @ kernel,
+    }
+    cotangent = rng.normal(size=(3, 4))
+    results = {}
+    for name, function in functions.items():
+        value, pull_back = jax.vjp(function, x, kernel)
+        tangent = jax.jvp(function, (x, kernel), (direction, kernel))[1]
+        results[name] = [value, tangent, *pull_back(cotangent)]
+    for name in ("multiplied", "read"):
+        for ours, expected in zip(results[name], results["definition"], strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-9 * max(1, np.abs(expected).max()))

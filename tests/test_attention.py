@@ -1,0 +1,90 @@
+"""Blocked attention against the plain formula, in float64: values, both kinds of derivative, dropout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from prenorm_jax.attention import attend
+
+
+def plain(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, causal):
+    """One product, one softmax; key heads repeated."""
+    B, T, H, K = q_BxTxHxK.shape
+    S, G = k_BxSxGxK.shape[1:3]
+    k, v = (jnp.repeat(x, H // G, axis=2) for x in (k_BxSxGxK, v_BxSxGxK))
+    scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) / np.sqrt(K)
+    if causal:
+        scores = jnp.where(np.arange(T)[:, None] + S - T >= np.arange(S), scores, -jnp.inf)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v).reshape(B, T, H * K)
+
+
+def random_heads(T, H=4, G=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(2, T, heads, 3))) for heads in (H, G, G)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [1, 31, 33, 128, 130, 257])
+def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal):
+    inputs, directions = random_heads(T), random_heads(T, seed=1)
+    cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(2, T, 12)))
+    results = []
+    for function in (attend, plain):
+        value, pull_back = jax.vjp(lambda *qkv, f=function: f(*qkv, causal), *inputs)
+        tangent = jax.jvp(lambda *qkv, f=function: f(*qkv, causal), inputs, directions)[1]
+        results.append([value, tangent, *pull_back(cotangent)])
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_no_query_sees_what_comes_after_it():
+    T = 130
+    q, k, v = random_heads(T)
+    for t in (0, 31, 32, 33, 100, T - 1):
+        seen = jax.grad(lambda k, v, t=t: attend(q, k, v, True)[:, t].sum(), argnums=(0, 1))(k, v)
+        for gradient in seen:
+            assert jnp.abs(gradient[:, t]).max() > 0 or t == 0
+            np.testing.assert_array_equal(gradient[:, t + 1 :], 0)
+
+
+def test_huge_scores_do_not_overflow():
+    q, k, v = random_heads(40)
+    np.testing.assert_allclose(attend(1e4 * q, 1e4 * k, v, True), plain(1e4 * q, 1e4 * k, v, True), rtol=1e-9)
+
+
+def test_the_causal_half_is_not_computed():
+    """With 4 blocks, 10 of 16 squares: FLOPs as XLA counts them, forward."""
+    q, k, v = random_heads(256)
+    flops = [
+        jax.jit(lambda q, k, v, causal=causal: attend(q, k, v, causal)).lower(q, k, v).cost_analysis()["flops"]
+        for causal in (True, False)
+    ]
+    assert flops[0] < 0.7 * flops[1]
+
+
+def test_no_attention_matrix_is_kept_for_the_backward_pass():
+    """What `jax.vjp` keeps grows with T, not with T²."""
+
+    def kept(T):
+        inputs = random_heads(T)
+        _, pull_back = jax.vjp(lambda *qkv: attend(*qkv, True), *inputs)
+        return sum(leaf.size for leaf in jax.tree.leaves(pull_back))
+
+    assert kept(256) < 2.5 * kept(128)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_keeps_the_mean_and_needs_its_key(causal):
+    q, k, v = random_heads(40)
+    without = attend(q, k, v, causal)
+    draw = jax.jit(jax.vmap(lambda key: attend(q, k, v, causal, 0.3, key)))
+    draws = draw(jax.random.split(jax.random.key(0), 4000))
+    error = np.abs(draws.mean(0) - without) / (draws.std(0) / np.sqrt(len(draws)) + 1e-12)
+    assert error.max() < 6  # standard errors, of 960 numbers
+    assert draws[:, :, 1:].std(0).min() > 0
+    np.testing.assert_array_equal(draw(jax.random.split(jax.random.key(0), 4000)[:2]), draws[:2])
+    gradient = jax.grad(lambda v: attend(q, k, v, causal, 0.3, jax.random.key(1)).sum())(v)
+    shift = 1e-6 * jnp.ones_like(v)
+    numeric = attend(q, k, v + shift, causal, 0.3, jax.random.key(1)) - attend(q, k, v, causal, 0.3, jax.random.key(1))
+    np.testing.assert_allclose((gradient * shift).sum(), numeric.sum(), rtol=1e-8)  # the same mask, computed anew

@@ -1,0 +1,124 @@
+"""The benchmark: what it compares, its arithmetic, its verdicts, and that it runs."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from common import random_inputs, random_params, relative
+from test_commands import command, error_of
+
+from prenorm_jax import benchmark_report, sizes
+from prenorm_jax.benchmark import model_flops, ratios, real_batch
+from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting
+from prenorm_jax.conversion import convert_params
+from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.models import build_model
+from prenorm_jax.stream import COORDINATES, abstract_params
+
+SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
+
+
+def test_all_contenders_but_none_compute_one_function():
+    config = SETTING.run_config()
+    config.model.param_dtype = "float64"
+    pre_ln = CONTENDERS["layernorm"].models(config).computed
+    params, tokens = random_params(pre_ln, 0), random_inputs(pre_ln)
+    expected = build_model(pre_ln).apply({"params": params}, tokens)
+    variants = {"layernorm": params}
+    variants |= {norm: convert_params(params, pre_ln, norm) for norm in ("rmsnorm", "crmsnorm")}
+    for name, contender in CONTENDERS.items():
+        model = contender.models(config).computed
+        if contender.wider:
+            assert model.stream_width == pre_ln.d_model and model.head_dim == pre_ln.head_dim
+            continue
+        with contender.norms():
+            given = variants["rmsnorm" if contender.folded else contender.norm]
+            if contender.stand_in is NoNorm:
+                given = {key: value for key, value in given.items() if key != "head_affine"}
+            actual = build_model(model).apply({"params": given}, tokens)
+        if contender.stand_in is NoNorm:
+            assert relative(actual, expected) > 0.1
+        else:
+            assert relative(actual, expected) < (1e-6 if name == "flax-one-pass" else 1e-9)
+    assert COORDINATES["layernorm"].norm.__name__ == "LayerNorm"
+
+
+def test_a_share_is_of_the_way_to_no_norm_and_not_given_where_noise_hides_it():
+    rng = np.random.default_rng(0)
+    drift = rng.uniform(1, 2, size=40)  # of the machine: it is in all contenders of a round
+    noise = lambda: rng.normal(1, 0.002, size=40)  # noqa: E731
+    seconds = {"layernorm": drift * noise(), "rmsnorm": 0.955 * drift * noise(), "none": 0.95 * drift * noise()}
+    result = ratios(seconds, "layernorm")
+    assert result["rmsnorm"]["ratio"] == pytest.approx(0.955, abs=0.002)
+    low, high = result["rmsnorm"]["share_interval"]
+    assert low < 0.9 < high and high - low < 0.2
+    hidden = ratios(seconds | {"none": 0.999 * drift * rng.normal(1, 0.05, size=40)}, "layernorm")
+    assert hidden["rmsnorm"]["share"] is None
+
+
+def report_of(seconds):
+    rows = {
+        name: {"about": "", "quartiles_ms": [1, 1, 1], "units_per_s": 1, "flops_share_of_peak": None}
+        | {"temporaries_mib": 1, "compiled_mib": 1, "process_mib": None, **row}
+        for name, row in ratios(seconds, "layernorm").items()
+    }
+    report = dataclasses.asdict(SETTING) | {"task": "step", "unit": "token", "rounds": 9, "device": "x", "date": "d"}
+    report |= {"jax": "0", "matmul_peak_gflops": 1, "model_gflop": 1, "baseline": "layernorm", "contenders": rows}
+    return report
+
+
+def test_verdicts():
+    rng = np.random.default_rng(1)
+    noisy = {name: rng.normal(1, 0.1, size=9) for name in ("layernorm", "rmsnorm", "none")}
+    assert "No verdict" in benchmark_report.table(report_of(noisy))
+    clear = {"layernorm": np.full(9, 1.0), "rmsnorm": np.full(9, 0.902), "crmsnorm": np.full(9, 0.95)}
+    text = benchmark_report.table(report_of(clear | {"none": np.full(9, 0.9)}))
+    assert "rmsnorm saves 98% [98%, 98%] of that: at least .9 of it." in text
+    assert "crmsnorm saves 50% [50%, 50%] of that: less than .9." in text
+
+
+def test_flops_are_those_of_the_kernels_and_of_attention():
+    config = ModelConfig.create(SETTING.run_config().model)
+    kernels = sum(leaf.value.size for path, leaf in abstract_params(config).items() if path[-1] == "kernel")
+    head = config.d_model * config.vocab_size  # tied
+    attention = config.depth * 4 * 16 * 16 * config.d_model / 2
+    assert model_flops(config, 2, 16, training=False) == 2 * (2 * 16 * (kernels + head) + attention)
+    assert model_flops(config, 2, 16, training=True) == 3 * model_flops(config, 2, 16, training=False)
+    vit = ModelConfig.create(sizes.model("vit:Ti/16"))
+    assert model_flops(vit, 1, 0, training=False) == pytest.approx(2 * 1.26e9, rel=0.02)  # multiply-adds of ViT-Ti/16
+
+
+def test_batches_are_real():
+    text = real_batch(SETTING.run_config())["tokens"]
+    assert text.shape == (2, 17)
+    images = real_batch(Setting("vit:Ti/16", 3, 0, "float32").run_config())
+    assert images["images"].shape == (3, 224, 224, 3) and images["images"].std() > 20
+
+
+def test_sizes_by_name():
+    counts = {"Small": 125e6, "Medium": 350e6, "175B": 175e9}
+    for name, count in counts.items():
+        leaves = abstract_params(ModelConfig.create(sizes.model(f"gpt3:{name}")))
+        assert sum(leaf.value.size for leaf in leaves.values()) == pytest.approx(count, rel=0.02)
+
+
+def test_it_refuses_what_it_does_not_know():
+    benchmark = ("-m", "prenorm_jax.benchmark")
+    assert "model 'gpt:6x100' is none of" in error_of(*benchmark, "--model=gpt:6x100")
+    assert "batchnorm is not among layernorm" in error_of(*benchmark, "--only=batchnorm")
+    assert "--rounds=0 must be at least 1" in error_of(*benchmark, "--rounds=0")
+    assert "--task='speed' is not one of step, forward, h" in error_of(*benchmark, "--task=speed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["step", "forward", "h"])
+def test_it_measures(tmp_path, task):
+    only = "--only=layernorm,flax-one-pass,rmsnorm-pre_ln,crmsnorm-aligned,none"
+    done = command("-m", "prenorm_jax.benchmark", "--quick", f"--task={task}", only, f"--out={tmp_path}")
+    report = json.loads((tmp_path / f"gpt-2x64-{task}-cpu.json").read_text())
+    assert (tmp_path / f"gpt-2x64-{task}-cpu.png").stat().st_size > 10_000
+    assert report["baseline"] in (*BASELINES, "rmsnorm-pre_ln") and report["jax"] == jax.__version__
+    assert all(len(row["seconds"]) == 5 for row in report["contenders"].values())
+    assert "median ms" in done.stdout
