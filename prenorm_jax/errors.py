@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -54,6 +55,7 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except PrenormError as error:
+        warnings.simplefilter("ignore")  # of what is left undone: after the line there is nothing to add
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:

@@ -42,7 +42,7 @@ def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
 
 
 @given(config=model_configs)
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
