@@ -19,8 +19,7 @@ Report = dict[str, Any]
 
 def table(report: Report) -> str:
     """Markdown, with what it shows in words below it."""
-    size = f"batch {report['batch']}" + (f" × {report['length']}" if report["length"] else "")
-    title = f"{_model(report)}, {size}, {report['dtype']}, {_TASKS[report['task']]}"
+    title = f"{_setting(report)}, {_TASKS[report['task']]}"
     if "topology" in report:
         title += f", for {report['topology']} ({report['devices']} devices, batch per device): the compiler's model"
         rows = _cycle_rows(report)
@@ -40,8 +39,10 @@ def table(report: Report) -> str:
     return "\n".join([title, versions, "", *lines, "", *_words(report)])
 
 
-def _model(report: Report) -> str:
-    return report["model"] + (f" with {report['depth']} blocks" if report["depth"] else "")
+def _setting(report: Report) -> str:
+    model = report["model"] + (f" with {report['depth']} blocks" if report["depth"] else "")
+    size = f"batch {report['batch']}" + (f" × {report['length']}" if report["length"] else "")
+    return f"{model}, {size}, {report['dtype']}"
 
 
 _TASKS = {"step": "training step", "forward": "forward pass", "h": "the conversion h and its derivative alone"}
@@ -110,9 +111,8 @@ def figure(report: Report) -> bytes:
     ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=FONT)
     what = "estimated cycles" if "topology" in report else "time"
     ax.set_xlabel(f"{what} of the {_TASKS[report['task']]}, relative to {report['baseline']}", fontsize=FONT)
-    size = f"batch {report['batch']}" + (f" × {report['length']}" if report["length"] else "")
     where = report["topology"] if "topology" in report else report["device"]
-    ax.set_title(f"{_model(report)}, {size}, {report['dtype']}, {where}", fontsize=FONT, loc="left")
+    ax.set_title(f"{_setting(report)}, {where}", fontsize=FONT, loc="left")
     ax.tick_params(labelsize=FONT, color=GREY)
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.6)
     ax.set_axisbelow(True)

@@ -20,7 +20,6 @@ from prenorm_jax.config import base_config
 from prenorm_jax.conversion import convert_config
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import Norm, Scaled
-from prenorm_jax.step import RunModels, run_models
 from prenorm_jax.stream import COORDINATES
 
 
@@ -96,10 +95,6 @@ class Contender:
         changed.parameterization = self.parameterization
         return changed
 
-    def models(self, config: ConfigDict) -> RunModels:
-        """Of its `config`."""
-        return run_models(self.config(config))
-
     @contextlib.contextmanager
     def norms(self) -> Iterator[None]:
         """While a model of this contender is traced."""
@@ -114,6 +109,13 @@ class Contender:
 
 BASELINES = ("layernorm", "layernorm-folded", "flax-one-pass", "flax-two-pass")  # the fastest is the baseline
 BOUND = "none"
+
+
+def baseline_of(costs: dict[str, float]) -> str:
+    """The LayerNorm of the least cost; where there is none among them, the contender of the least."""
+    return min([name for name in BASELINES if name in costs] or costs, key=costs.__getitem__)
+
+
 CONTENDERS = {
     "layernorm": Contender("layernorm", "ours"),
     "layernorm-folded": Contender("layernorm", "ours, affine folded into the readers", folded=True),

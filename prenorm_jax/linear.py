@@ -65,16 +65,9 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def linear(
-    config: ModelConfig, name: str, features: int, axes: tuple[str, str], bias: bool, stddev: float = 0.02
-) -> Linear:
-    """A `Linear` called `name`."""
-    return Linear(config, features, axes, bias, stddev, name=name)
-
-
 def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> Linear:
     """A linear map from the normalised stream: (B, T, D) -> (B, T, features)."""
-    return linear(config, name, features, ("read", axis), bias)
+    return Linear(config, features, ("read", axis), bias, name=name)
 
 
 def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN: jax.Array, train: bool) -> jax.Array:
@@ -87,7 +80,7 @@ def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN:
     raw = config.raw_branches
     features = config.d_model if raw else config.stream_width
     stddev = 0.02 / (2 * config.depth) ** 0.5  # 2·depth branches add up (GPT-2, section 2.3)
-    write_map = linear(config, name, features, (axis, "raw" if raw else "write"), config.use_bias, stddev)
+    write_map = Linear(config, features, (axis, "raw" if raw else "write"), config.use_bias, stddev, name=name)
     y_BxTxW = nn.Dropout(config.branch_dropout)(write_map(x_BxTxN), deterministic=not train)
     if config.layer_scale is not None:
         init = nn.with_logical_partitioning(nn.initializers.constant(config.layer_scale), ("layer_scale",))

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.contenders import BASELINES, CONTENDERS, Contender, Setting
+from prenorm_jax.contenders import CONTENDERS, Contender, Setting, baseline_of
 from prenorm_jax.errors import PrenormError, check_choice, first_line, say
 from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import computed_params, init_params, init_state, make_eval_step, make_train_step
+from prenorm_jax.step import computed_params, init_params, init_state, make_eval_step, make_train_step, run_models
 
 _NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
@@ -58,7 +58,8 @@ def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 def compile_for(contender: Contender, config: Any, task: str, devices: list[Any]) -> jax.stages.Compiled:
     """The program of `task` (step or forward) for these devices; no array is made."""
-    config, models = contender.config(config), contender.models(config)
+    config = contender.config(config)
+    models = run_models(config)
     mesh, batch = make_mesh(config.batch_size, devices), abstract_batch(config)
     with contender.norms():
         if task == "step":
@@ -91,8 +92,7 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
             "compile_s": time.monotonic() - start,
         }
         say(f"{contender}: compiled in {rows[contender]['compile_s']:.0f} s")
-    baselines = [name for name in BASELINES if name in names] or names
-    baseline = min(baselines, key=lambda name: rows[name]["cycles"])
+    baseline = baseline_of({name: row["cycles"] for name, row in rows.items()})
     for row in rows.values():
         row["ratio"] = row["cycles"] / rows[baseline]["cycles"]
     return {

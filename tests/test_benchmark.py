@@ -15,6 +15,7 @@ from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting
 from prenorm_jax.conversion import convert_params
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
+from prenorm_jax.step import run_models
 from prenorm_jax.stream import COORDINATES, abstract_params
 
 SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
@@ -23,13 +24,13 @@ SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
 def test_all_contenders_but_none_compute_one_function():
     config = SETTING.run_config()
     config.model.param_dtype = "float64"
-    pre_ln = CONTENDERS["layernorm"].models(config).computed
+    pre_ln = run_models(CONTENDERS["layernorm"].config(config)).computed
     params, tokens = random_params(pre_ln, 0), random_inputs(pre_ln)
     expected = build_model(pre_ln).apply({"params": params}, tokens)
     variants = {"layernorm": params}
     variants |= {norm: convert_params(params, pre_ln, norm) for norm in ("rmsnorm", "crmsnorm")}
     for name, contender in CONTENDERS.items():
-        model = contender.models(config).computed
+        model = run_models(contender.config(config)).computed
         if contender.wider:
             assert model.stream_width == pre_ln.d_model and model.head_dim == pre_ln.head_dim
             continue

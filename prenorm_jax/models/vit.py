@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.errors import PrenormError
-from prenorm_jax.linear import apply_together, linear, matmul, reader
+from prenorm_jax.linear import Linear, apply_together, matmul, reader
 from prenorm_jax.model_config import ViTConfig
 from prenorm_jax.norms import LayerNorm, Scaled
 from prenorm_jax.transformer import (
@@ -78,14 +78,14 @@ class AttentionPool(nn.Module):
         k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_together(projections, Scaled(x_BxTxD, None)))
         probe_init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("token", "raw"))
         probe_1xW = self.param("probe", probe_init, (1, W), config.param_dtype).astype(config.dtype)
-        q_HxK = linear(config, "query", H * K, ("raw", "heads"), config.use_bias)(probe_1xW).reshape(H, K)
+        q_HxK = Linear(config, H * K, ("raw", "heads"), config.use_bias, name="query")(probe_1xW).reshape(H, K)
         scores_BxHxT = jnp.einsum("hk,bthk->bht", q_HxK * K**-0.5, k_BxTxHxK)
         weights_BxHxT = jax.nn.softmax(scores_BxHxT.astype(jnp.promote_types(config.dtype, jnp.float32)))
         heads_BxN = jnp.einsum("bht,bthk->bhk", weights_BxHxT.astype(config.dtype), v_BxTxHxK).reshape(B, H * K)
-        x_BxW = linear(config, "out", W, ("heads", "raw"), config.use_bias)(heads_BxN)
+        x_BxW = Linear(config, W, ("heads", "raw"), config.use_bias, name="out")(heads_BxN)
         normed_BxW = kept_norm(config, "mlp_norm", LayerNorm, axis="raw")(x_BxW)
-        h_BxF = activate(config, linear(config, "up", config.mlp_dim, ("raw", "mlp"), config.use_bias)(normed_BxW))
-        return x_BxW + linear(config, "down", W, ("mlp", "raw"), config.use_bias)(h_BxF)
+        h_BxF = activate(config, Linear(config, config.mlp_dim, ("raw", "mlp"), config.use_bias, name="up")(normed_BxW))
+        return x_BxW + Linear(config, W, ("mlp", "raw"), config.use_bias, name="down")(h_BxF)
 
 
 class PairHead(nn.Module):
@@ -130,7 +130,7 @@ class ViT(StreamModel):
             x_BxW = AttentionPool(config, name="pool")(x_BxTxD)
             if config.norm_after_pooling and config.final_norm:
                 x_BxW = kept_norm(config, "pooled_norm", LayerNorm, axis="raw")(x_BxW)
-            return linear(config, "head", config.classes, ("raw", "class"), config.head_bias)(x_BxW)
+            return Linear(config, config.classes, ("raw", "class"), config.head_bias, name="head")(x_BxW)
 
         norm = final_norm("head_norm")
         class_BxD = norm(x_BxTxD[:, 0]) if config.pooling.startswith("class") else None  # whatever stands first
