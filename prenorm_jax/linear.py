@@ -51,8 +51,8 @@ def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
         return [layer(normed) for layer in layers]
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
-    y = normed.times(matmul(x.astype(kernel.dtype), kernel))
-    y = y + bias[0] if bias else y
+    flat = Scaled(*(None if leaf is None else leaf.reshape(-1, leaf.shape[-1]) for leaf in normed))
+    y = flat.times(flat.x.astype(kernel.dtype) @ kernel, *bias).reshape(*x.shape[:-1], -1)
     return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
 
 

@@ -14,13 +14,12 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.contenders import CONTENDERS, Contender, Setting, baseline_of
-from prenorm_jax.errors import PrenormError, check_choice, first_line, say
+from prenorm_jax.contenders import CONTENDERS, Setting, baseline_of
+from prenorm_jax.errors import PrenormError, first_line, say
 from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import computed_params, init_params, init_state, make_eval_step, make_train_step, run_models
+from prenorm_jax.tasks import make_task
 
 _NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
@@ -56,20 +55,6 @@ def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
 
 
-def compile_for(contender: Contender, config: Any, task: str, devices: list[Any]) -> jax.stages.Compiled:
-    """The program of `task` (step or forward) for these devices; no array is made."""
-    config = contender.config(config)
-    models = run_models(config)
-    mesh, batch = make_mesh(config.batch_size, devices), abstract_batch(config)
-    with contender.norms():
-        if task == "step":
-            state = jax.eval_shape(lambda: init_state(config, models))
-            return make_train_step(config, models, mesh).lower(state, batch).compile()
-        params = jax.eval_shape(lambda: computed_params(init_params(config, models), models))
-        cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.model.dtype)), params)
-        return make_eval_step(config, models.computed, mesh).lower(cast, batch).compile()
-
-
 def cycles(program: jax.stages.Compiled) -> int:
     """The sum of the compiler's estimated cycles, one device's, over all operations of the program that state them."""
     return sum(map(int, _CYCLES.findall(program.as_text())))
@@ -77,13 +62,13 @@ def cycles(program: jax.stages.Compiled) -> int:
 
 def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
     """What the JSON file holds, for the setting's batch on each device. Raises PrenormError."""
-    check_choice("--task", task, ("step", "forward"))
     devices = topology_devices(name)
     config = dataclasses.replace(setting, batch=setting.batch * len(devices)).run_config()
     rows = {}
     for contender in names:
         start = time.monotonic()
-        program = compile_for(CONTENDERS[contender], config, task, devices)
+        work = make_task(task, CONTENDERS[contender], config, make_mesh(config.batch_size, devices))
+        program = work.compile(abstract_batch(config))
         analysis = program.memory_analysis()
         rows[contender] = {
             "about": CONTENDERS[contender].about,

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from prenorm_jax.allocator import keep_freed_memory
 from prenorm_jax.config import base_config
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.files import write_whole
@@ -176,9 +177,11 @@ def device_name() -> str:
 def configure_jax(config: ConfigDict) -> None:
     """JAX's settings for a command. To be called before any array is made.
 
-    64-bit mode if the model asks for float64. And no steps queued up on the CPU: with several devices simulated on few
-    cores, the collectives of one step can take all threads, waiting for others that then never run.
+    64-bit mode if the model asks for float64. Memory that is freed is kept. And no steps queued up on the CPU: with
+    several devices simulated on few cores, the collectives of one step can take all threads, waiting for others that
+    then never run.
     """
+    keep_freed_memory()
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "float64" in (config.model.get("dtype"), config.model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)

@@ -17,6 +17,7 @@ from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.step import run_models
 from prenorm_jax.stream import COORDINATES, abstract_params
+from prenorm_jax.tasks import TASKS
 
 SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
 
@@ -55,7 +56,8 @@ def test_a_share_is_of_the_way_to_no_norm_and_not_given_where_noise_hides_it():
     assert result["rmsnorm"]["ratio"] == pytest.approx(0.955, abs=0.002)
     low, high = result["rmsnorm"]["share_interval"]
     assert low < 0.9 < high and high - low < 0.2
-    hidden = ratios(seconds | {"none": 0.999 * drift * rng.normal(1, 0.05, size=40)}, "layernorm")
+    noisy = {name: values * rng.normal(1, 0.05, size=40) for name, values in seconds.items()}
+    hidden = ratios(noisy | {"none": 0.999 * drift * rng.normal(1, 0.05, size=40)}, "layernorm")
     assert hidden["rmsnorm"]["share"] is None
 
 
@@ -110,11 +112,11 @@ def test_it_refuses_what_it_does_not_know():
     assert "model 'gpt:6x100' is none of" in error_of(*benchmark, "--model=gpt:6x100")
     assert "batchnorm is not among layernorm" in error_of(*benchmark, "--only=batchnorm")
     assert "--rounds=0 must be at least 1" in error_of(*benchmark, "--rounds=0")
-    assert "--task='speed' is not one of step, forward, h" in error_of(*benchmark, "--task=speed")
+    assert "--task='speed' is not one of step, forward, prefill, decode, h" in error_of(*benchmark, "--task=speed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["step", "forward", "h"])
+@pytest.mark.parametrize("task", TASKS)
 def test_it_measures(tmp_path, task):
     only = "--only=layernorm,flax-one-pass,rmsnorm-pre_ln,crmsnorm-aligned,none"
     done = command("-m", "prenorm_jax.benchmark", "--quick", f"--task={task}", only, f"--out={tmp_path}")

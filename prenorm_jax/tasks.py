@@ -1,0 +1,112 @@
+"""What `benchmark` times, and what it has compiled for TPUs that are not there: one program for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from prenorm_jax.contenders import Contender
+from prenorm_jax.errors import PrenormError, check_choice
+from prenorm_jax.generate import decode_step, prefill
+from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.models import build_model
+from prenorm_jax.step import (
+    RunModels,
+    computed_params,
+    init_params,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    run_models,
+)
+
+TASKS = {  # name -> what it is
+    "step": "training step",
+    "forward": "forward pass",
+    "prefill": "reading of a prompt into the cache",
+    "decode": "one token after half a sequence of them",
+    "h": "the conversion h and its derivative alone",
+}
+
+
+class Task(NamedTuple):
+    """A jitted function of some arguments and then a batch.
+
+    Attributes:
+      function: the first of its results takes the place of argument number `carried`, if that is not None.
+      arguments: makes all but the batch.
+      carried: see function.
+      contender: whose norms there are while either is traced.
+    """
+
+    function: Callable[..., Any]
+    arguments: Callable[[], tuple]
+    carried: int | None
+    contender: Contender
+
+    def make_arguments(self) -> tuple:
+        """The arguments, as arrays."""
+        with self.contender.norms():
+            return jax.jit(self.arguments)()
+
+    def compile(self, batch: Any) -> jax.stages.Compiled:
+        """The program for batches like this one, which may be abstract. No array is made."""
+        with self.contender.norms():
+            return self.function.lower(*jax.eval_shape(self.arguments), batch).compile()
+
+
+def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -> Task:
+    """The task for one contender. Raises PrenormError for an unknown one, or one of texts for a model of images."""
+    check_choice("--task", name, tuple(TASKS))
+    config = contender.config(config)
+    models = run_models(config)
+    if name == "step":
+        return Task(make_train_step(config, models, mesh), lambda: (init_state(config, models),), 0, contender)
+    if name == "forward":
+        function, carried = make_eval_step(config, models.computed, mesh), None
+    elif name == "h":
+        function, carried = jax.jit(_conversion(models)), None
+    else:
+        if config.model.family != "gpt":
+            raise PrenormError(f"--task={name} needs a model of text, such as --model=gpt:6x384")
+        function, carried = _generation(name, models.computed, config.data.seq_len), None if name == "prefill" else 1
+
+    def arguments() -> tuple:
+        trained = init_params(config, models)
+        params = computed_params(trained, models)
+        if name == "h":
+            return trained, params
+        params = jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), params)  # as one would to generate
+        if carried is None:
+            return (params,)
+        tokens = jnp.zeros((config.batch_size, 1), jnp.int32)
+        return params, prefill.__wrapped__(build_model(models.computed), params, tokens, config.data.seq_len)[1]
+
+    return Task(function, arguments, carried, contender)
+
+
+def _conversion(models: RunModels) -> Callable[..., Any]:
+    def conversion(params: Any, gradients: Any, batch: Any) -> Any:
+        computed, pull_back = jax.vjp(lambda params: computed_params(params, models), params)
+        return computed, pull_back(gradients)
+
+    return conversion
+
+
+def _generation(name: str, model_config: ModelConfig, length: int) -> Callable[..., Any]:
+    # Functions of their own: those of `generate`, being jitted, would remember what they traced with another norm.
+    model = build_model(model_config)
+    if name == "prefill":
+        return jax.jit(lambda params, batch: prefill.__wrapped__(model, params, batch["tokens"][:, :length], length))
+
+    def step(params: Any, cache: Any, batch: Any) -> Any:
+        keys_B = jax.random.split(jax.random.key(0), len(batch["tokens"]))
+        chosen_B, cache = decode_step.__wrapped__(model, params, cache, batch["tokens"][:, 0], length // 2, keys_B)
+        return cache, chosen_B
+
+    return jax.jit(step, donate_argnums=1)
