@@ -180,7 +180,7 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int) -> dic
     calls, rows = {}, {}
     for name in names:
         start = time.monotonic()
-        calls[name], program = prepare(make_task(task, CONTENDERS[name], config, make_mesh(setting.batch)), data)
+        calls[name], program = prepare(make_task(task, CONTENDERS[name], config, make_mesh(config)), data)
         jax.block_until_ready(calls[name]())
         rows[name] = {"about": CONTENDERS[name].about, **memory(calls[name], program)}
         say(f"{name}: compiled in {time.monotonic() - start:.0f} s")

@@ -157,8 +157,8 @@ class Checkpoints:
             raise self._damaged(step, f"it is that of step {metadata['step']} under another name")
         return metadata
 
-    def params(self, step: int, sharding: jax.sharding.Sharding | None = None) -> tuple[ModelConfig, dict[str, Any]]:
-        """The model config of the stored tree, and the tree, placed by `sharding` (None: the first device).
+    def params(self, step: int, sharding: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
+        """The model config of the stored tree, and the tree, placed by the tree `sharding` (None: the first device).
 
         Raises PrenormError if the tree cannot be read, or is not exactly what its metadata describe.
         """
@@ -178,7 +178,7 @@ class Checkpoints:
         abstract = unflatten_dict({path: leaf.value for path, leaf in abstract_params(model).items()})
         return model, self._restore_tree(step, "params", abstract, sharding)
 
-    def optimizer(self, step: int, abstract: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
+    def optimizer(self, step: int, abstract: Any, sharding: Any = None) -> Any:
         """The optimizer state, in the shapes of `abstract`; None if the checkpoint was converted and has none."""
         if "optimizer" not in self.metadata(step)["digests"]:
             return None
@@ -193,9 +193,12 @@ class Checkpoints:
         self._manager.reload()
         return place
 
-    def _restore_tree(self, step: int, item: str, abstract: Any, sharding: jax.sharding.Sharding | None) -> Any:
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+    def _restore_tree(self, step: int, item: str, abstract: Any, sharding: Any) -> Any:
+        if sharding is None:
+            sharding = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+        placed = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, sharding
+        )
         tree = self._restore(step, item, ocp.args.StandardRestore(placed))
         if digest(tree) != self.metadata(step)["digests"][item]:
             raise self._damaged(step, f"{item} differ from what was saved")

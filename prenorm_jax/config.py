@@ -23,12 +23,18 @@ def base_config(family: str = "gpt") -> ConfigDict:
     config.on_nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does
     config.grace_seconds = 60  # SIGTERM and Ctrl-C: time to save before the process ends regardless
     config.batch_size = 16  # sequences or images in one optimizer step, over all devices
+    config.accumulate = 1  # pieces that a batch is computed in, one after the other: less memory
     config.parameterization = "pre_ln"  # pre_ln | native: which parameters are trained (README, "Training")
     config.eval_every = 200  # steps; 0: only at the end
     config.checkpoint_every = 200  # steps; 0: only at the end
     config.keep_checkpoints = 3
     config.log_every = 10  # steps between two flushes of metrics to disk; each step gets its line all the same
     config.tensorboard = True
+
+    config.mesh = ConfigDict()  # of the devices (`sharding.py`); what these leave is the axis data
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+    config.mesh.largest_replicated = 2**22  # numbers: a larger parameter must not be whole on every device
 
     if family == "vit":
         config.data, config.augment = _image_data(), _augment()

@@ -27,7 +27,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.errors import PrenormError
-from prenorm_jax.model_config import NORMS, ModelConfig, model_defaults
+from prenorm_jax.model_config import EXECUTION, NORMS, ModelConfig, model_defaults
+from prenorm_jax.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.stream import (
     Array,
     Path,
@@ -331,11 +332,15 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
     layout = {"norm", "reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
     layout |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
     rates = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout"}
-    training = {"stochastic_depth", "stochastic_depth_schedule", "init", "dtype", "param_dtype"}
+    training = {"stochastic_depth", "stochastic_depth_schedule", "init", "dtype", "param_dtype", *EXECUTION}
     if differences := model_differences(config, to_config, ignored=layout | rates | training):
         raise PrenormError(
             f"the checkpoint is of another network ({'; '.join(differences)}): change the config to match"
         )
+
+    if config.scan != to_config.scan:
+        params = (stack_blocks if to_config.scan else unstack_blocks)(params)
+        config = dataclasses.replace(config, scan=to_config.scan)
 
     def is_raw(config: ModelConfig) -> tuple[bool, bool]:
         return config.raw_embedding, config.raw_branches

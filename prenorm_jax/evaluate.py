@@ -16,7 +16,7 @@ from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.data import Data, load_data
 from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.sharding import make_mesh, replicated, split_batch
+from prenorm_jax.sharding import make_mesh, params_sharding, split_batch
 from prenorm_jax.step import make_eval_step
 from prenorm_jax.workdir import configure_jax, load_config
 
@@ -55,11 +55,11 @@ def main() -> None:
 
     config = load_config(args.workdir)
     configure_jax(config)
-    mesh = make_mesh(config.batch_size)
+    mesh = make_mesh(config)
     norm = args.norm or config.model.norm
     step, model, params = load_as(args.workdir, norm, args.step)
     data = load_data(config)
-    params = jax.device_put(params, replicated(mesh))
+    params = jax.device_put(params, params_sharding(model, mesh))
     result = evaluate(make_eval_step(config, model, mesh), params, data, config, split_batch(mesh))
 
     if args.json:

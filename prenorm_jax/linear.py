@@ -11,6 +11,7 @@ import numpy as np
 
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import Scaled
+from prenorm_jax.sharding import constrain, is_split_by
 from prenorm_jax.stream import COORDINATES
 
 
@@ -38,7 +39,11 @@ class Linear(nn.Module):
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
             weights.append(self.param("bias", bias_init, (self.features,), config.param_dtype))
-        return [leaf.astype(config.dtype) for leaf in weights]
+        axes = (self.axes, self.axes[1:])
+        return [
+            constrain(leaf.astype(config.dtype), *names)
+            for leaf, names in zip(weights, axes[: len(weights)], strict=True)
+        ]
 
     def __call__(self, x: jax.Array | Scaled) -> jax.Array:
         return apply_together([self], x if isinstance(x, Scaled) else Scaled(x, None))[0]
@@ -47,12 +52,16 @@ class Linear(nn.Module):
 def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
     """What each of the linear layers, which all have a bias or all have none, makes of n; by one matrix product."""
     x = normed.x
-    if x.shape[-2] == 1 and len(layers) > 1:  # of one token a sequence: to copy the kernels would be most of the work
+    # Of one token a sequence, to copy the kernels would be most of the work; and kernels that are split along their
+    # features would be shuffled between devices.
+    if len(layers) > 1 and (x.shape[-2] == 1 or is_split_by("tensor")):
         return [layer(normed) for layer in layers]
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
-    flat = Scaled(*(None if leaf is None else leaf.reshape(-1, leaf.shape[-1]) for leaf in normed))
-    y = flat.times(flat.x.astype(kernel.dtype) @ kernel, *bias).reshape(*x.shape[:-1], -1)
+    y = normed.times(matmul(x.astype(kernel.dtype), kernel))
+    y = y + bias[0] if bias else y
+    if len(layers) == 1:
+        return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]
     return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
 
 

@@ -18,7 +18,7 @@ from prenorm_jax.files import only_process
 from prenorm_jax.metrics import MetricsWriter, NonFinite, drop_after
 from prenorm_jax.optim import make_optimizer
 from prenorm_jax.resume import load_init_from, start_state
-from prenorm_jax.sharding import make_mesh, replicated, split_batch
+from prenorm_jax.sharding import make_mesh, params_sharding, split_batch
 from prenorm_jax.signals import StopSignals
 from prenorm_jax.step import (
     Params,
@@ -27,7 +27,7 @@ from prenorm_jax.step import (
     computed_params,
     count,
     make_eval_step,
-    make_loss,
+    make_gradients,
     make_train_step,
     run_models,
 )
@@ -45,13 +45,14 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     _check_config(config)
     record = RunRecord(workdir)
     is_new = _check_workdir(workdir, config, record)
-    mesh = make_mesh(config.batch_size)
+    mesh = make_mesh(config)
     data = load_data(config)
     data.check_model(config)
 
     train_step = make_train_step(config, models, mesh)
     eval_step = make_eval_step(config, models.computed, mesh)
-    to_computed = jax.jit(lambda params: computed_params(params, models))
+    computed_sharding = params_sharding(models.computed, mesh)
+    to_computed = jax.jit(lambda params: computed_params(params, models), out_shardings=computed_sharding)
     end = min(config.steps, config.stop_at or config.steps)
     given = load_init_from(config, models) if config.init_from and is_new else None
     workdir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     ):
         if not (workdir / "config.json").exists():  # before anything else: it says whose folder this is
             write_config(workdir, config)
-        state = start_state(config, models, checkpoints, data, replicated(mesh), given)
+        state = start_state(config, models, checkpoints, data, mesh, given)
         start = int(state.step)
         if start >= end:
             say(f"{workdir} is at step {start} of {end} already: raise --config.steps (or stop_at) to go on")
@@ -122,7 +123,7 @@ def _describe_nonfinite(error: NonFinite, config: ConfigDict, models: RunModels,
     """Where it happened, and in which parameter it is worst."""
     step = error.step - 1
     batch = data.train_batch(config, step)
-    grads = jax.jit(jax.grad(make_loss(config, models)))(state.params, batch, jnp.int32(step))
+    grads = jax.jit(make_gradients(config, models))(state.params, batch, jnp.int32(step))[1]
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in error.values.items() if name != "learning_rate")
     first = step * config.batch_size
     return (

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_dict
 from prenorm_jax.errors import PrenormError, check_choice, check_range
 
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
+EXECUTION = ("scan", "remat")  # keys of `model` that do not change what is computed
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -62,6 +63,8 @@ class ModelConfig:
     stochastic_depth: float = 0.0  # rate at which the last block's branches are left out, one draw an example
     stochastic_depth_schedule: str = "linear"  # linear, from 0 in the first block | constant
     init: str = "normal"  # of kernels: normal, of deviation 0.02 (GPT-2) | xavier, uniform by their widths (ViT)
+    scan: bool = False  # blocks stacked, and one of them compiled: time to compile does not grow with the depth
+    remat: str = "none"  # what of a block its backward pass computes anew: none | dots, all but products | full
     dtype: str = "float32"  # of the computation; statistics and softmax are in float32 at least
     param_dtype: str = "float32"
 
@@ -73,6 +76,7 @@ class ModelConfig:
         "activation": ACTIVATIONS,
         "init": ("normal", "xavier"),
         "stochastic_depth_schedule": ("linear", "constant"),
+        "remat": ("none", "dots", "full"),
         "dtype": DTYPES,
         "param_dtype": DTYPES,
     }
@@ -132,6 +136,11 @@ class ModelConfig:
             )
         if resolved.post_norm and resolved.parallel:
             raise PrenormError("model.post_norm=True and model.parallel=True exclude each other: set one to False")
+        if resolved.scan and resolved.stochastic_depth and resolved.stochastic_depth_schedule == "linear":
+            raise PrenormError(
+                "model.scan=True makes all blocks one, but model.stochastic_depth differs by block: set "
+                "model.stochastic_depth_schedule='constant', or model.scan=False"
+            )
         resolved.check()
         return resolved
 

@@ -37,15 +37,9 @@ class Scaled(NamedTuple):
         """n, in x's dtype."""
         return self.times(self.x)
 
-    def times(self, y: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """y ⊙ scale + bias, of any y (..., M) that is linear in x and a bias (M,), in y's dtype.
-
-        As (y + bias / scale) ⊙ scale: then the derivatives of y and of bias both read the scaled derivative of the
-        result, and only that one is stored.
-        """
-        if self.scale is None:
-            return y if bias is None else y + bias
-        return ((y if bias is None else y + bias * (1 / self.scale)) * self.scale).astype(y.dtype)
+    def times(self, y: jax.Array) -> jax.Array:
+        """y ⊙ scale, of any y (..., M) that is linear in x, in y's dtype."""
+        return y if self.scale is None else (y * self.scale).astype(y.dtype)
 
 
 # n = x r, with r = (‖x‖²/d + ε)^(-1/2), has the derivative dn = r (dx - x r² (x·dx)/d). Its bracket is given to x, and

@@ -12,6 +12,7 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 from prenorm_jax.errors import PrenormError
+from prenorm_jax.stacking import STACKED
 
 
 def make_schedule(config: ConfigDict) -> Callable[[Any], jax.Array]:
@@ -28,8 +29,11 @@ def make_schedule(config: ConfigDict) -> Callable[[Any], jax.Array]:
 
 
 def _is_matrix(params: Any) -> Any:
-    # Kernels and embeddings have two axes, biases and norms one.
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    # Kernels and embeddings have two axes, biases and norms one; stacked blocks have one more.
+    def is_matrix(path: Any, leaf: Any) -> bool:
+        return leaf.ndim >= 2 + (path[0] == jax.tree_util.DictKey(STACKED))
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -51,6 +55,11 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     }
     if o.name not in makers:
         raise PrenormError(f"optimizer.name={o.name!r} is not one of {', '.join(makers)}")
+    if config.model.get("scan") and o.name in ("lamb", "adafactor", "muon"):
+        raise PrenormError(
+            f"optimizer.name={o.name!r} treats each matrix as a whole, and model.scan=True stacks those of all blocks: "
+            "choose adamw or sgd, or set model.scan=False"
+        )
     if o.clip > 0:
         return optax.chain(optax.clip_by_global_norm(o.clip), makers[o.name]())
     return makers[o.name]()

@@ -6,15 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints, Damaged
 from prenorm_jax.conversion import fit_params, model_differences
 from prenorm_jax.data import Data
 from prenorm_jax.errors import PrenormError, say
+from prenorm_jax.model_config import EXECUTION, ModelConfig
 from prenorm_jax.optim import make_optimizer
-from prenorm_jax.step import RunModels, TrainState, init_state
+from prenorm_jax.sharding import params_sharding, tree_sharding
+from prenorm_jax.stacking import stack_blocks, unstack_blocks
+from prenorm_jax.step import RunModels, TrainState, init_state, run_models, state_sharding
 
 
 def start_state(
@@ -22,7 +25,7 @@ def start_state(
     models: RunModels,
     checkpoints: Checkpoints,
     data: Data,
-    sharding: NamedSharding,
+    mesh: Mesh,
     given: Any = None,
 ) -> TrainState:
     """The state of the last checkpoint that can be read; only if there is none at all, step 0.
@@ -34,7 +37,7 @@ def start_state(
     damaged: dict[int, str] = {}
     for step in reversed(checkpoints.steps()):
         try:
-            state = _load(step, config, models, checkpoints, data, sharding)
+            state = _load(step, config, models, checkpoints, data, mesh)
         except Damaged as error:
             damaged[step] = str(error)
             continue
@@ -49,13 +52,14 @@ def start_state(
             f"no checkpoint in {checkpoints.directory} can be read: {'; '.join(damaged.values())}; nothing changed: "
             "restore them from a copy, or start anew in another workdir"
         )
+    sharding = state_sharding(config, models, mesh)
     if given is None:
         return jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
-    return _fresh(0, config, jax.device_put(given, sharding), sharding)
+    return _fresh(0, config, jax.device_put(given, sharding.params), sharding)
 
 
 def _load(
-    step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, data: Data, sharding: NamedSharding
+    step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, data: Data, mesh: Mesh
 ) -> TrainState:
     metadata = checkpoints.metadata(step)
     place = checkpoints.directory / str(step)
@@ -64,22 +68,32 @@ def _load(
             f"the data are not those that {place} was trained on, but {data.description}: that would be another run; "
             f"restore them, or start one in another workdir with --config.init_from={checkpoints.directory.parent}"
         )
-    model, params = checkpoints.params(step, sharding)
-    if differences := model_differences(models.trained, model):
+    model = ModelConfig.create(metadata["model"])
+    if differences := model_differences(models.trained, model, ignored=EXECUTION):
         raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
-    abstract = jax.eval_shape(lambda: init_state(config, models).opt_state)
-    opt_state = checkpoints.optimizer(step, abstract, sharding)
+    sharding = state_sharding(config, models, mesh)
+    _, params = checkpoints.params(step, params_sharding(model, mesh))
+    stored_config = config.copy_and_resolve_references()
+    stored_config.model.scan = model.scan
+    abstract = jax.eval_shape(lambda: init_state(stored_config, run_models(stored_config)).opt_state)
+    opt_state = checkpoints.optimizer(step, abstract, tree_sharding(abstract, model, mesh))
+    if model.scan != models.trained.scan:
+        restack = stack_blocks if models.trained.scan else unstack_blocks
+        params = jax.jit(restack, out_shardings=sharding.params)(params)
+        if opt_state is not None:
+            opt_state = jax.jit(restack, out_shardings=sharding.opt_state)(opt_state)
     if opt_state is None:
         say("this checkpoint was converted and carries no optimizer state: its moments start anew")
         return _fresh(step, config, params, sharding)
-    counts = jax.device_put((jnp.int32(step), jnp.int32(metadata["nonfinite"])), sharding)
+    counts = jax.device_put((jnp.int32(step), jnp.int32(metadata["nonfinite"])), (sharding.step, sharding.nonfinite))
     return TrainState(*counts, params, opt_state)
 
 
-def _fresh(step: int, config: ConfigDict, params: Any, sharding: NamedSharding) -> TrainState:
+def _fresh(step: int, config: ConfigDict, params: Any, sharding: TrainState) -> TrainState:
     """The state at `step` with these parameters and a new optimizer."""
-    opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding)(params)
-    return TrainState(*jax.device_put((jnp.int32(step), jnp.int32(0)), sharding), params, opt_state)
+    opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding.opt_state)(params)
+    counts = jax.device_put((jnp.int32(step), jnp.int32(0)), (sharding.step, sharding.nonfinite))
+    return TrainState(*counts, params, opt_state)
 
 
 def load_init_from(config: ConfigDict, models: RunModels) -> Any:

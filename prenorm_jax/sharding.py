@@ -1,21 +1,65 @@
-"""Where arrays live: one mesh axis, `data`, over all devices, splits the batch; the state is on every device."""
+"""Where arrays live: a mesh of devices with the axes data, fsdp and tensor, and one table from logical axes to them.
+
+    data    splits the batch; every group of devices along the other axes holds all parameters
+    fsdp    splits the batch too, and the stored parameters and optimizer state, which are gathered layer by layer where
+            they are used (ZeRO stage 3, arXiv 1910.02054)
+    tensor  splits heads, MLP and vocabulary, in storage and in computation (arXiv 1909.08053)
+
+The stream axis of a parameter or an activation is never split: under crmsnorm it has d-1 entries, which nothing
+divides, and a norm needs all of them. So both fsdp and tensor split the other axis of a matrix.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from ml_collections import ConfigDict
 
-from prenorm_jax.errors import PrenormError
+from prenorm_jax.errors import PrenormError, check_range
+from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.stream import abstract_params
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> (mesh axes that split it, further ones that split it in storage). What is not here is not split.
+_SPLIT_BY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "batch": (("data", "fsdp"), ()),
+    **dict.fromkeys(("heads", "kv_heads", "normed_heads", "normed_kv_heads", "mlp", "vocab"), (("tensor",), ("fsdp",))),
+    **dict.fromkeys(("class", "position", "patch"), ((), ("fsdp",))),
+}
+
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
-def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `devices` (None: all). Raises PrenormError if they do not divide the batch."""
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over `devices` (None: all of all processes); the axis data takes what is left.
+
+    Raises PrenormError if they cannot be split so, or if they do not divide the batch.
+    """
     devices = jax.devices() if devices is None else devices
-    if batch_size % len(devices):
-        raise PrenormError(f"batch_size={batch_size} is not a multiple of the {len(devices)} devices it is split over")
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
+    for axis in ("fsdp", "tensor"):
+        check_range(f"mesh.{axis}", config.mesh[axis], at_least=1)
+    if len(devices) % (fsdp * tensor):
+        raise PrenormError(
+            f"mesh.fsdp={fsdp} times mesh.tensor={tensor} does not divide the {len(devices)} devices: change one"
+        )
+    shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
+    check_range("accumulate", config.accumulate, at_least=1)
+    groups = shape[0] * fsdp * config.accumulate
+    if config.batch_size % groups:
+        pieces = f"{shape[0] * fsdp} groups of devices" + (
+            f" times accumulate={config.accumulate}" * (groups > shape[0] * fsdp)
+        )
+        raise PrenormError(f"batch_size={config.batch_size} is not a multiple of the {pieces} it is split over")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -25,4 +69,103 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def split_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(_SPLIT_BY["batch"][0]))
+
+
+def axes_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, stored: bool) -> PartitionSpec:
+    """The spec of an array with these logical axes. A mesh axis that does not divide a size is left out."""
+    taken: set[str] = set()
+    spec: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        chosen: list[str] = []
+        used, storing = _SPLIT_BY.get(name, ((), ()))
+        for axis in (*used, *(storing if stored else ())):
+            parts = mesh.shape[axis]
+            if axis not in taken and parts > 1 and size % parts == 0:
+                chosen.append(axis)
+                taken.add(axis)
+                size //= parts
+        spec.append(tuple(chosen) or None)
+    return PartitionSpec(*spec)
+
+
+def params_sharding(config: ModelConfig, mesh: Mesh) -> Any:
+    """The tree of shardings in which the parameters of a model are stored."""
+    return unflatten_dict(
+        {
+            path: NamedSharding(mesh, axes_spec(leaf.names, leaf.value.shape, mesh, stored=True))
+            for path, leaf in abstract_params(config).items()
+        }
+    )
+
+
+def tree_sharding(tree: Any, config: ModelConfig, mesh: Mesh) -> Any:
+    """The same for any tree of (abstract) arrays in which parameters, or arrays like them, lie: an optimizer's state.
+
+    What ends in a parameter's path and has its shape is stored as that parameter is; the rest is on every device.
+    """
+    params = abstract_params(config)
+    shardings = flatten_dict(params_sharding(config, mesh))
+
+    def place(path: Any, leaf: Any) -> Sharding:
+        keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return shardings[keys] if keys in params and params[keys].value.shape == leaf.shape else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def check_sharding(config: ModelConfig, mesh: Mesh, largest: int) -> None:
+    """Raises PrenormError if a mesh that is to split parameters leaves one of more than `largest` numbers whole."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    shardings = flatten_dict(params_sharding(config, mesh))
+    whole = [
+        f"{'/'.join(path)} {leaf.value.shape}"
+        for path, leaf in abstract_params(config).items()
+        if leaf.value.size > largest and shardings[path].is_fully_replicated
+    ]
+    if whole:
+        raise PrenormError(
+            f"every device would hold all of {', '.join(whole[:4])}, whose sizes mesh.fsdp={mesh.shape['fsdp']} and "
+            f"mesh.tensor={mesh.shape['tensor']} do not divide: pad them (such as model.vocab_size to a multiple of "
+            "128), change the mesh, or raise mesh.largest_replicated"
+        )
+
+
+def sharding_table(config: ModelConfig, mesh: Mesh) -> str:
+    """A line a parameter: path, shape, logical axes, spec, numbers on a device."""
+    shardings = flatten_dict(params_sharding(config, mesh))
+    rows = [("parameter", "shape", "axes", "split by", "numbers on a device")]
+    for path, leaf in abstract_params(config).items():
+        spec, shape = shardings[path].spec, leaf.value.shape
+        split = ", ".join("+".join((axes,) if isinstance(axes, str) else axes) if axes else "-" for axes in spec)
+        per_device = math.prod(shardings[path].shard_shape(shape))
+        rows.append(("/".join(path), "×".join(map(str, shape)), ", ".join(leaf.names), split, f"{per_device:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+@contextlib.contextmanager
+def computing_on(mesh: Mesh) -> Iterator[None]:
+    """While a function is traced: what `constrain` refers to."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """x, split as an array with these logical axes is in computation. Outside `computing_on` it does nothing."""
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False)))
+
+
+def is_split_by(axis: str) -> bool:
+    """Whether the mesh of `computing_on` has more than one device along this axis."""
+    mesh = _mesh.get()
+    return mesh is not None and mesh.shape[axis] > 1

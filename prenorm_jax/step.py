@@ -7,6 +7,7 @@ follows the Pre-LN trajectory. With `native` the variant's own parameters are tr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,12 +21,23 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.config import PARAMETERIZATIONS
 from prenorm_jax.conversion import convert_config, convert_params
-from prenorm_jax.data.examples import make_examples
+from prenorm_jax.data.examples import Examples, make_examples
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.optim import make_optimizer, make_schedule
-from prenorm_jax.sharding import replicated, split_batch
+from prenorm_jax.sharding import (
+    check_sharding,
+    computing_on,
+    constrain,
+    params_sharding,
+    replicated,
+    split_batch,
+    tree_sharding,
+)
+from prenorm_jax.stacking import stack_blocks
+
+H_SCOPE, OPTIMIZER_SCOPE = "conversion_h", "optimizer"  # as they are called in profiles
 
 Params = dict[str, Any]
 # tokens: (B, T+1) int32; weights: (B, T) float32, of the predictions of tokens[:, 1:]. Or images: (B, H, W, C) uint8;
@@ -56,7 +68,8 @@ def computed_params(params: Params, models: RunModels) -> Params:
     """φ from the trained parameters: h(θ), or θ itself. Differentiable."""
     if models.trained == models.computed:
         return params
-    return convert_params(params, models.trained, models.computed.norm)
+    with jax.named_scope(H_SCOPE):
+        return convert_params(params, models.trained, models.computed.norm)
 
 
 def count(params: Params) -> int:
@@ -80,8 +93,9 @@ class TrainState(flax.struct.PyTreeNode):
 def init_params(config: ConfigDict, models: RunModels) -> Params:
     """The trained parameters at step 0: the Pre-LN initialisation of the seed, converted if a variant is trained."""
     pre_ln = dataclasses.replace(ModelConfig.create(config.model), norm="layernorm")
-    model = build_model(pre_ln)
+    model = build_model(dataclasses.replace(pre_ln, scan=False))  # so that both layouts begin with the same numbers
     params = model.init(_keys(config)[0], model.example())["params"]
+    params = stack_blocks(params) if pre_ln.scan else params
     return params if models.trained.norm == "layernorm" else convert_params(params, pre_ln, models.trained.norm)
 
 
@@ -90,6 +104,13 @@ def init_state(config: ConfigDict, models: RunModels) -> TrainState:
     params = init_params(config, models)
     step, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(2))  # two buffers: the training step donates each
     return TrainState(step, nonfinite, params, make_optimizer(config).init(params))
+
+
+def state_sharding(config: ConfigDict, models: RunModels, mesh: Mesh) -> TrainState:
+    """The tree of shardings in which the state is stored. Raises PrenormError: see `check_sharding`."""
+    check_sharding(models.trained, mesh, config.mesh.largest_replicated)
+    state = jax.eval_shape(lambda: init_state(config, models))
+    return tree_sharding(state, models.trained, mesh)
 
 
 def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
@@ -125,20 +146,58 @@ def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(logits).any(-1), jnp.iinfo(rank.dtype).max, rank)
 
 
-def make_loss(config: ConfigDict, models: RunModels) -> Callable[[Params, Batch, jax.Array], jax.Array]:
-    """(trained params, batch, step) -> mean loss over the batch's weights, in nats; dropout and augmentation on."""
+def make_gradients(
+    config: ConfigDict, models: RunModels, mesh: Mesh | None = None
+) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Params]]:
+    """(trained params, batch, step) -> mean loss over the batch's weights, in nats, and its gradient.
+
+    Dropout and augmentation are on. The conversion h and its derivative are computed once, whatever
+    `config.accumulate`: in that many pieces, one after the other, the sum over examples is computed, and divided by the
+    whole batch's weight at the end.
+    """
     model = build_model(models.computed)
     criterion = binary_cross_entropy if config.get("loss") == "sigmoid" else cross_entropy
 
-    def loss(params: Params, batch: Batch, step: jax.Array) -> jax.Array:
+    def gradients(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
         dropout_key = jax.random.fold_in(_keys(config)[1], step)
         examples = make_examples(config, batch, key=jax.random.fold_in(dropout_key, 0))
-        variables = {"params": computed_params(params, models)}
-        logits = model.apply(variables, examples.inputs, train=True, rngs={"dropout": dropout_key})
-        nats = criterion(logits, examples.targets)
-        return (nats * examples.weights).sum() / examples.weights.sum()
+        weight = examples.weights.sum()
 
-    return loss
+        def loss(computed: Params, piece: Examples, key: jax.Array) -> jax.Array:
+            logits = model.apply({"params": computed}, piece.inputs, train=True, rngs={"dropout": key})
+            return (criterion(logits, piece.targets) * piece.weights).sum() / weight
+
+        computed, pull_back = jax.vjp(lambda params: computed_params(params, models), params)
+        if config.accumulate == 1:
+            value, grads = jax.value_and_grad(loss)(computed, examples, dropout_key)
+        else:
+            value, grads = _accumulated(jax.value_and_grad(loss), config.accumulate, computed, examples, dropout_key)
+        with jax.named_scope(H_SCOPE):
+            return value, pull_back(grads)[0]
+
+    def on_mesh(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
+        with computing_on(mesh) if mesh else contextlib.nullcontext():
+            return gradients(params, batch, step)
+
+    return on_mesh
+
+
+def _accumulated(
+    value_and_grad: Callable[..., Any], pieces: int, computed: Params, examples: Examples, key: jax.Array
+) -> tuple[jax.Array, Params]:
+    """The sum over `pieces` pieces of the examples, each of which every device has its share of."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    def add(total: Any, piece: tuple[Examples, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(computed, *piece)), None
+
+    example = jax.tree.map(lambda x: x[0], split_examples := jax.tree.map(split, examples))
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, computed, example, key))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(pieces))
+    return jax.lax.scan(add, zero, (split_examples, keys))[0]
 
 
 def make_train_step(
@@ -150,15 +209,16 @@ def make_train_step(
     optimizer as they are. With `config.on_nonfinite` "stop" so do all steps after it, `step` included: the host, which
     learns of it some steps late, then still finds the last good state.
     """
-    loss = make_loss(config, models)
+    gradients = make_gradients(config, models, mesh)
     stop = config.on_nonfinite == "stop"
     optimizer, schedule = make_optimizer(config), make_schedule(config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        value, grads = jax.value_and_grad(loss)(state.params, batch, state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        value, grads = gradients(state.params, batch, state.step)
         rate = schedule(state.step)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, jax.tree.map(lambda update: rate * update, updates))
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
 
         finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
@@ -169,8 +229,9 @@ def make_train_step(
         step = state.step + (good if stop else 1)
         return TrainState(step, state.nonfinite + ~finite, params, opt_state), metrics | {"learning_rate": rate}
 
-    shardings = (replicated(mesh), split_batch(mesh))
-    return jax.jit(train_step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0)
+    stored = state_sharding(config, models, mesh)
+    outputs = (stored, replicated(mesh))
+    return jax.jit(train_step, in_shardings=(stored, split_batch(mesh)), out_shardings=outputs, donate_argnums=0)
 
 
 def make_eval_step(
@@ -185,12 +246,13 @@ def make_eval_step(
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
         inputs, targets, weights = make_examples(config, batch)
-        logits = model.apply({"params": params}, inputs)
+        with computing_on(mesh):
+            logits = model.apply({"params": params}, inputs)
         sums = {"weight": weights.sum(), "nats": (cross_entropy(logits, targets) * weights).sum()}
         if model_config.family == "vit":
             rank = rank_of_label(logits, targets)
             sums |= {f"top{k}": ((rank < k) * weights).sum() for k in (1, 5)}
         return sums
 
-    shardings = (replicated(mesh), split_batch(mesh))
+    shardings = (params_sharding(model_config, mesh), split_batch(mesh))
     return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(mesh))

@@ -39,7 +39,20 @@ Array = Any  # jax.Array or numpy.ndarray
 Path = tuple[str, ...]
 STREAM_AXES = ("write", "read", "norm", "layer_scale")
 NORMED_AXES = ("normed_heads", "normed_kv_heads")
-OTHER_AXES = ("raw", "vocab", "position", "heads", "kv_heads", "head_dim", "mlp", "patch", "channel", "token", "class")
+OTHER_AXES = (
+    "raw",
+    "vocab",
+    "position",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "patch",
+    "channel",
+    "token",
+    "class",
+    "layer",
+)
 
 
 def center(x: Array, axis: int = -1) -> Array:
@@ -173,7 +186,7 @@ def _feeding_norm(path: Path, leaves: dict[Path, Any]) -> Path:
     So `block_0/attention/query/kernel` is fed by `block_0/attention_norm`, or by `block_0/norm` if both branches share
     it. Where neither has parameters, the path returned holds none.
     """
-    norms = {leaf_path[:-1] for leaf_path, leaf in leaves.items() if leaf.names == ("norm",)}
+    norms = {leaf_path[:-1] for leaf_path, leaf in leaves.items() if leaf.names[-1:] == ("norm",)}
     for depth in range(len(path) - 2, -1, -1):
         for name in (f"{path[depth]}_norm", "norm"):
             candidate = (*path[:depth], name)

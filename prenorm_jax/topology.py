@@ -67,7 +67,7 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
     rows = {}
     for contender in names:
         start = time.monotonic()
-        work = make_task(task, CONTENDERS[contender], config, make_mesh(config.batch_size, devices))
+        work = make_task(task, CONTENDERS[contender], config, make_mesh(config, devices))
         program = work.compile(abstract_batch(config))
         analysis = program.memory_analysis()
         rows[contender] = {

@@ -20,6 +20,8 @@ from prenorm_jax.attention import CacheUse, attend, attend_cached
 from prenorm_jax.linear import apply_together, reader, write
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import LayerNorm, Norm, RMSNorm, Scaled
+from prenorm_jax.sharding import constrain
+from prenorm_jax.stacking import LAYER, STACKED
 from prenorm_jax.stream import COORDINATES
 
 _ACTIVATIONS = {
@@ -29,6 +31,8 @@ _ACTIVATIONS = {
     "silu": nn.silu,
     "tanh": jnp.tanh,
 }
+
+_REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
@@ -77,7 +81,8 @@ def table(module: nn.Module, config: ModelConfig, name: str, rows: int, axis: st
     """A learned parameter (rows, D or W) of `module`, added to the stream before the first block, in config.dtype."""
     width, stream_axis = embedding_axis(config)
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, stream_axis))
-    return module.param(name, init, (rows, width), config.param_dtype).astype(config.dtype)
+    value = module.param(name, init, (rows, width), config.param_dtype).astype(config.dtype)
+    return constrain(value, axis, stream_axis)
 
 
 def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
@@ -96,11 +101,26 @@ def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Ar
 
 def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
     """All of the model's blocks: (B, T, D) -> (B, T, D)."""
+
+    def apply(block: Block, x_BxTxD: jax.Array) -> jax.Array:
+        return block(x_BxTxD, train, cache)
+
+    if train and config.remat != "none":
+        apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
+    if config.scan:
+        scanned = nn.scan(
+            lambda block, x_BxTxD, _: (apply(block, x_BxTxD), None),
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=config.depth,
+            metadata_params={nn.PARTITION_NAME: LAYER},
+        )
+        return scanned(Block(config, config.stochastic_depth, name=STACKED), x_BxTxD, None)[0]
     for i in range(config.depth):
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        x_BxTxD = Block(config, rate, name=f"block_{i}")(x_BxTxD, train, cache)
+        x_BxTxD = apply(Block(config, rate, name=f"block_{i}"), x_BxTxD)
     return x_BxTxD
 
 
@@ -203,6 +223,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
         config = self.config
+        x_BxTxD = constrain(x_BxTxD, "batch", None, None)
         attention = functools.partial(Attention(config, name="attention"), cache=cache)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 

@@ -25,7 +25,7 @@ from prenorm_jax.allocator import keep_freed_memory
 from prenorm_jax.config import base_config
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.files import write_whole
-from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.model_config import EXECUTION, ModelConfig
 from prenorm_jax.step import RunModels, run_models
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -45,6 +45,11 @@ MAY_CHANGE = (
     "tensorboard",
     "on_nonfinite",
     "grace_seconds",
+    "accumulate",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.largest_replicated",
+    *(f"model.{key}" for key in EXECUTION),
 )
 
 

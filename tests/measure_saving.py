@@ -21,7 +21,7 @@ STRETCH, ROUNDS = 8, 6
 
 config = get_config()
 models, data = run_models(config), load_data(config.copy_and_resolve_references())
-train_step = make_train_step(config, models, make_mesh(config.batch_size, jax.devices()[:1]))
+train_step = make_train_step(config, models, make_mesh(config, jax.devices()[:1]))
 state = jax.jit(lambda: init_state(config, models))()
 state, _ = jax.block_until_ready(train_step(state, data.train_batch(config, 0)))
 

@@ -51,7 +51,7 @@ def test_the_imagenet_vit_takes_the_same_step_under_each_norm():
     for norm in NORMS:
         config = get_config("vit_s16_imagenet")
         config.model.norm, config.batch_size = norm, 2
-        models, mesh = run_models(config), make_mesh(1, jax.devices()[:1])
+        models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
         state = jax.jit(lambda config=config, models=models: init_state(config, models))()
         assert count(state.params) == 22_050_664 - 384 + 24 * 384  # DeiT-S, less one position, with LayerScale
         images = np.random.default_rng(0).integers(256, size=(2, 256, 256, 3), dtype=np.uint8)
@@ -69,7 +69,7 @@ def test_gpt2_takes_the_same_step_under_each_norm():
     for norm in NORMS:
         config = get_config("gpt2_wikitext103")
         config.model.norm, config.batch_size = norm, 1
-        models, mesh = run_models(config), make_mesh(1, jax.devices()[:1])
+        models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
         state = jax.jit(lambda config=config, models=models: init_state(config, models))()
         sizes.append(count(state.params))
         tokens = np.random.default_rng(0).integers(50257, size=(1, 65)).astype(np.int32)

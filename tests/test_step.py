@@ -13,7 +13,14 @@ from prenorm_jax.config import base_config
 from prenorm_jax.model_config import NORMS
 from prenorm_jax.optim import make_optimizer, make_schedule
 from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import binary_cross_entropy, init_state, make_eval_step, make_loss, make_train_step, run_models
+from prenorm_jax.step import (
+    binary_cross_entropy,
+    init_state,
+    make_eval_step,
+    make_gradients,
+    make_train_step,
+    run_models,
+)
 
 STEPS = 100
 # name -> (peak learning rate, other settings): rates at which each of them learns something in 100 steps.
@@ -51,7 +58,7 @@ def batch_of(step: int, config: ConfigDict) -> dict[str, np.ndarray]:
 def train(config: ConfigDict, steps: int = STEPS, devices: int = 1) -> tuple[np.ndarray, object]:
     """(losses, final state)."""
     models = run_models(config)
-    mesh = make_mesh(config.batch_size, jax.devices()[:devices])
+    mesh = make_mesh(config, jax.devices()[:devices])
     step = make_train_step(config, models, mesh)
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch_of(i, config) for i in range(steps)])
     state, metrics = jax.jit(lambda batches: jax.lax.scan(step, init_state(config, models), batches))(batches)
@@ -128,7 +135,7 @@ def test_any_number_of_devices_takes_the_same_steps(norm, devices):
 
 def test_the_loss_weighs_tokens_not_sequences():
     config = run_config("layernorm", "pre_ln")
-    models, mesh = run_models(config), make_mesh(8, jax.devices()[:1])
+    models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
     state, batch = init_state(config, models), batch_of(0, config)
     batch["weights"][:, 3:] = 0
     batch["weights"][5:] = 0
@@ -159,11 +166,9 @@ def test_adamw_step_is_the_textbooks():
     """One update against the formulas, through clip, decay mask and schedule (optax unbiases moments in float32)."""
     config = run_config("layernorm", "pre_ln")
     config.optimizer.update({"clip": 0.01, "weight_decay": 0.3, "warmup_steps": 4, "learning_rate": 0.1, "eps": 1e-8})
-    models, mesh = run_models(config), make_mesh(8, jax.devices()[:1])
-    from prenorm_jax.step import make_loss
-
+    models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
     state = init_state(config, models)
-    grads = jax.grad(make_loss(config, models))(state.params, batch_of(0, config), state.step)
+    grads = make_gradients(config, models)(state.params, batch_of(0, config), state.step)[1]
     norm = optax.tree.norm(grads)
     before = jax.tree.map(np.array, state.params)
     after, metrics = make_train_step(config, models, mesh)(state, batch_of(0, config))
@@ -201,7 +206,7 @@ def test_the_loss_that_is_asked_for_is_trained_and_augmentation_changes_with_ste
             config[key] = value
         models = run_models(config)
         params = init_state(run_config("layernorm", "pre_ln", family="vit"), models).params
-        return float(jax.jit(make_loss(config, models))(params, batch_of(0, config), step))
+        return float(jax.jit(make_gradients(config, models))(params, batch_of(0, config), step)[0])
 
     assert loss_of() == loss_of()
     assert len({loss_of(), loss_of(loss="sigmoid"), loss_of(step=1), loss_of(seed=1)}) == 4
