@@ -4,12 +4,10 @@ Called again with the same arguments it goes on from the last checkpoint. Withou
 configuration that the workdir holds. Every key of the configuration is a flag, such as --config.steps=100.
 """
 
-import re
-from pathlib import Path
-
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
+from prenorm_jax.command_line import parse_flags
 from prenorm_jax.errors import PrenormError, run_command
 from prenorm_jax.workdir import configure_jax, load_config
 
@@ -17,33 +15,18 @@ flags.DEFINE_string("workdir", None, "folder of the run: made if new, gone on wi
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses the flags, turning what absl, ml_collections and a config file raise into one line."""
-    line = re.sub(r"(^|\0)--?(config|workdir)\0", r"\1--\2=", "\0".join(argv))  # "--config x" as "--config=x"
-    argv = line.split("\0")
-    given = dict(match.groups() for arg in argv if (match := re.fullmatch("--?(config|workdir)=(.*)", arg)))
-    if not given.get("workdir"):
-        raise PrenormError("--workdir is missing: name the folder of the run, such as --workdir=runs/ln")
-    if "config" in given:
-        if not Path(given["config"].split(":")[0]).is_file():
-            raise PrenormError(f"--config={given['config']}: no such file; those of this project are in configs/")
-        config_flags.DEFINE_config_file("config")
-    else:
-        config_flags.DEFINE_config_dict("config", load_config(given["workdir"]))
-    try:
-        rest = flags.FLAGS(argv)
-        flags.FLAGS.config.model.keys()  # an error in the file shows only now
-    except (AttributeError, KeyError) as error:
-        reason = str(error).replace("\\n", ". ").replace("\\", "").strip("'\"")  # it comes quoted, twice
-        raise PrenormError(
-            f"command line or config file: no such key: {reason}; prenorm_jax/config.py lists the keys"
-        ) from error
-    except Exception as error:  # a config file is a program: anything can be wrong with it
-        lines = str(error).strip().splitlines()  # ending in the error itself, after the stack trace of a config file
-        raise PrenormError(
-            f"command line or config file: {lines[-1] if len(lines) > 3 else ' '.join(lines)}"
-        ) from error
-    if len(rest) > 1:
-        raise PrenormError(f"command line: {rest[1]!r} is not a flag; flags look like --workdir=runs/ln")
+    """Parses the flags. Raises PrenormError."""
+    missing = PrenormError("--workdir is missing: name the folder of the run, such as --workdir=runs/ln")
+
+    def held(given: dict[str, str]) -> ConfigDict:
+        """The configuration that the workdir holds."""
+        if not given.get("workdir"):
+            raise missing
+        return load_config(given["workdir"])
+
+    rest = parse_flags(argv, ("workdir",), held)
+    if not flags.FLAGS.workdir:
+        raise missing
     return rest
 
 

@@ -60,11 +60,24 @@ def center(x: Array, axis: int = -1) -> Array:
 
     Twice: one subtraction leaves the rounding error of the mean in every entry, and where |mean| ≫ std that is far
     above the entries' own. It matters: LayerNorm would remove it, but RMSNorm keeps it and CRMSNorm multiplies it by d.
+    (Once in the derivative: no gradient is all mean.)
     """
     dtype, x = x.dtype, _at_least_float32(x)
-    for _ in range(2):
-        x = x - x.mean(axis, keepdims=True)
-    return x.astype(dtype)
+    return (_center_jax(x, axis) if isinstance(x, jax.Array) else _center(_center(x, axis), axis)).astype(dtype)
+
+
+def _center(x: Array, axis: int) -> Array:
+    return x - x.mean(axis, keepdims=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _center_jax(x: jax.Array, axis: int) -> jax.Array:
+    return _center(_center(x, axis), axis)
+
+
+@_center_jax.defjvp
+def _(axis: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return _center_jax(*primals, axis), _center(*tangents, axis)
 
 
 def drop_last(z: Array, axis: int = -1) -> Array:

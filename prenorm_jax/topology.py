@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import re
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
+from prenorm_jax import hlo
 from prenorm_jax.contenders import CONTENDERS, Setting, baseline_of
 from prenorm_jax.errors import PrenormError, first_line, say
 from prenorm_jax.sharding import make_mesh
@@ -23,7 +23,6 @@ from prenorm_jax.tasks import make_task
 
 _NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 def topology_devices(name: str) -> list[Any]:
@@ -57,7 +56,7 @@ def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 def cycles(program: jax.stages.Compiled) -> int:
     """The sum of the compiler's estimated cycles, one device's, over all operations of the program that state them."""
-    return sum(map(int, _CYCLES.findall(program.as_text())))
+    return sum(operation.times * operation.cycles for operation in hlo.operations(program.as_text()))
 
 
 def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
