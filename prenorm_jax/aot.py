@@ -36,6 +36,7 @@ HBM_GB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a chip: cloud.google.
 _PARTS = {
     "conversion h": H_SCOPE,
     "optimizer": OPTIMIZER_SCOPE,
+    "accumulation": "accumulation",
     "norms": r"_norm\b|/norm\b",
     "attention": r"/attention\b",
     "MLP": r"/mlp\b",

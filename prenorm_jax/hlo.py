@@ -15,6 +15,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=\{?%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -68,12 +70,24 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
         instruction = _INSTRUCTION.match(line)
         if not instruction:
             continue
-        kind = instruction[2]
-        scope, cycles, trips = (pattern.search(line) for pattern in (_OP_NAME, _CYCLES, _TRIPS))
-        yield Operation(kind, scope[1] if scope else "", times, int(cycles[1]) if cycles else 0, _size(instruction[1]))
+        kind, size = instruction[2], _size(instruction[1])
+        called = _CALLED.findall(line)
+        if kind == "fusion" and any(" all-reduce(" in inner for inner in computations.get(called[0], ())):
+            kind = "reduce-scatter"  # on TPUs: an all-reduce of which each device keeps its share
+        scope, cycles = _OP_NAME.search(line), _CYCLES.search(line)
+        yield Operation(kind, scope[1] if scope else "", times, int(cycles[1]) if cycles else 0, size)
         if kind in ("while", "call", "conditional", "async-start"):
-            for called in _CALLED.findall(line):
-                yield from _walk(computations, called, times * (int(trips[1]) if trips else 1))
+            for computation in called:
+                yield from _walk(computations, computation, times * _trips(computations, line))
+
+
+def _trips(computations: dict[str, list[str]], line: str) -> int:
+    """How often a loop runs: as XLA noted, or as its condition, counter < constant, says. 1 if neither."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = "\n".join(computations.get(_CONDITION.search(line)[1], ())) if " while(" in line else ""
+    limits = _LIMIT.findall(condition)
+    return int(limits[0]) if len(limits) == 1 and "direction=LT" in condition else 1
 
 
 def _size(shape: str) -> int:

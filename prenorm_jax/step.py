@@ -192,7 +192,9 @@ def _accumulated(
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     def add(total: Any, piece: tuple[Examples, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(computed, *piece)), None
+        value = value_and_grad(computed, *piece)
+        with jax.named_scope("accumulation"):
+            return jax.tree.map(jnp.add, total, value), None
 
     example = jax.tree.map(lambda x: x[0], split_examples := jax.tree.map(split, examples))
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, computed, example, key))
@@ -223,9 +225,10 @@ def make_train_step(
 
         finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
         good = finite & (state.nonfinite == 0) if stop else finite
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
         step = state.step + (good if stop else 1)
         return TrainState(step, state.nonfinite + ~finite, params, opt_state), metrics | {"learning_rate": rate}
 
