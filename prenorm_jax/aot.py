@@ -20,7 +20,6 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from prenorm_jax import hlo
-from prenorm_jax.benchmark import model_flops
 from prenorm_jax.command_line import parse_flags
 from prenorm_jax.errors import PrenormError, first_line, run_command, say
 from prenorm_jax.files import write_whole
@@ -28,6 +27,7 @@ from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh, sharding_table
 from prenorm_jax.step import H_SCOPE, OPTIMIZER_SCOPE, count, init_state, make_train_step, run_models
 from prenorm_jax.topology import abstract_batch, topology_devices
+from prenorm_jax.utilisation import model_flops
 
 GIB = 2**30
 HBM_GB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a chip: cloud.google.com/tpu/docs/system-architecture-tpu-vm

@@ -31,6 +31,7 @@ from prenorm_jax.errors import PrenormError, check_range, run_command, say
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh
 from prenorm_jax.tasks import TASKS, Task, make_task
+from prenorm_jax.utilisation import model_flops
 from prenorm_jax.workdir import configure_jax, device_name
 
 WARM_UP = 2  # rounds
@@ -150,24 +151,6 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str
 
 def _interval(values: np.ndarray) -> list[float]:
     return [float(value) for value in np.quantile(values, (0.025, 0.975))]
-
-
-def model_flops(config: ModelConfig, batch: int, length: int, training: bool) -> float:
-    """FLOPs of the matrix products of one forward pass, or of a training step (three times that).
-
-    2 · tokens · (numbers in kernels) + 4 · B · T · S · H · K a layer for attention, half of it if causal.
-    """
-    tokens_per_row = length if config.family == "gpt" else config.patches + config.prefix
-    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer = config.d_model * (2 * heads + 2 * kv + (3 if config.gated_mlp else 2) * config.mlp_dim)
-    attention = 4 * tokens_per_row**2 * heads * (0.5 if config.causal else 1)
-    row = config.depth * (2 * tokens_per_row * layer + attention)
-    if config.family == "gpt":
-        row += 2 * length * config.d_model * config.vocab_size
-    else:
-        patch = config.patch_size**2 * config.channels
-        row += 2 * config.d_model * (config.patches * patch + config.classes)
-    return batch * row * (3 if training else 1)
 
 
 def benchmark(setting: Setting, task: str, names: list[str], rounds: int) -> dict:

@@ -41,9 +41,8 @@ def parse_flags(argv: list[str], own: Collection[str], default: Callable[[dict[s
         ) from error
     except Exception as error:  # a config file is a program: anything can be wrong with it
         lines = str(error).strip().splitlines()  # ending in the error itself, after the stack trace of a config file
-        raise PrenormError(
-            f"command line or config file: {lines[-1] if len(lines) > 3 else ' '.join(lines)}"
-        ) from error
+        reason = lines[-1].removeprefix("prenorm_jax.errors.PrenormError: ") if len(lines) > 3 else " ".join(lines)
+        raise PrenormError(f"command line or config file: {reason}") from error
     if len(rest) > 1:
         raise PrenormError(f"command line: {rest[1]!r} is not a flag; flags look like --{next(iter(own))}=VALUE")
     return rest

@@ -30,6 +30,7 @@ def base_config(family: str = "gpt") -> ConfigDict:
     config.keep_checkpoints = 3
     config.log_every = 10  # steps between two flushes of metrics to disk; each step gets its line all the same
     config.tensorboard = True
+    config.profile = config_dict.placeholder(str)  # FIRST:END, as 10:13: trace steps 10 to 12 into workdir/profile
 
     config.mesh = ConfigDict()  # of the devices (`sharding.py`); what these leave is the axis data
     config.mesh.fsdp = 1
@@ -62,6 +63,8 @@ def _text_data() -> ConfigDict:
     data.path = config_dict.placeholder(str)  # file, folder or glob: .txt .md .py .jsonl .json .parquet
     data.hub = config_dict.placeholder(str)  # a hub data set's name; give path or hub, or neither: stdlib
     data.hub_config = config_dict.placeholder(str)  # its configuration, e.g. wikitext-103-raw-v1
+    data.stream_tokens = config_dict.placeholder(int)  # of hub data: stream until there are so many; None: load whole
+    data.cache = config_dict.placeholder(str)  # folder for streamed tokens; None: ~/.cache/prenorm_jax
     data.text_column = "text"  # of jsonl, parquet and hub data
     data.train_split = "train"  # of hub data
     data.eval_split = config_dict.placeholder(str)  # of hub data; None: hold documents out

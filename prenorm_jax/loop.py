@@ -17,6 +17,7 @@ from prenorm_jax.evaluate import evaluate
 from prenorm_jax.files import only_process
 from prenorm_jax.metrics import MetricsWriter, NonFinite, drop_after
 from prenorm_jax.optim import make_optimizer
+from prenorm_jax.profiling import parse_steps, traced
 from prenorm_jax.resume import load_init_from, start_state
 from prenorm_jax.sharding import make_mesh, params_sharding, split_batch
 from prenorm_jax.signals import StopSignals
@@ -31,6 +32,7 @@ from prenorm_jax.step import (
     make_train_step,
     run_models,
 )
+from prenorm_jax.utilisation import Utilisation
 from prenorm_jax.workdir import RunRecord, config_differences, device_name, literal_config, load_config, write_config
 
 
@@ -73,6 +75,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         record.start(models, start, counts)
         say(f"data: {data.description}")
         say(f"model: {_describe(models, config.parameterization, counts)}; on {device_name()}")
+        utilisation = Utilisation.of(config, mesh.size)
+        say(f"speed: {utilisation.describe()}")
         say(f"{'going on' if start else 'starting'} at step {start} of {config.steps} in {workdir}")
 
         drop_after(workdir / "metrics.jsonl", start, first=record.first_step)
@@ -85,7 +89,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             record.saved(checkpoints.steps())  # the ones before: this one is being written
 
         try:
-            with MetricsWriter(workdir, start, config, data) as metrics:
+            with (
+                MetricsWriter(workdir, start, config, data, utilisation) as metrics,
+                traced(train_step, config.profile, start, workdir / "profile") as train_step,
+            ):
                 batches = prefetch(lambda step: data.train_batch(config, step), range(start, end))
                 for step, batch in zip(range(start, end), batches, strict=True):
                     state, step_metrics = train_step(state, jax.device_put(batch, split_batch(mesh)))
@@ -179,6 +186,7 @@ def _check_config(config: ConfigDict) -> None:
         if not 0 < config.augment.min_area <= 1:
             raise PrenormError(f"augment.min_area={config.augment.min_area} must be above 0 and at most 1")
     check_range("stop_at", config.stop_at, at_least=1)
+    parse_steps(config.profile, config.steps)
     if config.on_nonfinite not in ("stop", "skip"):
         raise PrenormError(f"on_nonfinite={config.on_nonfinite!r} is not one of stop, skip")
     make_optimizer(config)

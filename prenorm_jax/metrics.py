@@ -21,6 +21,7 @@ from tqdm import tqdm
 from prenorm_jax.data import Data
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.files import write_whole
+from prenorm_jax.utilisation import Utilisation
 
 
 class NonFinite(Exception):
@@ -35,12 +36,13 @@ class MetricsWriter:
     """Writes one line a training step and one an evaluation. A context manager.
 
     The numbers of a step are fetched from the device `log_every` steps at a time, and the newest step's only with the
-    next fetch, so that the device always has a step to work on. `tokens_per_s` (of images: `images_per_s`) is of the
-    steps fetched together, evaluation and checkpointing left out. With `config.on_nonfinite` "stop" a step whose
-    numbers are not finite is not written, but raises `NonFinite`.
+    next fetch, so that the device always has a step to work on. `tokens_per_s` (of images: `images_per_s`),
+    `model_flops_per_s` and, where the peak is known, `mfu` are of the steps fetched together, evaluation and
+    checkpointing left out; a step's tokens are those of its whole batch, however many passes it takes. With
+    `config.on_nonfinite` "stop" a step whose numbers are not finite is not written, but raises `NonFinite`.
     """
 
-    def __init__(self, workdir: Path, start: int, config: ConfigDict, data: Data):
+    def __init__(self, workdir: Path, start: int, config: ConfigDict, data: Data, utilisation: Utilisation):
         """Opens the files, to go on after step `start`. Call `drop_after` first."""
         self._file = (workdir / "metrics.jsonl").open("a")
         self._events = _Events(workdir / "tensorboard", start) if config.tensorboard else None
@@ -48,6 +50,7 @@ class MetricsWriter:
         self._log_every = config.log_every
         self._stop = config.on_nonfinite == "stop"
         self._unit, self._units_per_step = data.unit, data.units_per_batch(config)
+        self._utilisation = utilisation
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._clock = time.perf_counter()
 
@@ -102,13 +105,15 @@ class MetricsWriter:
         fetched = jax.device_get([values for _, values in ready])
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         units_per_s = self._units_per_step * len(ready) / seconds
+        rates = {f"{self._unit}s_per_s": units_per_s, **self._utilisation.rates(seconds / len(ready))}
         for (step, _), arrays in zip(ready, fetched, strict=True):
             values = {name: float(value) for name, value in arrays.items()}
             if self._stop and not all(map(math.isfinite, values.values())):
                 raise NonFinite(step, values)
-            self.write(step, values | {f"{self._unit}s_per_s": units_per_s})
+            self.write(step, values | rates)
         loss = float(fetched[-1]["loss"])
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {units_per_s:,.0f} {self._unit}s/s", refresh=False)
+        used = f"{rates['mfu']:.1%} mfu" if "mfu" in rates else f"{rates['model_flops_per_s'] / 1e9:,.0f} GFLOP/s"
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {units_per_s:,.0f} {self._unit}s/s, {used}", refresh=False)
 
 
 class _Events:

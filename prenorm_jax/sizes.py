@@ -17,6 +17,9 @@ _VIT = {
     "G": (1664, 48, 8192, 16),
     "22B": (6144, 48, 24576, 48),
 }
+# GPT-2's tokenizer has 50,257 ids. That is 29 × 1733: the table is padded to a multiple of 128, so that it divides over
+# devices and fills their tiles. No text has the ids beyond, and training soon makes them improbable.
+GPT_VOCAB = 50304
 # name -> (d_model, depth, heads, head_dim): arXiv 2005.14165, table 2.1.
 _GPT3 = {
     "Small": (768, 12, 12, 64),
@@ -31,13 +34,13 @@ _GPT3 = {
 
 
 def gpt3(name: str) -> dict[str, Any]:
-    """Keys of `config.model` for a GPT-3 such as "Small": 2,048 positions, GPT-2's vocabulary.
+    """Keys of `config.model` for a GPT-3 such as "Small": 2,048 positions, GPT-2's vocabulary (padded).
 
     Its sparse attention in every other layer is dense here. Raises PrenormError for an unknown size.
     """
     check_choice("GPT-3 size", name, tuple(_GPT3))
     keys = dict(zip(("d_model", "depth", "heads", "head_dim"), _GPT3[name], strict=True))
-    return keys | {"vocab_size": 50257, "max_len": 2048}
+    return keys | {"vocab_size": GPT_VOCAB, "max_len": 2048}
 
 
 def model(name: str) -> dict[str, Any]:

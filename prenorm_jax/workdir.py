@@ -4,9 +4,10 @@ config.json      the run's configuration, every key
 run.json         what the run is and was made with: parameters, device, versions, each start with its step and norm, and
                  the last step that is known to be saved
 lock             held by the process that trains here
-metrics.jsonl    one object a line: {step, loss, grad_norm, param_norm, learning_rate, tokens_per_s or
-                 images_per_s} or {step, eval_loss, ...}
+metrics.jsonl    one object a line: {step, loss, grad_norm, param_norm, learning_rate, tokens_per_s or images_per_s,
+                 model_flops_per_s, mfu (where the device's peak is known)} or {step, eval_loss, ...}
 tensorboard/     the same as event files
+profile/         what `config.profile` traced
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ MAY_CHANGE = (
     "data.path",
     "data.eval_path",
     "data.tokenizer",
+    "data.cache",
     "steps",
     "stop_at",
     "eval_every",
@@ -43,6 +45,7 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "log_every",
     "tensorboard",
+    "profile",
     "on_nonfinite",
     "grace_seconds",
     "accumulate",

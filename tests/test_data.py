@@ -9,6 +9,9 @@ import re
 import subprocess
 import sys
 import sysconfig
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -390,6 +393,204 @@ def test_cached_tokens_are_those_of_the_tokenizer_asked_for(hub, tmp_path):
     after = cached()
     np.testing.assert_array_equal(load().train, first.train)
     assert files and len(after) > len(files) and cached() == after  # the last call found its result
+
+
+# --- streamed hub data: the same code path for a folder of files, which `datasets` streams like a repository
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """A data set of 600 documents in two files, its rows told apart by their text; for `stream_config`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    rows = [{"text": f"document {i} é" if i % 50 else "", "n": i} for i in range(600)] + [{"text": None, "n": 0}]
+    write_rows(folder / "train-0.parquet", rows[:400])
+    write_rows(folder / "train-1.parquet", rows[400:])
+    return folder
+
+
+def stream_config(corpus: Path, **changes: object) -> ConfigDict:
+    keys = {"hub": str(corpus), "cache": str(corpus.parent / "cache"), "stream_tokens": 1000, "holdout": 0.1}
+    return data_config(**keys | changes)
+
+
+def streamed_files(corpus: Path) -> set[str]:
+    return {file.name for file in (corpus.parent / "cache").rglob("*") if file.is_file()}
+
+
+def no_streaming(monkeypatch) -> None:
+    def load_dataset(*args, **kwargs):
+        raise AssertionError("the data set is loaded again")
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+
+
+def test_streamed_tokens_are_the_first_of_those_loaded_whole(corpus):
+    whole = load_text(data_config(path=str(corpus), holdout=0.1))
+    data = load_text(stream_config(corpus))
+    assert isinstance(data.train, np.memmap) and isinstance(data.eval, np.memmap)
+    assert data.train.dtype == np.uint16 and len(data.train) == 1001
+    np.testing.assert_array_equal(data.train, whole.train[:1001])
+    held = texts_of(data.eval)
+    assert held and held == texts_of(whole.eval)[: len(held)]
+    assert data.eval_bytes == sum(len(text.encode()) for text in held)
+    assert f"{corpus} (streamed)" in data.description and "1,000 tokens" in data.description
+    for step in (0, 7, 300):  # of three epochs
+        batch = train_batch(data.train, 5, step, 4, 16)["tokens"]
+        assert type(batch) is np.ndarray
+        np.testing.assert_array_equal(batch, train_batch(np.array(data.train), 5, step, 4, 16)["tokens"])
+    joined = load_text(stream_config(corpus, separate_documents=False, holdout=0.2))
+    assert (joined.train[1:] != EOT).all() and len(joined.train) == 1001
+
+
+def test_a_corpus_that_ends_sooner_is_said_and_used_whole(corpus, capsys):
+    whole = load_text(data_config(path=str(corpus), holdout=0.1))
+    for _ in range(2):  # streamed, then mapped
+        data = load_text(stream_config(corpus, stream_tokens=10**9))
+        np.testing.assert_array_equal(data.train, whole.train)
+        np.testing.assert_array_equal(data.eval, whole.eval)
+        found = len(whole.train) - 1
+        assert f"has only {found:,} of data.stream_tokens=1,000,000,000: all are used" in capsys.readouterr().err
+
+
+def test_later_runs_map_the_same_files_and_others_have_their_own(corpus, monkeypatch, tmp_path):
+    first = load_text(stream_config(corpus))
+    assert streamed_files(corpus) == {"train.bin", "eval.bin", "about.json", "lock"}
+    (about,) = (tmp_path / "cache").glob("*/about.json")
+    said = json.loads(about.read_text())
+    assert said["dataset"] == str(corpus) and said["stream_tokens"] == 1000 and said["tokenizer"] == "bytes"
+    assert said["train"]["tokens"] == 1001
+    others = [{"tokenizer": save_tokenizer(tmp_path / "t.json")}, {"holdout": 0.2}, {"stream_tokens": 1001}]
+    others += [{"separate_documents": False}, {"train_split": "train[:]"}]
+    for other in others[:-1]:
+        assert load_text(stream_config(corpus, **other)).digest != first.digest
+    no_streaming(monkeypatch)
+    again = load_text(stream_config(corpus))
+    assert again.digest == first.digest and again.description == first.description
+    assert Path(again.train.filename).samefile(first.train.filename)
+    np.testing.assert_array_equal(again.train, first.train)
+    for other in others:
+        if other != others[-1]:
+            load_text(stream_config(corpus, **other))
+        else:
+            with pytest.raises(PrenormError, match="loaded again"):
+                load_text(stream_config(corpus, **other))
+
+
+def test_streamed_training_data_go_with_an_evaluation_split_or_path(corpus, tmp_path):
+    write_rows(corpus / "test.parquet", [{"text": "held", "n": 1}])
+    data = load_text(stream_config(corpus, eval_split="test"))
+    assert texts_of(data.eval) == ["held"] and streamed_files(corpus) == {"train.bin", "about.json", "lock"}
+    assert texts_of(np.append(data.train, EOT))[0] == "document 1 é"  # the fixture's first is empty
+    other = load_text(stream_config(corpus, eval_path=write(tmp_path / "eval", {"a.txt": "other"})))
+    assert texts_of(other.eval) == ["other"] and other.digest != data.digest
+    np.testing.assert_array_equal(other.train, data.train)
+
+
+def test_what_was_cut_short_is_not_taken_for_whole(corpus, monkeypatch, capsys):
+    expected = np.array(load_text(stream_config(corpus)).train)
+    (file,) = (corpus.parent / "cache").glob("*/train.bin")
+    file.write_bytes(file.read_bytes()[:-2])
+    capsys.readouterr()
+    np.testing.assert_array_equal(load_text(stream_config(corpus)).train, expected)
+    assert "are damaged and made anew" in capsys.readouterr().err
+    (file.parent / "about.json").write_text('{"dataset": ')
+    np.testing.assert_array_equal(load_text(stream_config(corpus)).train, expected)
+
+    # The network goes in the middle: nothing stays that a later run could find, and it starts again.
+    def broken(*args, **kwargs):
+        whole = datasets.load_dataset(*args, **kwargs)
+
+        class Broken:
+            def iter(self, batch_size):
+                yield next(iter(whole.iter(batch_size)))
+                raise ConnectionError("connection reset\nby somebody")
+
+        return Broken()
+
+    with monkeypatch.context() as context:
+        context.setattr(sources, "load_dataset", broken)
+        with pytest.raises(PrenormError, match=r"cannot be loaded: connection reset; it needs network access"):
+            load_text(stream_config(corpus, stream_tokens=5000))
+    assert [folder for folder in (corpus.parent / "cache").iterdir() if list(folder.glob("*.*")) == []]
+    assert len(load_text(stream_config(corpus, stream_tokens=5000)).train) == 5001
+
+
+def test_processes_that_start_together_stream_once(corpus, monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append(args)
+        time.sleep(0.2)
+        return datasets.load_dataset(*args, **kwargs)
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    with ThreadPoolExecutor(2) as pool:  # the lock is of an open file: threads are as processes to it
+        loaded = list(pool.map(load_text, [stream_config(corpus)] * 2))
+    assert len(calls) == 1 and loaded[0].digest == loaded[1].digest
+
+
+def test_streaming_holds_no_more_than_a_few_documents_in_memory(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_rows(corpus / "train.parquet", [{"text": f"{i:04d}" * 500} for i in range(4000)])  # 8 MB
+    tracemalloc.start()
+    try:
+        data = load_text(stream_config(corpus, stream_tokens=7_000_000, holdout=0.001))
+        train_batch(data.train, 0, 0, 8, 128)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(data.train) == 7_000_001
+    assert peak < 6e6, "the stream is 14 MB"
+
+
+def test_refused_streams(corpus, monkeypatch, tmp_path):
+    def refused(**changes: object) -> str:
+        with pytest.raises(PrenormError) as caught:
+            load_text(stream_config(corpus, **changes))
+        message = str(caught.value)
+        assert "\n" not in message and len(message) < 400
+        return message
+
+    assert "data.stream_tokens is for hub data: set data.hub" in refused(hub=None)
+    assert "data.stream_tokens=0 must be at least 1" in refused(stream_tokens=0)
+    assert "data.holdout=0.0 must be above 0" in refused(holdout=0.0)
+    assert "no column data.text_column='body'; it has text, n" in refused(text_column="body")
+    assert "data.text_column='n' holds int, not text; name another" in refused(text_column="n")
+    assert "data.train_split='nowhere' cannot be loaded: " in refused(train_split="nowhere")
+    assert "documents was held out: raise data.holdout=1e-09 or data.stream_tokens=1000" in refused(holdout=1e-9)
+    assert "10 tokens, too few for one window of data.seq_len=11" in refused(stream_tokens=10, seq_len=11, holdout=0.9)
+    assert not [name for name in streamed_files(corpus) if name.endswith(".partial")]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write_rows(empty / "train.jsonl", [{"text": ""}])
+    assert "holds no text to train on" in refused(hub=str(empty))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "it needs network access, or give local files as data.path" in refused(hub="no-such-owner/no-such-set")
+
+
+def test_the_cache_is_that_of_the_user(corpus, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load_text(stream_config(corpus, cache=None))
+    assert len(list((tmp_path / "xdg" / "prenorm_jax").glob("*/train.bin"))) == 1
+
+
+def test_a_model_may_have_more_ids_than_its_tokenizer(corpus):
+    config = base_config()
+    config.data = stream_config(corpus)
+    data = load_text(config.data)
+    for size in (257, 384):
+        config.model.vocab_size = size
+        data.check_model(config)
+    assert load_tokenizer("bytes").decode([65, 300, 66]) == "AB"  # what such a model might say
+    words = load_tokenizer(save_tokenizer(corpus / "t.json"))
+    assert words.decode([1, 303, 2]) == words.decode([1, 2])
+    config.model.vocab_size = 256
+    with pytest.raises(PrenormError, match="it needs 257"):
+        data.check_model(config)
 
 
 # --- what is refused

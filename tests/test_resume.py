@@ -39,7 +39,8 @@ def losses_of(workdir: Path) -> dict[int, float]:
 
 
 def what_is_deterministic(workdir: Path) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines_of(workdir)]
+    timed = ("tokens_per_s", "model_flops_per_s")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines_of(workdir)]
 
 
 def digests(workdir: Path, step: int) -> dict[str, str]:

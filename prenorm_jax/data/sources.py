@@ -12,7 +12,7 @@ import itertools
 import sysconfig
 import tempfile
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +87,39 @@ def read_hub(name: str, config_name: str | None, split: str, column: str, key: s
 
     Raises PrenormError if it cannot be loaded; `key` is the configuration key that `split` came from.
     """
-    origin = f"data.hub={name!r}"
     try:
         dataset = load_dataset(name, config_name, split=split)
     except Exception as error:  # network, cache, parser, unknown name: each has exceptions of its own
-        raise PrenormError(
-            f"{origin} with data.hub_config={config_name!r}, {key}={split!r} cannot be loaded: "
-            f"{_reason(error)}; it needs network access, or give local files as data.path"
-        ) from error
+        raise _no_hub(name, config_name, split, key, error) from error
+    origin = f"data.hub={name!r}"
     return _without_empty(_text_column(dataset, column, origin), origin)
+
+
+def stream_hub(name: str, config_name: str | None, split: str, column: str) -> Iterator[list[str]]:
+    """The documents of a split in their order, a few at a time and none empty, as they arrive: nothing is kept.
+
+    `split` is that of data.train_split. Raises PrenormError, also on the way, if they cannot be loaded or are no text.
+    """
+    origin = f"data.hub={name!r}"
+    try:
+        for rows in load_dataset(name, config_name, split=split, streaming=True).iter(batch_size=256):
+            if column not in rows:
+                raise _no_column(column, rows, origin)
+            if others := {type(row).__name__ for row in rows[column] if not isinstance(row, str | None)}:
+                kinds = " and ".join(sorted(others))
+                raise PrenormError(f"{origin}: data.text_column={column!r} holds {kinds}, not text; name another")
+            yield [text for text in rows[column] if text]
+    except PrenormError:
+        raise
+    except Exception as error:  # as in `read_hub`
+        raise _no_hub(name, config_name, split, "data.train_split", error) from error
+
+
+def _no_hub(name: str, config_name: str | None, split: str, key: str, error: Exception) -> PrenormError:
+    return PrenormError(
+        f"data.hub={name!r} with data.hub_config={config_name!r}, {key}={split!r} cannot be loaded: "
+        f"{_reason(error)}; it needs network access, or give local files as data.path"
+    )
 
 
 def read_stdlib() -> Dataset:
@@ -120,6 +144,19 @@ def read_stdlib() -> Dataset:
     return _without_empty(Dataset.from_dict({"text": [texts[n] for n in names], "name": names}), str(root))
 
 
+def check_holdout(fraction: float) -> None:
+    """Raises PrenormError unless it is in (0, 1)."""
+    if not 0 < fraction < 1:
+        raise PrenormError(f"data.holdout={fraction} must be above 0 and below 1")
+
+
+def holdout_score(value: str) -> float:
+    """A number in [0, 1) for a document's name or text: below the fraction to hold out, it is for evaluation."""
+    # The same everywhere; Python's own hash differs between processes.
+    digest = hashlib.blake2b(value.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
 def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     """Splits into (training, evaluation), about `fraction` of the documents in the latter and neither empty.
 
@@ -128,8 +165,7 @@ def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     moves. A single document is cut in two, its tail for evaluation. Raises PrenormError if `fraction` is not
     in (0, 1) or there is nothing to split.
     """
-    if not 0 < fraction < 1:
-        raise PrenormError(f"data.holdout={fraction} must be above 0 and below 1")
+    check_holdout(fraction)
     if len(documents) == 1:
         text = documents[0]["text"]
         if len(text) < 2:
@@ -137,7 +173,7 @@ def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         cut = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)
         return Dataset.from_dict({"text": [text[:cut]]}), Dataset.from_dict({"text": [text[cut:]]})
     key = "name" if "name" in documents.column_names else "text"
-    scores = np.array([_score(value) for value in _values(documents, key)])
+    scores = np.array([holdout_score(value) for value in _values(documents, key)])
     held = scores < fraction
     if not held.any():
         held = scores == scores.min()
@@ -151,12 +187,6 @@ def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 def _reason(error: BaseException) -> str:
     # Where `datasets` only says that it failed, the cause says why.
     return first_line(error.__cause__ or error if isinstance(error, DatasetGenerationError) else error)
-
-
-def _score(value: str) -> float:
-    # In [0, 1] and the same everywhere; Python's own hash differs between processes.
-    digest = hashlib.blake2b(value.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def _values(documents: Dataset, column: str) -> Iterator[str | None]:
@@ -173,13 +203,16 @@ def _without_empty(documents: Dataset, origin: str) -> Dataset:
 
 def _text_column(dataset: Dataset, column: str, origin: str) -> Dataset:
     if column not in dataset.features:
-        columns = ", ".join(dataset.features)
-        raise PrenormError(f"{origin} has no column data.text_column={column!r}; it has {columns}")
+        raise _no_column(column, dataset.features, origin)
     feature = dataset.features[column]
     if feature not in (Value("string"), Value("large_string")):
         raise PrenormError(f"{origin}: data.text_column={column!r} holds {feature}, not text; name another")
     dataset = dataset.select_columns([column])
     return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def _no_column(column: str, columns: Iterable[str], origin: str) -> PrenormError:
+    return PrenormError(f"{origin} has no column data.text_column={column!r}; it has {', '.join(columns)}")
 
 
 def _is_utf8(file: Path) -> bool:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from prenorm_jax.data.batches import eval_batches, train_batch, window_count
 from prenorm_jax.data.sources import find_files, hold_out, read_files, read_hub, read_stdlib
+from prenorm_jax.data.streamed import Split, stream_corpus
 from prenorm_jax.errors import PrenormError, first_line
 
 EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
@@ -33,7 +34,8 @@ class TextData:
 
     Each starts with one end-of-text that is context, never predicted.
 
-    So it has len - 1 tokens to predict. Its dtype is the smallest unsigned one that holds all ids.
+    So it has len - 1 tokens to predict. Its dtype is the smallest unsigned one that holds all ids. It may be a memory
+    map (`streamed.py`): read it by windows.
     """
 
     train: np.ndarray
@@ -86,10 +88,14 @@ class TextTokenizer:
     decode: Callable[[Sequence[int]], str]
     vocab_size: int
     eot: int
+    digest: str  # of all that decides the ids, so that other tokenizers have others
 
 
 def check_vocab_size(needed: int, config: ConfigDict) -> None:
-    """Raises PrenormError, naming the key to change, if the model of a run has fewer ids than its tokenizer."""
+    """Raises PrenormError, naming the key to change, if the model of a run has fewer ids than its tokenizer.
+
+    It may have more: a vocabulary that is padded, to divide over devices, has rows that no text asks for.
+    """
     if needed > config.model.vocab_size:
         raise PrenormError(
             f"model.vocab_size={config.model.vocab_size} is too small for the tokenizer {config.data.tokenizer!r}: "
@@ -109,22 +115,36 @@ def load_text(config: ConfigDict) -> TextData:
         raise PrenormError("data.eval_path and data.eval_split exclude each other: unset one")
     if config.eval_split and not config.hub:
         raise PrenormError("data.eval_split is for hub data: set data.hub, or give files as data.eval_path")
+    if config.stream_tokens is not None and not config.hub:
+        raise PrenormError("data.stream_tokens is for hub data: set data.hub, or unset it")
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
-    train, evaluation, source = _documents(config)
-    train_stream, _ = _stream(train, tokenizer, config.separate_documents)
-    eval_stream, eval_bytes = _stream(evaluation, tokenizer, config.separate_documents)
-    window_count(train_stream, config.seq_len)  # raises if there is none
-    if len(eval_stream) < 2:
+    if config.stream_tokens is None:
+        documents, held_out, source = _documents(config)
+        train = _stream(documents, tokenizer, config.separate_documents)
+        digest = xxhash.xxh3_128(train.tokens)
+    else:
+        held_out, source = _eval_documents(config), f"{config.hub} (streamed)"
+        train, evaluation, train_digest = stream_corpus(config, tokenizer, hold_out=held_out is None)
+        digest = xxhash.xxh3_128(train_digest.encode())
+    if held_out is not None:
+        evaluation = _stream(held_out, tokenizer, config.separate_documents)
+    digest.update(evaluation.tokens)
+    window_count(train.tokens, config.seq_len)  # raises if there is none
+    if len(evaluation.tokens) < 2:
         raise PrenormError("the evaluation data hold no tokens: raise data.holdout or give data.eval_path")
     description = (
         f"{source}, tokenizer {config.tokenizer} ({tokenizer.vocab_size:,} ids): "
-        f"train {len(train):,} documents, {len(train_stream) - 1:,} tokens; "
-        f"eval {len(evaluation):,} documents, {len(eval_stream) - 1:,} tokens, {eval_bytes:,} bytes"
+        f"train {train.documents:,} documents, {len(train.tokens) - 1:,} tokens; "
+        f"eval {evaluation.documents:,} documents, {len(evaluation.tokens) - 1:,} tokens, {evaluation.size:,} bytes"
     )
-    digest = xxhash.xxh3_128(train_stream)
-    digest.update(eval_stream)
     return TextData(
-        train_stream, eval_stream, tokenizer.vocab_size, eval_bytes, tokenizer.eot, description, digest.hexdigest()
+        train=train.tokens,
+        eval=evaluation.tokens,
+        vocab_size=tokenizer.vocab_size,
+        eval_bytes=evaluation.size,
+        eot=tokenizer.eot,
+        description=description,
+        digest=digest.hexdigest(),
     )
 
 
@@ -136,7 +156,7 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     if name == "bytes":
         if eot_token:
             raise PrenormError("data.eot_token has no use with data.tokenizer='bytes': unset it")
-        return TextTokenizer(_encode_bytes, _decode_bytes, vocab_size=257, eot=256)
+        return TextTokenizer(_encode_bytes, _decode_bytes, vocab_size=257, eot=256, digest="bytes")
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".json"
     try:
@@ -164,7 +184,8 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode([int(i) for i in ids])
 
-    return TextTokenizer(encode, decode, vocab_size, eots[0])
+    digest = xxhash.xxh3_128_hexdigest(f"{eots[0]} {tokenizer.to_str()}".encode())
+    return TextTokenizer(encode, decode, vocab_size, eots[0], digest)
 
 
 def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
@@ -177,8 +198,7 @@ def _decode_bytes(ids: Sequence[int]) -> str:
 
 def _documents(config: ConfigDict) -> tuple[datasets.Dataset, datasets.Dataset, str]:
     """Training documents, evaluation documents, and what to call them."""
-    column = config.text_column
-    eval_files = find_files(config.eval_path, "data.eval_path") if config.eval_path else {}
+    column, eval_files = config.text_column, _eval_files(config)
     if config.path:
         taken = {file.resolve() for file in eval_files.values()}
         files = find_files(config.path, "data.path")
@@ -191,17 +211,27 @@ def _documents(config: ConfigDict) -> tuple[datasets.Dataset, datasets.Dataset, 
         source = config.hub
     else:
         train, source = read_stdlib(), f"Python {platform.python_version()} standard library"
-    if eval_files:
-        evaluation = read_files(eval_files, column, f"data.eval_path={config.eval_path!r}")
-    elif config.eval_split:
-        evaluation = read_hub(config.hub, config.hub_config, config.eval_split, column, "data.eval_split")
-    else:
+    evaluation = _eval_documents(config)
+    if evaluation is None:
         train, evaluation = hold_out(train, config.holdout)
     return train, evaluation, source
 
 
-def _stream(documents: datasets.Dataset, tokenizer: TextTokenizer, separate: bool) -> tuple[np.ndarray, int]:
-    """The stream that `TextData` describes, and the size of the documents in UTF-8 bytes."""
+def _eval_files(config: ConfigDict) -> dict[str, Path]:
+    return find_files(config.eval_path, "data.eval_path") if config.eval_path else {}
+
+
+def _eval_documents(config: ConfigDict) -> datasets.Dataset | None:
+    """The documents of data.eval_path or data.eval_split; None if neither is given and some are to be held out."""
+    if files := _eval_files(config):
+        return read_files(files, config.text_column, f"data.eval_path={config.eval_path!r}")
+    if config.eval_split:
+        return read_hub(config.hub, config.hub_config, config.eval_split, config.text_column, "data.eval_split")
+    return None
+
+
+def _stream(documents: datasets.Dataset, tokenizer: TextTokenizer, separate: bool) -> Split:
+    """The split as a stream in memory."""
     encode = tokenizer.encode
     start = np.array([tokenizer.eot], np.min_scalar_type(tokenizer.vocab_size - 1))
     end = start if separate else start[:0]
@@ -226,4 +256,4 @@ def _stream(documents: datasets.Dataset, tokenizer: TextTokenizer, separate: boo
     for table in tokenised.with_format("arrow").iter(batch_size=1000):
         pieces += [chunk.flatten().to_numpy() for chunk in table["tokens"].chunks]
         size += sum(table["bytes"].to_pylist())
-    return np.concatenate(pieces), size
+    return Split(np.concatenate(pieces), len(documents), size)

@@ -1,0 +1,74 @@
+"""A trace of some training steps by JAX's profiler: `--config.profile=10:13`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from prenorm_jax.errors import PrenormError, first_line, say
+
+
+def parse_steps(profile: str | None, steps: float = float("inf")) -> range:
+    """The steps, counted from 1 as in metrics.jsonl, that "FIRST:END" means: END is not among them. None means none.
+
+    Raises PrenormError if it is of another form, or if a run of so many `steps` has none such.
+    """
+    if profile is None:
+        return range(0)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", profile)
+    chosen = range(*map(int, match.groups())) if match else range(0)
+    if not chosen or not 1 <= chosen.start <= steps:
+        raise PrenormError(
+            f"profile={profile!r} names no steps of 1 to {steps}: give FIRST:END, such as 10:13 for steps 10 to 12"
+        )
+    return chosen
+
+
+@contextlib.contextmanager
+def traced(train_step: Callable[..., Any], profile: str | None, start: int, folder: Path) -> Iterator[Callable]:
+    """Gives `train_step` as it is to be called after step `start`: so that the chosen steps are traced into `folder`.
+
+    The trace holds nothing of the steps before the first, and the last to its end, however far the host is ahead. It
+    ends sooner where the run does. Chosen steps up to `start` are not traced. A trace that fails is said, and no reason
+    to end the run.
+    """
+    chosen = parse_steps(profile)
+    number, result = start, None  # of the last step
+    with contextlib.ExitStack() as trace:
+
+        def step(*arguments: Any) -> Any:
+            nonlocal number, result
+            number += 1
+            if number not in chosen:
+                return train_step(*arguments)
+            if number == max(chosen.start, start + 1):
+                jax.block_until_ready(arguments)
+                trace.callback(stop)
+                with _or_say("the profiler does not start"):
+                    jax.profiler.start_trace(folder)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                result = train_step(*arguments)
+            if number == chosen[-1]:
+                trace.close()
+            return result
+
+        def stop() -> None:
+            with _or_say(f"steps {profile} are not traced"):
+                jax.block_until_ready(result)
+                jax.profiler.stop_trace()
+                say(f"steps {max(chosen.start, start + 1)} to {min(number, chosen[-1])} are traced in {folder}")
+
+        yield step
+
+
+@contextlib.contextmanager
+def _or_say(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # another trace under way, no room, no rights: each has exceptions of its own
+        say(f"warning: {what}: {first_line(error)}")

@@ -1,0 +1,146 @@
+"""How much of a machine a run uses, and the trace of its steps."""
+
+import gzip
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from common import TINY, random_inputs
+from ml_collections import ConfigDict
+from test_commands import make_text
+
+from prenorm_jax import profiling, sizes, utilisation
+from prenorm_jax.config import base_config
+from prenorm_jax.contenders import Setting
+from prenorm_jax.errors import PrenormError
+from prenorm_jax.loop import train
+from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.models import build_model
+from prenorm_jax.profiling import parse_steps, traced
+from prenorm_jax.stream import abstract_params
+from prenorm_jax.utilisation import Utilisation, mfu, model_flops
+
+
+def test_flops_are_those_of_the_kernels_and_of_attention():
+    config = ModelConfig.create(Setting("gpt:2x64", batch=2, length=16, dtype="float64").run_config().model)
+    kernels = sum(leaf.value.size for path, leaf in abstract_params(config).items() if path[-1] == "kernel")
+    head = config.d_model * config.vocab_size  # tied
+    attention = config.depth * 4 * 16 * 16 * config.d_model / 2
+    assert model_flops(config, 2, 16, training=False) == 2 * (2 * 16 * (kernels + head) + attention)
+    assert model_flops(config, 2, 16, training=True) == 3 * model_flops(config, 2, 16, training=False)
+    vit = ModelConfig.create(sizes.model("vit:Ti/16"))
+    assert model_flops(vit, 1, 0, training=False) == pytest.approx(2 * 1.26e9, rel=0.02)  # multiply-adds of ViT-Ti/16
+
+
+@pytest.mark.parametrize("name", ["gpt", "vit"])
+def test_flops_are_those_that_xla_counts(name):
+    keys = {"depth": 2, "d_model": 256, "heads": 4, "kv_heads": 2, "gated_mlp": True}
+    own = {"family": "vit", "image_size": 96} if name == "vit" else {"vocab_size": 500, "max_len": 48}
+    config = ModelConfig.create(keys | own)
+    model, inputs = build_model(config), random_inputs(config)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs)["params"])
+    counted = jax.jit(lambda params: model.apply({"params": params}, inputs)).lower(params).cost_analysis()["flops"]
+    counted -= 0.5 * config.causal * config.depth * 2 * 4 * 48**2 * config.d_model  # the half that is masked
+    assert 1 <= counted / model_flops(config, 2, 48, training=False) < 1.05  # it counts what is no product, too
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_devices():
+    h100 = "NVIDIA H100 80GB HBM3"
+    assert mfu(989.4e12, 1, 1, h100, "bfloat16") == pytest.approx(1)
+    assert mfu(989.4e12, 2, 4, h100, "bfloat16") == pytest.approx(1 / 8)
+    assert mfu(989.4e12, 1, 1, h100, "float32") == pytest.approx(2)  # TF32
+    assert mfu(197e12, 0.5, 4, "TPU v5 lite", "bfloat16") == pytest.approx(0.5)
+    for kind, dtype in (("cpu", "float32"), ("NVIDIA H100 of tomorrow", "bfloat16"), (h100, "float64")):
+        assert mfu(1e12, 1, 1, kind, dtype) is None
+
+
+def run_config(text: Path) -> ConfigDict:
+    config = base_config()
+    config.steps, config.batch_size, config.log_every = 6, 8, 2
+    config.data.path, config.data.seq_len = str(text), 4
+    config.model.update(TINY | {"vocab_size": 257, "dtype": "float32", "param_dtype": "float32"})
+    return config
+
+
+def test_a_run_logs_it_says_how_it_is_counted_and_traces_the_steps_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(utilisation.PEAK_TFLOPS, "cpu", {"float32": 0.5})
+    config = run_config(make_text(tmp_path))
+    config.profile = "3:5"
+    train(config, tmp_path / "run")
+    flops = model_flops(ModelConfig.create(config.model), 8, 4, training=True)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert len(lines) == 6
+    for line in lines:
+        assert line["model_flops_per_s"] / line["tokens_per_s"] == pytest.approx(flops / (8 * 4))
+        assert line["mfu"] == pytest.approx(line["model_flops_per_s"] / (jax.device_count() * 0.5e12))
+    said = capsys.readouterr().err
+    spoken = [line for line in said.splitlines() if line.startswith("speed: ")]
+    assert len(spoken) == 1 and f"{flops:.4g} model FLOPs a step" in spoken[0]
+    assert f"{jax.device_count()} × cpu in float32: mfu is of 0.5 TFLOP/s each" in spoken[0]
+    assert "% mfu" in said
+    assert f"steps 3 to 4 are traced in {tmp_path / 'run' / 'profile'}" in said
+
+    (trace,) = (tmp_path / "run" / "profile").glob("plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {event["args"]["step_num"] for event in events if event.get("name") == "train" and "args" in event}
+    assert steps == {"3", "4"}
+    assert list(trace.parent.glob("*.xplane.pb"))  # what TensorBoard reads
+
+
+def test_without_a_known_peak_there_is_no_mfu():
+    config = base_config()
+    used = Utilisation.of(config, devices=3)
+    assert used.rates(2.0) == {"model_flops_per_s": used.flops / 2}
+    assert "the peak is not known, so no mfu" in used.describe() and "\n" not in used.describe()
+    images = Utilisation.of(base_config("vit"), devices=1)
+    assert "4 · tokens · length" in images.describe() and "2 · tokens · length" in used.describe()
+
+
+def test_steps_to_trace():
+    assert list(parse_steps("10:13", 20)) == [10, 11, 12] and list(parse_steps("20:99", 20)) == list(range(20, 99))
+    assert not parse_steps(None, 20)
+    for bad in ("10", "3:3", "5:3", "0:4", "a:b", "-1:4", "21:23", "3:5:7", " 3:5", ""):
+        with pytest.raises(PrenormError, match=r"names no steps of 1 to 20: give FIRST:END, such as 10:13") as caught:
+            parse_steps(bad, 20)
+        assert f"profile={bad!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("profile", "start", "end", "expected"),
+    [
+        ("3:5", 0, 6, [1, 2, "start", 3, 4, "stop", 5, 6]),
+        ("3:5", 3, 6, ["start", 4, "stop", 5, 6]),  # gone on with in the middle
+        ("3:9", 0, 4, [1, 2, "start", 3, 4, "stop"]),  # the run ends before
+        ("3:5", 4, 6, [5, 6]),
+        ("1:2", 0, 1, ["start", 1, "stop"]),
+        (None, 0, 2, [1, 2]),
+    ],
+)
+def test_the_trace_starts_and_stops_around_the_steps(monkeypatch, tmp_path, profile, start, end, expected):
+    happened = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop"))
+    with traced(lambda number: happened.append(number) or number, profile, start, tmp_path) as step:
+        for number in range(start + 1, end + 1):
+            assert step(number) == number
+    assert happened == expected
+
+
+def test_a_trace_is_stopped_by_an_error_too_and_one_that_fails_ends_no_run(monkeypatch, tmp_path, capsys):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("another is under way\nand more")
+
+    stopped = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: stopped.append(True))
+    with pytest.raises(KeyboardInterrupt), traced(lambda: 1, "1:9", 0, tmp_path) as step:
+        step()
+        raise KeyboardInterrupt
+    assert stopped == [True]
+    monkeypatch.setattr(profiling.jax.profiler, "start_trace", fail)
+    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", fail)
+    with traced(lambda: 1, "1:3", 0, tmp_path) as step:
+        assert [step(), step(), step()] == [1, 1, 1]
+    assert "warning: the profiler does not start: another is under way\n" in capsys.readouterr().err
