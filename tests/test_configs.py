@@ -62,7 +62,9 @@ def test_gpt3_has_the_settings_of_its_paper():
         assert config.optimizer.warmup_steps * tokens == pytest.approx(375e6, rel=0.01)
         assert (config.model.max_len, config.data.seq_len, config.model.dtype) == (2048, 2048, "bfloat16")
     assert module.get_config().model.d_model == 768
-    assert get_config("gpt3_175b").to_dict() == module.get_config("175B").to_dict()
+    largest = get_config("gpt3_175b")
+    assert largest.model.to_dict() == module.get_config("175B").model.to_dict()
+    assert largest.batch_size % (largest.mesh.fsdp * largest.accumulate) == 0
     with pytest.raises(PrenormError, match=r"GPT-3 size='3B' is not one of Small, Medium"):
         module.get_config("3B")
 
