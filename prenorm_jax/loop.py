@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints, complete_steps
 from prenorm_jax.data import Data, load_data, prefetch
-from prenorm_jax.errors import Interrupted, PrenormError, check_choice, check_range, say
+from prenorm_jax.distributed import check_same, global_batch, is_first, local_rows, refused_alike, wait_for_all
+from prenorm_jax.errors import Interrupted, PrenormError, SharedError, check_choice, check_range, say
 from prenorm_jax.evaluate import evaluate
 from prenorm_jax.files import only_process
 from prenorm_jax.metrics import MetricsWriter, NonFinite, drop_after
@@ -31,7 +33,15 @@ from prenorm_jax.step import (
     make_train_step,
     run_models,
 )
-from prenorm_jax.workdir import RunRecord, config_differences, device_name, literal_config, load_config, write_config
+from prenorm_jax.workdir import (
+    RunRecord,
+    config_differences,
+    device_name,
+    flat_config,
+    literal_config,
+    load_config,
+    write_config,
+)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -41,20 +51,27 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     or does not fit its data.
     """
     workdir = Path(workdir)
-    models = run_models(config)
-    _check_config(config)
-    record = RunRecord(workdir)
-    is_new = _check_workdir(workdir, config, record)
-    mesh = make_mesh(config.batch_size)
-    data = load_data(config)
-    data.check_model(config)
+    with refused_alike():
+        models = run_models(config)
+        _check_config(config)
+        record = RunRecord(workdir)
+        is_new = _check_workdir(workdir, config, record)
+        mesh = make_mesh(config.batch_size)
+        data = load_data(config)
+        data.check_model(config)
 
-    train_step = make_train_step(config, models, mesh)
-    eval_step = make_eval_step(config, models.computed, mesh)
-    to_computed = jax.jit(lambda params: computed_params(params, models))
-    end = min(config.steps, config.stop_at or config.steps)
-    given = load_init_from(config, models) if config.init_from and is_new else None
-    workdir.mkdir(parents=True, exist_ok=True)
+        train_step = make_train_step(config, models, mesh)
+        eval_step = make_eval_step(config, models.computed, mesh)
+        to_computed = jax.jit(lambda params: computed_params(params, models))
+        end = min(config.steps, config.stop_at or config.steps)
+        given = load_init_from(config, models) if config.init_from and is_new else None
+    check_same("their configuration", flat_config(config))
+    check_same("their data", data.digest)
+    check_same("the checkpoints that they find", complete_steps(workdir / "checkpoints"))
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+    wait_for_all("the workdir is there")
+    check_same("whether they see the workdir", workdir.is_dir())
     with (
         only_process(workdir),
         StopSignals(config.grace_seconds) as signals,
@@ -85,16 +102,18 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
         try:
             with MetricsWriter(workdir, start, config, data) as metrics:
-                batches = prefetch(lambda step: data.train_batch(config, step), range(start, end))
+                rows = local_rows(split_batch(mesh), config.batch_size)
+                batches = prefetch(lambda step: data.train_batch(config, step, rows), range(start, end))
                 for step, batch in zip(range(start, end), batches, strict=True):
-                    state, step_metrics = train_step(state, jax.device_put(batch, split_batch(mesh)))
+                    batch = global_batch(batch, split_batch(mesh), config.batch_size)
+                    state, step_metrics = train_step(state, batch)
                     done = step + 1
                     metrics.add(done, step_metrics)
                     if _due(done, config.eval_every, config.steps):
                         with metrics.pause():
                             result = evaluate(eval_step, to_computed(state.params), data, config, split_batch(mesh))
                             metrics.write(done, result)
-                    stop = signals.received  # read once: it may come at any moment
+                    stop = signals.agreed(due=_due(done, config.log_every, end))
                     if _due(done, config.checkpoint_every, end) or stop:
                         with metrics.pause():
                             save(done, int(state.nonfinite))
@@ -105,7 +124,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                 save(good, skipped=0)
             checkpoints.wait()
             record.saved(checkpoints.steps())
-            raise PrenormError(_describe_nonfinite(error, config, models, state, data)) from error
+            raise SharedError(_describe_nonfinite(error, config, models, state, data, mesh)) from error
         checkpoints.wait()
         record.saved(checkpoints.steps())
         if stop and done < end:
@@ -118,11 +137,15 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     )
 
 
-def _describe_nonfinite(error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: Data) -> str:
+def _describe_nonfinite(
+    error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: Data, mesh: Mesh
+) -> str:
     """Where it happened, and in which parameter it is worst."""
     step = error.step - 1
-    batch = data.train_batch(config, step)
-    grads = jax.jit(jax.grad(make_loss(config, models)))(state.params, batch, jnp.int32(step))
+    batch = data.train_batch(config, step, local_rows(split_batch(mesh), config.batch_size))
+    batch = global_batch(batch, split_batch(mesh), config.batch_size)
+    gradient = jax.jit(jax.grad(make_loss(config, models)), out_shardings=replicated(mesh))
+    grads = gradient(state.params, batch, np.int32(step))
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in error.values.items() if name != "learning_rate")
     first = step * config.batch_size
     return (

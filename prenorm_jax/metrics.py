@@ -19,6 +19,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from prenorm_jax.data import Data
+from prenorm_jax.distributed import is_first
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.files import write_whole
 
@@ -37,14 +38,14 @@ class MetricsWriter:
     The numbers of a step are fetched from the device `log_every` steps at a time, and the newest step's only with the
     next fetch, so that the device always has a step to work on. `tokens_per_s` (of images: `images_per_s`) is of the
     steps fetched together, evaluation and checkpointing left out. With `config.on_nonfinite` "stop" a step whose
-    numbers are not finite is not written, but raises `NonFinite`.
+    numbers are not finite is not written, but raises `NonFinite`. All of many processes fetch; the first writes.
     """
 
     def __init__(self, workdir: Path, start: int, config: ConfigDict, data: Data):
         """Opens the files, to go on after step `start`. Call `drop_after` first."""
-        self._file = (workdir / "metrics.jsonl").open("a")
-        self._events = _Events(workdir / "tensorboard", start) if config.tensorboard else None
-        self._bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
+        self._file = (workdir / "metrics.jsonl" if is_first() else Path(os.devnull)).open("a")
+        self._events = _Events(workdir / "tensorboard", start) if config.tensorboard and is_first() else None
+        self._bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=not is_first())
         self._log_every = config.log_every
         self._stop = config.on_nonfinite == "stop"
         self._unit, self._units_per_step = data.unit, data.units_per_batch(config)
