@@ -8,6 +8,7 @@ process this is needs no JAX.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -253,9 +254,10 @@ def end_for_lost_process(error: object) -> None:
 
 @contextlib.contextmanager
 def _telling_of_lost_processes() -> Iterator[None]:
-    """Has the client that is made in it call `end_for_lost_process`. By default it ends the process with a C++ error.
+    """Has the client that is made in it call `end_for_lost_process`, for which `jax.distributed` has no argument.
 
-    `jax.distributed.initialize` has no argument for that.
+    By default the client, which is C++, aborts the process with a message of its own as soon as the first process is
+    gone: before or after, as it happens, the collective under way raises.
     """
     from jax._src.lib import _jax
 
@@ -265,3 +267,33 @@ def _telling_of_lost_processes() -> Iterator[None]:
         yield
     finally:
         _jax.get_distributed_runtime_client = original
+    _end_where_the_call_fails()
+
+
+def _end_where_the_call_fails() -> None:
+    """jaxlib to this day cannot make a Python object of the status that it calls back with.
+
+    What its thread then throws, std::bad_cast, nobody catches: so this is where we hear of it.
+    """
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")
+        set_handler, thrown = library._ZSt13set_terminatePFvvE, library.__cxa_current_exception_type
+    except (OSError, AttributeError):  # another C++ library: the process ends with its message instead of ours
+        return
+    handler_type = ctypes.CFUNCTYPE(None)
+    set_handler.restype, set_handler.argtypes, thrown.restype = handler_type, [handler_type], ctypes.c_void_p
+
+    def on_terminate() -> None:
+        kind = thrown()  # a std::type_info: its second word is the name
+        name = (
+            ctypes.string_at(ctypes.c_void_p.from_address(kind + ctypes.sizeof(ctypes.c_void_p)).value) if kind else b""
+        )
+        if name.endswith(b"bad_cast"):
+            end_for_lost_process("the coordination service reports it")
+        _terminate["before"]()
+
+    _terminate["ours"] = handler_type(on_terminate)
+    _terminate["before"] = set_handler(_terminate["ours"])
+
+
+_terminate: dict[str, Any] = {}  # for as long as C++ may call them
