@@ -147,7 +147,7 @@ def global_batch(local: dict[str, np.ndarray], sharding: Sharding, batch_size: i
     return {name: make(rows) for name, rows in local.items()}
 
 
-def place(tree: Any, sharding: Sharding) -> Any:
+def put_everywhere(tree: Any, sharding: Sharding) -> Any:
     """Arrays that every process has whole, placed by a sharding over the devices of all."""
     import jax
     import numpy as np

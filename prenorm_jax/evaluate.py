@@ -15,7 +15,15 @@ from ml_collections import ConfigDict
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.data import Data, load_data
-from prenorm_jax.distributed import check_same, global_batch, initialize, is_first, local_rows, place, refused_alike
+from prenorm_jax.distributed import (
+    check_same,
+    global_batch,
+    initialize,
+    is_first,
+    local_rows,
+    put_everywhere,
+    refused_alike,
+)
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh, replicated, split_batch
 from prenorm_jax.step import make_eval_step
@@ -67,7 +75,7 @@ def main() -> None:
         step, model, params = load_as(args.workdir, norm, args.step)
         data = load_data(config)
     check_same("the checkpoint, the norm or the data", (step, norm, data.digest))
-    params = place(params, replicated(mesh))
+    params = put_everywhere(params, replicated(mesh))
     result = evaluate(make_eval_step(config, model, mesh), params, data, config, split_batch(mesh))
 
     if not is_first():

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from prenorm_jax.checkpoint import Checkpoints, Damaged
 from prenorm_jax.conversion import fit_params, model_differences
 from prenorm_jax.data import Data
-from prenorm_jax.distributed import place
+from prenorm_jax.distributed import put_everywhere
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.optim import make_optimizer
 from prenorm_jax.step import RunModels, TrainState, init_state
@@ -52,7 +52,7 @@ def start_state(
         )
     if given is None:
         return jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
-    return _fresh(0, config, place(given, sharding), sharding)
+    return _fresh(0, config, put_everywhere(given, sharding), sharding)
 
 
 def _load(
@@ -73,14 +73,14 @@ def _load(
     if opt_state is None:
         say("this checkpoint was converted and carries no optimizer state: its moments start anew")
         return _fresh(step, config, params, sharding)
-    counts = place((np.int32(step), np.int32(metadata["nonfinite"])), sharding)
+    counts = put_everywhere((np.int32(step), np.int32(metadata["nonfinite"])), sharding)
     return TrainState(*counts, params, opt_state)
 
 
 def _fresh(step: int, config: ConfigDict, params: Any, sharding: NamedSharding) -> TrainState:
     """The state at `step` with these parameters and a new optimizer."""
     opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding)(params)
-    return TrainState(*place((np.int32(step), np.int32(0)), sharding), params, opt_state)
+    return TrainState(*put_everywhere((np.int32(step), np.int32(0)), sharding), params, opt_state)
 
 
 def load_init_from(config: ConfigDict, models: RunModels) -> Any:

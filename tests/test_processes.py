@@ -17,7 +17,7 @@ from test_commands import ROOT, SMALL, clean_environment, command, error_of, eva
 from test_resume import losses_of, steps_written, wait_until
 
 from prenorm_jax.checkpoint import complete_steps
-from prenorm_jax.distributed import global_batch, local_rows, place
+from prenorm_jax.distributed import global_batch, local_rows, put_everywhere
 
 DEVICES = 2  # of each process
 FLOAT64 = ["--config.model.dtype=float64", "--config.model.param_dtype=float64", "--config.batch_size=8"]
@@ -265,6 +265,6 @@ def test_rows_are_those_of_the_devices_of_the_process():
 def test_placed_arrays_are_whole_everywhere():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tree = {"a": np.arange(16.0), "b": np.int32(3)}
-    placed = place(tree, NamedSharding(mesh, PartitionSpec()))
+    placed = put_everywhere(tree, NamedSharding(mesh, PartitionSpec()))
     jax.tree.map(np.testing.assert_array_equal, placed, tree)
     assert placed["b"].dtype == np.int32 and placed["b"].shape == ()
