@@ -69,6 +69,7 @@ def initialize(
         check_range("--process", process, at_least=0, below=processes)
         if processes == 1:
             return
+    _process, _processes = process or 0, processes or 2  # from here on ending is for many (`end`)
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for signals.py
@@ -84,10 +85,11 @@ def initialize(
                 shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
             )
     except (RuntimeError, ValueError, OSError) as error:
+        why = "" if "bad_cast" in str(error) else f" ({first_line(error)})"  # see _end_where_the_call_fails
         where = f"--coordinator={coordinator}" if coordinator else f"{_launcher()}'s settings"
         whom = "the other processes did not come" if process == 0 else "it cannot be reached"
         raise PrenormError(
-            f"{where}: {whom} ({first_line(error)}); start --process=0 to --process={(processes or 2) - 1} within "
+            f"{where}: {whom}{why}; start --process=0 to --process={(processes or 2) - 1} within "
             f"{timeout} s of each other, with the same free port of a host that all can reach"
         ) from error
     _set_stdout_apart()
