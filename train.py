@@ -8,10 +8,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from prenorm_jax.command_line import parse_flags
+from prenorm_jax.distributed import initialize
 from prenorm_jax.errors import PrenormError, run_command
 from prenorm_jax.workdir import configure_jax, load_config
 
 flags.DEFINE_string("workdir", None, "folder of the run: made if new, gone on with if not")
+flags.DEFINE_string("coordinator", None, "of many processes: HOST:PORT of the first, for them to meet at")
+flags.DEFINE_integer("processes", None, "how many processes train as one")
+flags.DEFINE_integer("process", None, "the number of this one, from 0")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -35,9 +39,14 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # jax, datasets and orbax tell of what is installed, found and saved
     from prenorm_jax.loop import train  # here, because its imports take seconds and the flags are known to be right
 
-    config = flags.FLAGS.config
-    configure_jax(config)
-    run_command(lambda: train(config, flags.FLAGS.workdir))
+    given = flags.FLAGS
+    configure_jax(given.config)
+
+    def run() -> None:
+        initialize(given.coordinator, given.processes, given.process)
+        train(given.config, given.workdir)
+
+    run_command(run)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from absl import logging
 from flax.traverse_util import unflatten_dict
 
 from prenorm_jax.conversion import check_tree
+from prenorm_jax.distributed import count_processes, is_first, lost_process, wait_for_all
 from prenorm_jax.errors import PrenormError, first_line
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.stream import abstract_params
@@ -84,7 +85,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
+        if error is not None and count_processes() > 1 and not getattr(error, "shared", False):
+            return  # closing waits for the other processes, and they for this one: it is about to end
         try:
             self._manager.close()
         except Exception as error:
@@ -140,7 +143,9 @@ class Checkpoints:
         except Exception as error:
             raise self._not_written(error) from error
 
-    def _not_written(self, error: Exception) -> PrenormError:
+    def _not_written(self, error: Exception) -> Exception:
+        if lost_process(error):
+            return error
         complete = complete_steps(self.directory)
         last = f"the last complete one is at step {complete[-1]}" if complete else "there is no complete one yet"
         return PrenormError(
@@ -187,15 +192,18 @@ class Checkpoints:
     def set_aside(self, step: int) -> Path:
         """Moves a checkpoint that cannot be read out of the way, to `workdir/damaged/`, and returns where it is."""
         folder = self.directory.parent / "damaged"
-        folder.mkdir(exist_ok=True)
         place = next(p for i in range(10**6) if not (p := folder / (f"{step}" if not i else f"{step}-{i}")).exists())
-        (self.directory / str(step)).rename(place)
+        wait_for_all("it is known where to")
+        if is_first():
+            folder.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(place)
+        wait_for_all("it is moved")
         self._manager.reload()
         return place
 
     def _restore_tree(self, step: int, item: str, abstract: Any, sharding: Any) -> Any:
         if sharding is None:
-            sharding = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+            sharding = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), abstract)
         placed = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, sharding
         )
@@ -210,7 +218,9 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is short, changed or gone
             raise self._damaged(step, error) from error
 
-    def _damaged(self, step: int, why: Exception | str) -> Damaged:
+    def _damaged(self, step: int, why: Exception | str) -> Exception:
+        if isinstance(why, Exception) and lost_process(why):
+            return why  # which says nothing about the checkpoint
         why = first_line(why) if isinstance(why, Exception) else why
         others = [str(other) for other in self.steps() if other != step]
         remedy = f"; --step={' or '.join(others)} names another" if self._read_only and others else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -14,9 +15,16 @@ class PrenormError(ValueError):
     """
 
     status = 2
+    shared = False  # whether all of many processes raise it: then the first alone prints it (`distributed.end`)
 
 
-class Interrupted(PrenormError):
+class SharedError(PrenormError):
+    """One that all of many processes raise."""
+
+    shared = True
+
+
+class Interrupted(SharedError):
     """A run was asked to stop and saved first: the same command goes on with it.
 
     The status is 75 (EX_TEMPFAIL, "try again"), or 76 where there was no time to save.
@@ -46,21 +54,32 @@ def first_line(error: BaseException) -> str:
 
 
 def say(line: str) -> None:
-    """One line to stderr, where the progress bar is too: stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
+    """One line to stderr, where the progress bar is too: stdout is for results. Of many processes the first says it."""
+    from prenorm_jax.distributed import is_first  # which needs this module
+
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Runs a command line's body; turns a `PrenormError` into one line on stderr and its exit status."""
+    """Runs a command line's body; turns a `PrenormError` into one line on stderr and its exit status.
+
+    One of many processes ends with any error at once, and says so if the error is that another one is gone.
+    """
+    from prenorm_jax.distributed import count_processes, end, end_for_lost_process, lost_process
+
     try:
         command()
     except PrenormError as error:
         warnings.simplefilter("ignore")  # of what is left undone: after the line there is nothing to add
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        end(f"error: {error}", error.status, error.shared)
     except KeyboardInterrupt:
-        print("error: interrupted before there was anything to save", file=sys.stderr)
-        sys.exit(128 + 2)  # as a shell gives for SIGINT
-    except OSError as error:  # no room, no rights: it names the file
-        print(f"error: {first_line(error)}: mend that and give the same command again", file=sys.stderr)
-        sys.exit(PrenormError.status)
+        end("error: interrupted before there was anything to save", 128 + 2)  # as a shell gives for SIGINT
+    except Exception as error:
+        if lost_process(error):
+            end_for_lost_process(error)
+        if isinstance(error, OSError):  # no room, no rights: it names the file
+            end(f"error: {first_line(error)}: mend that and give the same command again", PrenormError.status)
+        if count_processes() > 1:
+            end(traceback.format_exc(), 1)
+        raise

@@ -15,6 +15,15 @@ from ml_collections import ConfigDict
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.conversion import convert_config, convert_params
 from prenorm_jax.data import Data, load_data
+from prenorm_jax.distributed import (
+    check_same,
+    global_batch,
+    initialize,
+    is_first,
+    local_rows,
+    put_everywhere,
+    refused_alike,
+)
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh, params_sharding, split_batch
 from prenorm_jax.step import make_eval_step
@@ -25,7 +34,8 @@ def evaluate(
     eval_step: Callable[..., Any], params: Any, data: Data, config: ConfigDict, sharding: jax.sharding.Sharding
 ) -> dict[str, float]:
     """What `data.summarize` says of the whole evaluation split: every token or image counts once."""
-    sums = [eval_step(params, jax.device_put(batch, sharding)) for batch in data.eval_batches(config)]
+    batches = data.eval_batches(config, local_rows(sharding, config.batch_size))
+    sums = [eval_step(params, global_batch(batch, sharding, config.batch_size)) for batch in batches]
     sums = jax.device_get(sums)
     return data.summarize({key: float(np.sum([batch[key] for batch in sums], dtype=np.float64)) for key in sums[0]})
 
@@ -51,17 +61,25 @@ def main() -> None:
     parser.add_argument("--norm", help="layernorm, rmsnorm or crmsnorm: convert first (default: the run's own)")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--coordinator", help="of many processes: HOST:PORT of the first, for them to meet at")
+    parser.add_argument("--processes", type=int, help="how many processes evaluate as one")
+    parser.add_argument("--process", type=int, help="the number of this one, from 0")
     args = parser.parse_args()
 
-    config = load_config(args.workdir)
-    configure_jax(config)
-    mesh = make_mesh(config)
-    norm = args.norm or config.model.norm
-    step, model, params = load_as(args.workdir, norm, args.step)
-    data = load_data(config)
-    params = jax.device_put(params, params_sharding(model, mesh))
+    initialize(args.coordinator, args.processes, args.process)
+    with refused_alike():
+        config = load_config(args.workdir)
+        configure_jax(config)
+        mesh = make_mesh(config)
+        norm = args.norm or config.model.norm
+        step, model, params = load_as(args.workdir, norm, args.step)
+        data = load_data(config)
+    check_same("the checkpoint, the norm or the data", (step, norm, data.digest))
+    params = put_everywhere(params, params_sharding(model, mesh))
     result = evaluate(make_eval_step(config, model, mesh), params, data, config, split_batch(mesh))
 
+    if not is_first():
+        return
     if args.json:
         print(json.dumps({"workdir": args.workdir, "step": step, "norm": norm, **result}))
         return

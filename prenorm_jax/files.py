@@ -8,14 +8,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from prenorm_jax.distributed import is_first
 from prenorm_jax.errors import PrenormError
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces the file's content at once, and for good: after a crash or a power cut it is the old one or the new.
 
-    Raises OSError, naming the file, if it cannot be written; the old content is then untouched.
+    Of many processes only the first does. Raises OSError, naming the file, if it cannot be written; the old content is
+    then untouched.
     """
+    if not is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -33,8 +37,11 @@ def write_whole(path: Path, content: bytes) -> None:
 def only_process(folder: Path) -> Iterator[None]:
     """While entered, no other process can enter it with this folder; one that dies lets go of it.
 
-    Raises PrenormError if another is there already.
+    Of many processes that train as one, the first stands for all. Raises PrenormError if another is there already.
     """
+    if not is_first():
+        yield
+        return
     with (folder / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

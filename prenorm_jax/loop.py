@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints, complete_steps
 from prenorm_jax.data import Data, load_data, prefetch
-from prenorm_jax.errors import Interrupted, PrenormError, check_choice, check_range, say
+from prenorm_jax.distributed import check_same, global_batch, is_first, local_rows, refused_alike, wait_for_all
+from prenorm_jax.errors import Interrupted, PrenormError, SharedError, check_choice, check_range, say
 from prenorm_jax.evaluate import evaluate
 from prenorm_jax.files import only_process
 from prenorm_jax.metrics import MetricsWriter, NonFinite, drop_after
@@ -33,7 +36,15 @@ from prenorm_jax.step import (
     run_models,
 )
 from prenorm_jax.utilisation import Utilisation
-from prenorm_jax.workdir import RunRecord, config_differences, device_name, literal_config, load_config, write_config
+from prenorm_jax.workdir import (
+    RunRecord,
+    config_differences,
+    device_name,
+    flat_config,
+    literal_config,
+    load_config,
+    write_config,
+)
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -43,21 +54,28 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     or does not fit its data.
     """
     workdir = Path(workdir)
-    models = run_models(config)
-    _check_config(config)
-    record = RunRecord(workdir)
-    is_new = _check_workdir(workdir, config, record)
-    mesh = make_mesh(config)
-    data = load_data(config)
-    data.check_model(config)
+    with refused_alike():
+        models = run_models(config)
+        _check_config(config)
+        record = RunRecord(workdir)
+        is_new = _check_workdir(workdir, config, record)
+        mesh = make_mesh(config)
+        data = load_data(config)
+        data.check_model(config)
 
-    train_step = make_train_step(config, models, mesh)
-    eval_step = make_eval_step(config, models.computed, mesh)
-    computed_sharding = params_sharding(models.computed, mesh)
-    to_computed = jax.jit(lambda params: computed_params(params, models), out_shardings=computed_sharding)
-    end = min(config.steps, config.stop_at or config.steps)
-    given = load_init_from(config, models) if config.init_from and is_new else None
-    workdir.mkdir(parents=True, exist_ok=True)
+        train_step = make_train_step(config, models, mesh)
+        eval_step = make_eval_step(config, models.computed, mesh)
+        computed_sharding = params_sharding(models.computed, mesh)
+        to_computed = jax.jit(lambda params: computed_params(params, models), out_shardings=computed_sharding)
+        end = min(config.steps, config.stop_at or config.steps)
+        given = load_init_from(config, models) if config.init_from and is_new else None
+    check_same("their configuration", flat_config(config))
+    check_same("their data", data.digest)
+    check_same("the checkpoints that they find", complete_steps(workdir / "checkpoints"))
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+    wait_for_all("the workdir is there")
+    check_same("whether they see the workdir", workdir.is_dir())
     with (
         only_process(workdir),
         StopSignals(config.grace_seconds) as signals,
@@ -93,16 +111,18 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                 MetricsWriter(workdir, start, config, data, utilisation) as metrics,
                 traced(train_step, config.profile, start, workdir / "profile") as train_step,
             ):
-                batches = prefetch(lambda step: data.train_batch(config, step), range(start, end))
+                rows = local_rows(split_batch(mesh), config.batch_size)
+                batches = prefetch(lambda step: data.train_batch(config, step, rows), range(start, end))
                 for step, batch in zip(range(start, end), batches, strict=True):
-                    state, step_metrics = train_step(state, jax.device_put(batch, split_batch(mesh)))
+                    batch = global_batch(batch, split_batch(mesh), config.batch_size)
+                    state, step_metrics = train_step(state, batch)
                     done = step + 1
                     metrics.add(done, step_metrics)
                     if _due(done, config.eval_every, config.steps):
                         with metrics.pause():
                             result = evaluate(eval_step, to_computed(state.params), data, config, split_batch(mesh))
                             metrics.write(done, result)
-                    stop = signals.received  # read once: it may come at any moment
+                    stop = signals.agreed(due=_due(done, config.log_every, end))
                     if _due(done, config.checkpoint_every, end) or stop:
                         with metrics.pause():
                             save(done, int(state.nonfinite))
@@ -113,7 +133,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                 save(good, skipped=0)
             checkpoints.wait()
             record.saved(checkpoints.steps())
-            raise PrenormError(_describe_nonfinite(error, config, models, state, data)) from error
+            raise SharedError(_describe_nonfinite(error, config, models, state, data, mesh)) from error
         checkpoints.wait()
         record.saved(checkpoints.steps())
         if stop and done < end:
@@ -126,11 +146,14 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     )
 
 
-def _describe_nonfinite(error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: Data) -> str:
+def _describe_nonfinite(
+    error: NonFinite, config: ConfigDict, models: RunModels, state: TrainState, data: Data, mesh: Mesh
+) -> str:
     """Where it happened, and in which parameter it is worst."""
     step = error.step - 1
-    batch = data.train_batch(config, step)
-    grads = jax.jit(make_gradients(config, models))(state.params, batch, jnp.int32(step))[1]
+    batch = data.train_batch(config, step, local_rows(split_batch(mesh), config.batch_size))
+    batch = global_batch(batch, split_batch(mesh), config.batch_size)
+    grads = jax.jit(make_gradients(config, models, mesh))(state.params, batch, np.int32(step))[1]
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in error.values.items() if name != "learning_rate")
     first = step * config.batch_size
     return (
@@ -145,16 +168,24 @@ def worst_leaf(grads: Params, params: Params) -> str:
 
     A loss that is not finite gives no finite gradient anywhere: then the largest parameter is the better hint.
     """
-    grads, params = (
-        {"/".join(path): np.abs(np.asarray(leaf, np.float64)) for path, leaf in flatten_dict(tree).items()}
-        for tree in (grads, params)
-    )
-    bad = {path: 1 - np.isfinite(leaf).mean() for path, leaf in grads.items()}
-    if min(bad.values()) == 1:
-        worst = max(params, key=lambda path: params[path].max())
-        return f"no gradient is finite, the largest parameter is in {worst} ({params[worst].max():.3g})"
-    worst = max(grads, key=lambda path: (bad[path], grads[path].max()))
-    return f"worst gradient in {worst} ({bad[worst]:.0%} not finite, up to {grads[worst].max():.3g})"
+    grads, params = (_extremes(tree) for tree in (grads, params))
+    if min(bad for bad, _ in grads.values()) == 1:
+        worst = max(params, key=lambda path: params[path][1])
+        return f"no gradient is finite, the largest parameter is in {worst} ({params[worst][1]:.3g})"
+    worst = max(grads, key=grads.__getitem__)
+    bad, largest = grads[worst]
+    return f"worst gradient in {worst} ({bad:.0%} not finite, up to {largest:.3g})"
+
+
+@jax.jit
+def _leaf_extremes(tree: Params) -> Any:
+    return jax.tree.map(lambda x: (1 - jnp.isfinite(x).mean(), jnp.abs(x).max()), tree)
+
+
+def _extremes(tree: Params) -> dict[str, tuple[float, float]]:
+    """For each leaf the share of its numbers that are not finite, and its largest."""
+    extremes = flatten_dict(jax.device_get(_leaf_extremes(tree)))
+    return {"/".join(path): (float(bad), float(largest)) for path, (bad, largest) in extremes.items()}
 
 
 def _due(done: int, every: int, steps: int) -> bool:

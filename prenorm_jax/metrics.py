@@ -19,6 +19,7 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from prenorm_jax.data import Data
+from prenorm_jax.distributed import is_first
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.files import write_whole
 from prenorm_jax.utilisation import Utilisation
@@ -39,14 +40,15 @@ class MetricsWriter:
     next fetch, so that the device always has a step to work on. `tokens_per_s` (of images: `images_per_s`),
     `model_flops_per_s` and, where the peak is known, `mfu` are of the steps fetched together, evaluation and
     checkpointing left out; a step's tokens are those of its whole batch, however many passes it takes. With
-    `config.on_nonfinite` "stop" a step whose numbers are not finite is not written, but raises `NonFinite`.
+    `config.on_nonfinite` "stop" a step whose numbers are not finite is not written, but raises `NonFinite`. All of many
+    processes fetch; the first writes.
     """
 
     def __init__(self, workdir: Path, start: int, config: ConfigDict, data: Data, utilisation: Utilisation):
         """Opens the files, to go on after step `start`. Call `drop_after` first."""
-        self._file = (workdir / "metrics.jsonl").open("a")
-        self._events = _Events(workdir / "tensorboard", start) if config.tensorboard else None
-        self._bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
+        self._file = (workdir / "metrics.jsonl" if is_first() else Path(os.devnull)).open("a")
+        self._events = _Events(workdir / "tensorboard", start) if config.tensorboard and is_first() else None
+        self._bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=not is_first())
         self._log_every = config.log_every
         self._stop = config.on_nonfinite == "stop"
         self._unit, self._units_per_step = data.unit, data.units_per_batch(config)

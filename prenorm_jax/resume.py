@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints, Damaged
 from prenorm_jax.conversion import fit_params, model_differences
 from prenorm_jax.data import Data
+from prenorm_jax.distributed import put_everywhere
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.model_config import EXECUTION, ModelConfig
 from prenorm_jax.optim import make_optimizer
@@ -55,7 +56,7 @@ def start_state(
     sharding = state_sharding(config, models, mesh)
     if given is None:
         return jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
-    return _fresh(0, config, jax.device_put(given, sharding.params), sharding)
+    return _fresh(0, config, put_everywhere(given, sharding.params), sharding)
 
 
 def _load(
@@ -85,14 +86,15 @@ def _load(
     if opt_state is None:
         say("this checkpoint was converted and carries no optimizer state: its moments start anew")
         return _fresh(step, config, params, sharding)
-    counts = jax.device_put((jnp.int32(step), jnp.int32(metadata["nonfinite"])), (sharding.step, sharding.nonfinite))
+    counts = np.int32(step), np.int32(metadata["nonfinite"])
+    counts = put_everywhere(counts, (sharding.step, sharding.nonfinite))
     return TrainState(*counts, params, opt_state)
 
 
 def _fresh(step: int, config: ConfigDict, params: Any, sharding: TrainState) -> TrainState:
     """The state at `step` with these parameters and a new optimizer."""
     opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding.opt_state)(params)
-    counts = jax.device_put((jnp.int32(step), jnp.int32(0)), (sharding.step, sharding.nonfinite))
+    counts = put_everywhere((np.int32(step), np.int32(0)), (sharding.step, sharding.nonfinite))
     return TrainState(*counts, params, opt_state)
 
 

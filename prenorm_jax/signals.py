@@ -6,6 +6,9 @@ import os
 import signal
 import threading
 
+import numpy as np
+
+from prenorm_jax.distributed import count_processes, gather
 from prenorm_jax.errors import Interrupted, say
 
 
@@ -30,6 +33,20 @@ class StopSignals:
             signal.signal(number, handler)
         if self.received:
             self._timer.cancel()
+
+    def agreed(self, due: bool) -> str:
+        """The name of the signal to stop for after this step; "" if none.
+
+        A single process stops as soon as it is asked to. Many must stop at the same step: where `due`, which is true at
+        the same steps in all, they wait for each other and all stop if one was asked to.
+        """
+        if count_processes() == 1:
+            return self.received
+        if not due:
+            return ""
+        number = signal.Signals[self.received] if self.received else 0
+        number = int(gather(np.int32(number)).max())
+        return signal.Signals(number).name if number else ""
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.received:

@@ -34,11 +34,11 @@ class Data(Protocol):
     def units_per_batch(self, config: ConfigDict) -> int:
         """Tokens or images in a training batch."""
 
-    def train_batch(self, config: ConfigDict, step: int) -> HostBatch:
-        """The batch of a training step, from 0: a pure function of (config.seed, step)."""
+    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> HostBatch:
+        """The batch of a training step, from 0: a pure function of (config.seed, step). `rows`: only these of it."""
 
-    def eval_batches(self, config: ConfigDict) -> Iterator[HostBatch]:
-        """Batches of one shape that hold every unit of the evaluation split once, with weight 1."""
+    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[HostBatch]:
+        """Batches of one shape that hold every unit of the evaluation split once, with weight 1; `rows` of each."""
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss, ...} from the sums of `step.make_eval_step` over all batches."""

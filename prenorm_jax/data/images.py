@@ -78,17 +78,17 @@ class ImageData:
         """Images in a training batch."""
         return config.batch_size
 
-    def train_batch(self, config: ConfigDict, step: int) -> dict[str, np.ndarray]:
+    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """The batch of a step, a pure function of (seed, step); each epoch is a permutation of all images."""
-        rows = example_rows(config.seed, step, config.batch_size, len(self.train.labels))
-        return self.train.batch(rows, np.ones(len(rows)))
+        chosen = example_rows(config.seed, step, config.batch_size, len(self.train.labels), rows)
+        return self.train.batch(chosen, np.ones(len(chosen)))
 
-    def eval_batches(self, config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Every image once, in order; the last batch is filled up with images of weight 0."""
         last = len(self.eval.labels) - 1
         for start in range(0, last + 1, config.batch_size):
-            rows = start + np.arange(config.batch_size)
-            yield self.eval.batch(np.minimum(rows, last), rows <= last)
+            chosen = start + np.arange(config.batch_size)[rows or slice(None)]
+            yield self.eval.batch(np.minimum(chosen, last), chosen <= last)
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss (nats per image), eval_top1, eval_top5 (fractions), eval_images}."""

@@ -57,13 +57,13 @@ class TextData:
         """Tokens that a training batch predicts."""
         return config.batch_size * config.data.seq_len
 
-    def train_batch(self, config: ConfigDict, step: int) -> dict[str, np.ndarray]:
+    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """See `batches.train_batch`."""
-        return train_batch(self.train, config.seed, step, config.batch_size, config.data.seq_len)
+        return train_batch(self.train, config.seed, step, config.batch_size, config.data.seq_len, rows)
 
-    def eval_batches(self, config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[dict[str, np.ndarray]]:
         """See `batches.eval_batches`."""
-        return eval_batches(self.eval, config.batch_size, config.data.seq_len)
+        return eval_batches(self.eval, config.batch_size, config.data.seq_len, rows)
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss (nats per token), eval_perplexity, eval_bits_per_byte (of the text), eval_tokens}."""

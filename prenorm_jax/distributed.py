@@ -1,0 +1,301 @@
+"""Many processes that train as one: who they are, which rows of a batch each reads, and how they end.
+
+Each process drives its own devices and runs the same program; every array that lives longer than a line is a global
+one. The first process alone logs and writes, but for the checkpoints, in which all have their part. Asking which
+process this is needs no JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prenorm_jax.errors import Interrupted, PrenormError, SharedError, check_range, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jax.sharding import Sharding
+
+HEARTBEAT_SECONDS = 30  # without a sign of life from a process for so long, it is dead
+
+_process, _processes = 0, 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that logs and writes: the only one, or number 0."""
+    return _process == 0
+
+
+def count_processes() -> int:
+    """How many processes train as one."""
+    return _processes
+
+
+def initialize(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300
+) -> None:
+    """Joins the other processes. To be called before any device is touched.
+
+    Without arguments what SLURM, Open MPI or a Cloud TPU pod says is taken; where none says that there are several
+    processes, nothing is done.
+
+    Args:
+      coordinator: HOST:PORT of the process number 0, which all can reach.
+      processes: how many there are.
+      process: the number of this one, from 0.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      PrenormError: some arguments are given without the others, they do not fit, or the others do not come.
+    """
+    global _process, _processes
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given) and not _launcher():
+        return
+    if missing and len(missing) < len(given):
+        raise PrenormError(f"{' and '.join(missing)} missing: give --coordinator, --processes and --process, or none")
+    if not missing:
+        if not re.fullmatch(r"([^\s:]+|\[[0-9a-fA-F:]+\]):\d{1,5}", coordinator):
+            raise PrenormError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:1234")
+        check_range("--processes", processes, at_least=1)
+        check_range("--process", process, at_least=0, below=processes)
+        if processes == 1:
+            return
+    _process, _processes = process or 0, processes or 2  # from here on ending is for many (`end`)
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for signals.py
+    try:
+        with _telling_of_lost_processes():
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                cluster_detection_method=None if missing else "deactivate",
+                initialization_timeout=timeout,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        why = "" if "bad_cast" in str(error) else f" ({first_line(error)})"  # see _end_where_the_call_fails
+        where = f"--coordinator={coordinator}" if coordinator else f"{_launcher()}'s settings"
+        whom = "the other processes did not come" if process == 0 else "it cannot be reached"
+        raise PrenormError(
+            f"{where}: {whom}{why}; start --process=0 to --process={(processes or 2) - 1} within "
+            f"{timeout} s of each other, with the same free port of a host that all can reach"
+        ) from error
+    _set_stdout_apart()
+    _process, _processes = jax.process_index(), jax.process_count()
+
+
+def _set_stdout_apart() -> None:
+    """Leaves stdout to Python: gloo, which is C++, announces there how many it is connected to, each time."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+
+
+def _launcher() -> str:
+    """Which launcher says that it started several processes; "" if none does."""
+    environment = os.environ
+    # In a batch script, outside srun, SLURM_NTASKS is set too, but there is one process.
+    if _number("SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
+        return "SLURM"
+    if _number("OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI"
+    return "Cloud TPU" if "," in environment.get("TPU_WORKER_HOSTNAMES", "") else ""
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else 0
+
+
+# --- The batch. ---
+
+
+def local_rows(sharding: Sharding, batch_size: int) -> slice:
+    """The rows of a global batch that the devices of this process hold (and, should they lie apart, those between)."""
+    spans = [index[0].indices(batch_size) for index in _indices(sharding, (batch_size,))]
+    return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
+
+
+def _indices(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    return list(sharding.addressable_devices_indices_map(shape).values())
+
+
+def global_batch(local: dict[str, np.ndarray], sharding: Sharding, batch_size: int) -> dict[str, Any]:
+    """The global arrays, (batch_size, ...), of which this process has the rows `local_rows`: (rows, ...) each."""
+    import jax
+
+    first = local_rows(sharding, batch_size).start
+
+    def make(rows: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, piece)
+
+    return {name: make(rows) for name, rows in local.items()}
+
+
+def put_everywhere(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, placed by a tree of shardings over the devices of all."""
+    import jax
+    import numpy as np
+
+    def make(leaf: Any, sharding: Sharding) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+
+    return jax.tree.map(make, tree, shardings)
+
+
+# --- Agreement. ---
+
+
+def gather(value: np.ndarray) -> np.ndarray:
+    """The values of all processes, stacked: (processes, ...). Waits for all of them."""
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(value)
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here."""
+    if _processes > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def _all_equal(text: str) -> bool:
+    if _processes == 1:
+        return True
+    import numpy as np
+    import xxhash
+
+    digest = np.frombuffer(xxhash.xxh3_128(text.encode()).digest(), np.uint8)
+    return bool((gather(digest) == digest).all())
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raises PrenormError in all processes unless they call this with values that print alike."""
+    if not _all_equal(repr(value)):
+        raise SharedError(
+            f"the processes differ in {what}: start all with the same command, in the same environment, on a workdir "
+            "that all share"
+        )
+
+
+@contextlib.contextmanager
+def refused_alike() -> Iterator[None]:
+    """What is refused in it (PrenormError) is refused by all processes, mostly in the same words: then one says it."""
+    error = None
+    try:
+        yield
+    except PrenormError as refused:
+        error = refused
+    shared = _all_equal(str(error))
+    if error is not None:
+        error.shared = shared
+        raise error
+    if not shared:
+        raise PrenormError("another process refused to start and says why")
+
+
+# --- The end. ---
+
+
+def end(line: str, status: int, shared: bool = False) -> None:
+    """Prints the line of an error, once, and ends this process.
+
+    If all processes end with this error (`shared`), the first says so and they leave in order. Else this one ends at
+    once: all that would be closed on the way waits for the others, which wait for this one.
+    """
+    with _ending:  # for good: whoever comes second has nothing to add
+        if is_first() or not shared:
+            print(line, file=sys.stderr, flush=True)
+        if _processes > 1 and not shared:
+            sys.stdout.flush()
+            os._exit(status)
+    sys.exit(status)
+
+
+_ending = threading.RLock()
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether this says that another process is gone."""
+    if _processes == 1 or not isinstance(error, RuntimeError | ValueError | OSError):
+        return False
+    words = r"gloo|nccl|connection|coordination|barrier|heartbeat|socket|unavailable|deadline_exceeded|peer"
+    return bool(re.search(words, str(error), re.IGNORECASE))
+
+
+def end_for_lost_process(error: object) -> None:
+    """Ends this process, because another one is gone."""
+    reason = " ".join(str(error).split())
+    reason = re.sub(r"^.*?(connection (closed|reset)).*$", r"\1", reason, flags=re.IGNORECASE)
+    end(
+        f"error: another process of this run ended or cannot be reached ({reason[:200]}): the same command, for any "
+        "number of processes, goes on from the last complete checkpoint",
+        Interrupted.status_unsaved,
+    )
+
+
+@contextlib.contextmanager
+def _telling_of_lost_processes() -> Iterator[None]:
+    """Has the client that is made in it call `end_for_lost_process`, for which `jax.distributed` has no argument.
+
+    By default the client, which is C++, aborts the process with a message of its own as soon as the first process is
+    gone: before or after, as it happens, the collective under way raises.
+    """
+    from jax._src.lib import _jax
+
+    original = _jax.get_distributed_runtime_client
+    _jax.get_distributed_runtime_client = functools.partial(original, missed_heartbeat_callback=end_for_lost_process)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = original
+    _end_where_the_call_fails()
+
+
+def _end_where_the_call_fails() -> None:
+    """jaxlib to this day cannot make a Python object of the status that it calls back with.
+
+    What its thread then throws, std::bad_cast, nobody catches: so this is where we hear of it.
+    """
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")
+        set_handler, thrown = library._ZSt13set_terminatePFvvE, library.__cxa_current_exception_type
+    except (OSError, AttributeError):  # another C++ library: the process ends with its message instead of ours
+        return
+    handler_type = ctypes.CFUNCTYPE(None)
+    set_handler.restype, set_handler.argtypes, thrown.restype = handler_type, [handler_type], ctypes.c_void_p
+
+    def on_terminate() -> None:
+        kind = thrown()  # a std::type_info: its second word is the name
+        name = (
+            ctypes.string_at(ctypes.c_void_p.from_address(kind + ctypes.sizeof(ctypes.c_void_p)).value) if kind else b""
+        )
+        if name.endswith(b"bad_cast"):
+            end_for_lost_process("the coordination service reports it")
+        _terminate["before"]()
+
+    _terminate["ours"] = handler_type(on_terminate)
+    _terminate["before"] = set_handler(_terminate["ours"])
+
+
+_terminate: dict[str, Any] = {}  # for as long as C++ may call them
