@@ -173,7 +173,7 @@ def _feeding_norm(path: Path, leaves: dict[Path, Any]) -> Path:
     So `block_0/attention/query/kernel` is fed by `block_0/attention_norm`, or by `block_0/norm` if both branches share
     it. Where neither has parameters, the path returned holds none.
     """
-    norms = {leaf_path[:-1] for leaf_path, leaf in leaves.items() if leaf.names == ("norm",)}
+    norms = {leaf_path[:-1] for leaf_path, leaf in leaves.items() if "norm" in leaf.names}
     for depth in range(len(path) - 2, -1, -1):
         for name in (f"{path[depth]}_norm", "norm"):
             candidate = (*path[:depth], name)
