@@ -11,7 +11,7 @@ from prenorm_jax.leaves import NewLeaves, Part, StoredLeaves
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.stream import NORMED_AXES, STREAM_AXES, abstract_params, parameter_roles
 
-PART = 2**24  # entries of the largest leaf that are converted at once: in float64, with all copies, half a gigabyte
+PART = 2**22  # entries of the largest leaf that are converted at once
 
 # Logical axis name -> what of it is in a part; the whole of those that are not named.
 Tile = dict[str, slice]

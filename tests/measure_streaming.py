@@ -1,4 +1,4 @@
-"""Memory and time of a conversion: `python tests/measure_streaming.py FOLDER --model=gpt3:XL --to=crmsnorm` (5.7 GB).
+"""Memory and time of a conversion: `python tests/measure_streaming.py FOLDER --model=gpt3:XL --to=crmsnorm` (6.5 GB).
 
 Makes a run of random parameters in FOLDER, in another process, converts it there and prints JSON: parameters_mb,
 seconds, and the resident memory of this process before the conversion and at its largest.

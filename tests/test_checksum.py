@@ -68,15 +68,15 @@ def test_the_digest_of_a_tree_stays_what_it_is():
     assert digest({"b": tree["b"], "a": jnp.asarray(tree["a"])}) == digest(tree)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_is_the_same_on_every_mesh(dtype):
     array = random_array(dtype, (8, 16))
     expected = digest({"x": array})
-    for sizes in ((1, 1), (8, 1), (2, 4), (1, 8), (1, 4)):
+    for sizes in ((8, 1), (2, 4), (1, 4)):
         mesh = jax.make_mesh(
             sizes, ("a", "b"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: sizes[0] * sizes[1]]
         )
-        for spec in (PartitionSpec(), PartitionSpec("a", "b"), PartitionSpec("b", "a"), PartitionSpec(("b", "a"))):
+        for spec in (PartitionSpec(), PartitionSpec("a", "b"), PartitionSpec(("b", "a"))):
             placed = jax.device_put(array, NamedSharding(mesh, spec))
             assert digest({"x": placed}) == expected, (sizes, spec)
 
