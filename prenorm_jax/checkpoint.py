@@ -5,15 +5,19 @@
     nonfinite           those of them whose update was skipped
     model               config.model that describes `params` literally; its `norm` is the variant the tree belongs to
     data                a digest of what the run is trained and evaluated on; None: unknown
-    digests             of `params` and, unless it was converted, of `optimizer`: what was saved is what is loaded
+    digests             of `params` and, unless it was converted, of `optimizer` (`checksum.py`): what was saved is what
+                        is loaded
     digest              of all this
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +28,19 @@ import xxhash
 from absl import logging
 from flax.traverse_util import unflatten_dict
 
+from prenorm_jax import stream
+from prenorm_jax.checksum import digest
 from prenorm_jax.conversion import check_tree
 from prenorm_jax.distributed import count_processes, is_first, lost_process, wait_for_all
 from prenorm_jax.errors import PrenormError, first_line
+from prenorm_jax.files import write_whole
+from prenorm_jax.leaves import NewLeaves, NotRead, NotWritten, StoredLeaves
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.stream import abstract_params
+from prenorm_jax.streamed import PART, part, tiles
 
-
-def digest(tree: Any) -> str:
-    """A 128-bit hash of a tree of arrays: of names, dtypes, shapes and every byte."""
-    result = xxhash.xxh3_128()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree)):
-        leaf = np.ascontiguousarray(leaf)
-        result.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        result.update(leaf.view(np.uint8) if leaf.ndim else leaf.tobytes())
-    return result.hexdigest()
+# Larger arrays are stored in chunks of at most this, each of which can be read without the others.
+CHUNK_BYTES = 2**24
 
 
 def json_digest(value: Any) -> str:
@@ -130,11 +132,44 @@ class Checkpoints:
             "digests": {name: digest(tree) for name, tree in trees.items()},
         }
         metadata["digest"] = json_digest(metadata)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {
+            name: ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
+            for name, tree in trees.items()
+        }
         try:
             self._manager.save(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)))
         except Exception as error:  # of the file system, in whatever wrapping Orbax gives it
             raise self._not_written(error) from error
+
+    @contextlib.contextmanager
+    def save_leaves(
+        self,
+        step: int,
+        leaves: Mapping[stream.Path, jax.ShapeDtypeStruct],
+        model: ModelConfig,
+        nonfinite: int = 0,
+        data: str | None = None,
+    ) -> Iterator[NewLeaves]:
+        """While entered, the leaves of `params` are written, in parts; on leaving, the checkpoint is complete.
+
+        Until then it is one that counts as damaged: for a workdir that is not in its place yet. Raises PrenormError.
+        """
+        small = {path: np.zeros(1, leaf.dtype) for path, leaf in leaves.items()}  # Orbax describes the tree by these
+        self.save(step, unflatten_dict(small), None, model, nonfinite, data)
+        self.wait()
+        folder = self.directory / str(step)
+        new = NewLeaves(folder / "params", leaves)
+        try:
+            yield new
+        except NotWritten as error:
+            raise PrenormError(
+                f"{self.directory} could not be written: {error}; make room, or mend what is named, and give the same "
+                "command again"
+            ) from error
+        metadata = self.metadata(step)
+        metadata["digests"]["params"] = str(new.digest)
+        metadata["digest"] = json_digest(metadata)
+        write_whole(folder / "metadata" / "metadata", json.dumps(metadata).encode())
 
     def wait(self) -> None:
         """Returns when every save is complete on disk. Raises PrenormError if one cannot be written."""
@@ -162,32 +197,54 @@ class Checkpoints:
             raise self._damaged(step, f"it is that of step {metadata['step']} under another name")
         return metadata
 
+    def model(self, step: int) -> ModelConfig:
+        """The model config of the stored tree. Raises PrenormError if the tree is not what its metadata describe."""
+        model = ModelConfig.create(self.metadata(step)["model"])
+        try:
+            check_tree(self._shapes(step, "params"), model)
+        except PrenormError as error:
+            raise self._damaged(step, error) from error
+        return model
+
     def params(self, step: int, sharding: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
         """The model config of the stored tree, and the tree, placed by the tree `sharding` (None: the first device).
 
         Raises PrenormError if the tree cannot be read, or is not exactly what its metadata describe.
         """
-        metadata = self.metadata(step)
-        model = ModelConfig.create(metadata["model"])
-        try:
-            with ocp.StandardCheckpointer() as reader:
-                stored = reader.metadata(self.directory / str(step) / "params").item_metadata
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        if stored is None:
-            raise self._damaged(step, "params are incomplete")
-        try:
-            check_tree(stored.tree, model)
-        except PrenormError as error:
-            raise self._damaged(step, error) from error
+        model = self.model(step)
         abstract = unflatten_dict({path: leaf.value for path, leaf in abstract_params(model).items()})
         return model, self._restore_tree(step, "params", abstract, sharding)
+
+    @contextlib.contextmanager
+    def leaves(self, step: int, item: str = "params") -> Iterator[StoredLeaves]:
+        """While entered, the leaves of a tree can be read, in parts.
+
+        All of them must be: on leaving, raises PrenormError if what was read is not what was saved.
+        """
+        stored = StoredLeaves(self.directory / str(step) / item)
+        try:
+            yield stored
+        except NotRead as error:
+            raise self._damaged(step, str(error)) from error
+        if str(stored.digest) != self.metadata(step)["digests"][item]:
+            raise self._damaged(step, f"{item} differ from what was saved")
 
     def optimizer(self, step: int, abstract: Any, sharding: Any = None) -> Any:
         """The optimizer state, in the shapes of `abstract`; None if the checkpoint was converted and has none."""
         if "optimizer" not in self.metadata(step)["digests"]:
             return None
         return self._restore_tree(step, "optimizer", abstract, sharding)
+
+    def copy(self, step: int, workdir: Path) -> None:
+        """Copies a checkpoint as it is to a workdir that has none. Raises PrenormError if it is not what was saved."""
+        for item in self.metadata(step)["digests"]:
+            with self.leaves(step, item) as stored:
+                for keys, leaf in jax.tree_util.tree_leaves_with_path(self._shapes(step, item)):
+                    path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+                    axes = [(str(axis), size) for axis, size in enumerate(leaf.shape)]
+                    for tile in tiles({path: axes}, 1, PART):
+                        stored.read(path, part(tuple(name for name, _ in axes), tile))
+        shutil.copytree(self.directory / str(step), workdir / self.directory.name / str(step))
 
     def set_aside(self, step: int) -> Path:
         """Moves a checkpoint that cannot be read out of the way, to `workdir/damaged/`, and returns where it is."""
@@ -211,6 +268,17 @@ class Checkpoints:
         if digest(tree) != self.metadata(step)["digests"][item]:
             raise self._damaged(step, f"{item} differ from what was saved")
         return tree
+
+    def _shapes(self, step: int, item: str) -> Any:
+        """The stored tree, with a shape and a dtype for each leaf; namedtuples are dicts in it."""
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                stored = reader.metadata(self.directory / str(step) / item).item_metadata
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        if stored is None:
+            raise self._damaged(step, f"{item} are incomplete")
+        return stored.tree
 
     def _restore(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
         try:

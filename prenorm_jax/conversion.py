@@ -125,18 +125,31 @@ def convert_params(
         rmsnorm, a writer that is not zero-mean: such a network has no Pre-LN or Pre-CRMSNorm equivalent.
     """
     source = ModelConfig.create(config)
-    target = convert_config(source, to)
+    convert_config(source, to)  # raises before the tree is looked at
     params = nn.unbox(flax.core.unfreeze(params) if isinstance(params, flax.core.FrozenDict) else params)
     flat = check_tree(params, source)
+    converted = convert_leaves(flat, source, to)
+    if any(isinstance(leaf, jax.Array) for leaf in flat.values()):
+        converted = {path: x if x is flat.get(path) else jnp.asarray(x) for path, x in converted.items()}
+    return unflatten_dict(converted)
+
+
+def convert_leaves(flat: Flat, source: ModelConfig, to: str) -> Flat:
+    """`convert_params` of those leaves of the converted tree that `flat` determines, by path.
+
+    `flat` holds whole modules with the norms that feed them and the LayerScale on them (see `modules`), or the same
+    part of each along axes that are not the stream's, in whole heads under a QK-norm. Leading axes of stacked layers
+    may come on top of those that `source` describes.
+    """
     roles = parameter_roles(source)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values())
     if not traced:
         check_zero_mean(fold_layer_scales(flat, roles), source, roles, to)
 
     dtypes = {path: leaf.dtype for path, leaf in flat.items()}
-    for path, role in roles.items():
-        if role.bias is not None:
-            dtypes.setdefault(role.bias, dtypes[path])
+    kernels = {role.bias: path for path, role in roles.items() if role.bias is not None and path in flat}
+    for bias, kernel in kernels.items():
+        dtypes.setdefault(bias, dtypes[kernel])
     changed = _with_work_dtype(flat, roles, traced)
     changed = fold_layer_scales(fold_norms(changed, roles), roles)
     if (source.norm, to) != ("rmsnorm", "layernorm"):  # those are the same numbers
@@ -144,15 +157,34 @@ def convert_params(
         changed = _map_stream(changed, roles, *_FROM_RMS[to])
     if source.norm == "layernorm":
         changed = center_heads(changed, roles, source.head_dim)
-    to_jax = any(isinstance(leaf, jax.Array) for leaf in flat.values())
     result = {}
-    for path, abstract in abstract_params(target).items():
-        leaf = changed[path] if path in changed else np.zeros(abstract.value.shape)  # a bias that nothing is folded to
-        if leaf is not flat.get(path):
-            leaf = leaf.astype(dtypes[path])
-            leaf = jnp.asarray(leaf) if to_jax else leaf
-        result[path] = leaf
-    return unflatten_dict(result)
+    for path in abstract_params(convert_config(source, to)):
+        if path in kernels and path not in changed:  # a bias that nothing is folded to
+            shape = list(flat[kernels[path]].shape)
+            shape.pop(roles[kernels[path]].axis)
+            result[path] = np.zeros(shape, dtypes[path])
+        elif path in changed:
+            leaf = changed[path]
+            result[path] = leaf if leaf is flat.get(path) else leaf.astype(dtypes[path])
+    return result
+
+
+def modules(source: ModelConfig) -> dict[Path, list[Path]]:
+    """Module -> the leaves of a tree that conversion needs for the module's own: those, and what is folded into them.
+
+    Each leaf of the converted tree is made of the leaves of one module.
+    """
+    result: dict[Path, list[Path]] = {}
+    roles = parameter_roles(source)
+    for path, role in roles.items():
+        if role.kind not in ("norm", "layer_scale"):
+            result.setdefault(path[:-1] or path, []).append(path)
+    for path, role in roles.items():
+        if role.kind == "layer_scale":
+            result[_scaled_writer(path)].append(path)
+        elif role.kind == "reader":
+            result[path[:-1]] += [leaf for leaf in (role.scale, role.shift) if leaf is not None]
+    return result
 
 
 def _with_work_dtype(flat: Flat, roles: Roles, traced: bool) -> Flat:
@@ -174,7 +206,7 @@ def fold_norms(flat: Flat, roles: Roles) -> Flat:
     """Moves each norm's γ and β into the readers it feeds: W(γ ⊙ n + β) + b = (W diag(γ)) n + (b + Wβ)."""
     folded = {path: leaf for path, leaf in flat.items() if roles[path].kind != "norm"}
     for path, role in roles.items():
-        if role.kind != "reader":
+        if role.kind != "reader" or path not in flat:
             continue
         kernel = flat[path]
         if role.shift is not None:
@@ -189,7 +221,7 @@ def fold_layer_scales(flat: Flat, roles: Roles) -> Flat:
     """Moves each LayerScale λ, called `X_scale`, into kernel and bias of the writer X beside it: λ ⊙ (W a + b)."""
     folded = dict(flat)
     for path, role in roles.items():
-        if role.kind != "layer_scale":
+        if role.kind != "layer_scale" or path not in flat:
             continue
         scale, writer = folded.pop(path), _scaled_writer(path)
         for leaf in (*writer, "kernel"), (*writer, "bias"):

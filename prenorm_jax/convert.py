@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,17 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints
-from prenorm_jax.conversion import convert_config, convert_params
+from prenorm_jax.conversion import convert_config
 from prenorm_jax.errors import PrenormError, run_command
 from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.models import build_model
-from prenorm_jax.step import count, init_state, run_models
+from prenorm_jax.step import count
+from prenorm_jax.stream import Path as LeafPath
+from prenorm_jax.stream import abstract_params
+from prenorm_jax.streamed import convert_stored
 from prenorm_jax.workdir import configure_jax, load_config, write_json
+
+COMPARED_BYTES = 2**29  # the parameters of two models and their logits, computed in one process
 
 
 def convert(
@@ -33,7 +40,8 @@ def convert(
 
     `target` is a workdir that eval.py and train.py accept: it trains the converted parameters themselves
     (parameterization native). With `materialize` a run may also be "converted" to the norm that it computes, which
-    writes the parameters that its Pre-LN ones stand for.
+    writes the parameters that its Pre-LN ones stand for. Parameters are read, converted and written in parts, so that
+    they may be larger than memory.
 
     The optimizer state is carried over, exactly, where the stored tree is: a pre_ln run to layernorm. Elsewhere its
     moments, being those of other parameters, have no exact equivalent: the optimizer starts anew, which for a native
@@ -48,7 +56,7 @@ def convert(
     configure_jax(config)
     with Checkpoints(source, read_only=True) as checkpoints:
         step = checkpoints.resolve(step)
-        model, params = checkpoints.params(step)
+        model, metadata = checkpoints.model(step), checkpoints.metadata(step)
         if to == config.model.norm and not (materialize and to != model.norm):
             why = (
                 f"it trains its Pre-LN parameters; add --materialize to write the {to} parameters that they stand for"
@@ -56,38 +64,57 @@ def convert(
                 else "there is nothing to convert"
             )
             raise PrenormError(f"{source} is {to} already: {why}")
-        opt_state, metadata = None, checkpoints.metadata(step)
         has_optimizer = "optimizer" in metadata["digests"]
-        new_model = model if to == model.norm else convert_config(model, to)
         if has_optimizer and to != model.norm and config.parameterization == "native" and not reset_optimizer:
             raise PrenormError(
                 f"the optimizer state of {source} belongs to its {model.norm} parameters and has no exact equivalent "
                 f"for {to}: add --reset-optimizer to start it anew"
             )
-        if to == model.norm:
-            models = run_models(config)
-            opt_state = checkpoints.optimizer(step, jax.eval_shape(lambda: init_state(config, models).opt_state))
+        new_model = model if to == model.norm else convert_config(model, to)
+        new_config = config.copy_and_resolve_references()
+        with new_config.unlocked():
+            new_config.model = ConfigDict(dataclasses.asdict(new_model))
+            new_config.parameterization = "pre_ln" if to == "layernorm" else "native"
 
-    if to == model.norm:
-        new_params = params
-        print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
-    else:
-        new_params = convert_params(params, model, to)
-        print(f"{source} at step {step}: {model.norm}, {count(params):,} parameters")
-        print(f"{target}: {to}, {count(new_params):,} parameters")
-        difference = relative_difference((model, params), (new_model, new_params))
-        print(f"largest difference of their logits on random inputs: {difference:.1e} of the largest ({model.dtype})")
-        if has_optimizer:
-            print("the optimizer state is not carried over: its moments belong to the old parameters, and start anew")
-
-    new_config = config.copy_and_resolve_references()
-    with new_config.unlocked():
-        new_config.model = ConfigDict(dataclasses.asdict(new_model))
-        new_config.parameterization = "pre_ln" if to == "layernorm" else "native"
-    skipped, data = metadata["nonfinite"], metadata["data"]
-    _write(target, new_config, (step, new_params, opt_state, new_model, skipped, data), str(source))
+        with _in_the_making(target) as folder:
+            if to == model.norm:
+                checkpoints.copy(step, folder)
+                print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
+            else:
+                shapes = _shapes(new_model)
+                with (
+                    Checkpoints(folder) as made,
+                    made.save_leaves(step, shapes, new_model, metadata["nonfinite"], metadata["data"]) as new,
+                    checkpoints.leaves(step) as stored,
+                ):
+                    convert_stored(stored, new, model, to)
+                print(f"{source} at step {step}: {model.norm}, {count(_shapes(model)):,} parameters")
+                print(f"{target}: {to}, {count(shapes):,} parameters")
+                _compare(checkpoints, folder, step)
+                if has_optimizer:
+                    print("the optimizer state is not carried over: its moments are the old parameters' and start anew")
+            write_json(folder / "config.json", new_config.to_dict())
+            counts = dict.fromkeys(("trained", "computed"), count(_shapes(new_model)))
+            record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []}
+            write_json(folder / "run.json", record)
     print(f"evaluate: python eval.py --workdir={target}")
     print(f"train on: python train.py --workdir={target} --config.steps=N   (now at step {step} of {config.steps})")
+
+
+def _shapes(model: ModelConfig) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+    return {path: leaf.value for path, leaf in abstract_params(model).items()}
+
+
+def _compare(source: Checkpoints, target: Path, step: int) -> None:
+    """Prints how far the logits of two checkpoints are apart, if they are small enough to be held in memory."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in _shapes(source.model(step)).values())
+    if size > COMPARED_BYTES:
+        print(f"their logits are not compared, for that takes all of the {size / 1e9:.1f} GB at once: eval.py does")
+        return
+    with Checkpoints(target, read_only=True) as converted:
+        one, other = source.params(step), converted.params(step)
+    difference = relative_difference(one, other)
+    print(f"largest difference of their logits on random inputs: {difference:.1e} of the largest ({one[0].dtype})")
 
 
 def relative_difference(one: tuple[ModelConfig, Any], other: tuple[ModelConfig, Any]) -> float:
@@ -97,20 +124,14 @@ def relative_difference(one: tuple[ModelConfig, Any], other: tuple[ModelConfig, 
     return float(jnp.abs(logits[0] - logits[1]).max() / jnp.abs(logits[0]).max())
 
 
-def _write(target: Path, config: ConfigDict, checkpoint: tuple[Any, ...], source: str) -> None:
-    """Makes `target` beside its place, then moves it there: it is never seen half-written."""
+@contextlib.contextmanager
+def _in_the_making(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, moved there on leaving, or removed after an error: it is never seen half-written."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        with Checkpoints(temporary) as checkpoints:
-            checkpoints.save(*checkpoint)
-            checkpoints.wait()
-        write_json(temporary / "config.json", config.to_dict())
-        _, params, _, model, *_ = checkpoint
-        counts = {"trained": count(params), "computed": count(params)}
-        record = {"norm": model.norm, "parameters": counts, "converted_from": source, "sessions": []}
-        write_json(temporary / "run.json", record)
+        yield temporary
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,5 +1,7 @@
 """Conversion keeps the function, in all six directions, over the options of the config; the wrong rules do not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,11 @@ from common import gpt_configs, logits, random_inputs, random_params, relative, 
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
 from prenorm_jax.config import base_config
-from prenorm_jax.conversion import center_heads, fold_norms
+from prenorm_jax.conversion import center_heads, convert_leaves
 from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.stream import abstract_params, center, parameter_roles
 
@@ -158,16 +161,48 @@ def test_keeps_what_it_was_given(changes):
     jax.tree.map(np.testing.assert_array_equal, numpy_tree, converted)
 
 
-def test_converts_layer_stacked_trees_by_the_same_rule():
+@given(config=model_configs)
+@settings(max_examples=10)
+def test_converts_layer_stacked_trees_by_the_same_rule(config):
     """The roles count the stream axis from the end: leading (scanned) axes change nothing."""
-    config = tiny(depth=1)
-    trees = [random_params(config, seed) for seed in (1, 2)]
-    roles = parameter_roles(config)
-    stacked = {path: jnp.stack([flatten_dict(tree)[path] for tree in trees]) for path in roles}
-    folded = fold_norms(stacked, roles)
-    for i, tree in enumerate(trees):
-        for path, leaf in fold_norms(flatten_dict(tree), roles).items():
-            np.testing.assert_allclose(folded[path][i], leaf, rtol=1e-13)
+    trees = [flatten_dict(random_params(config, seed)) for seed in (1, 2, 3)]
+    for to in ROUND:
+        stacked = convert_leaves({path: np.stack([tree[path] for tree in trees]) for path in trees[0]}, config, to)
+        trees = [flatten_dict(convert_params(unflatten_dict(tree), config, to)) for tree in trees]
+        config = convert_config(config, to)
+        assert stacked.keys() == trees[0].keys()
+        for path, leaf in stacked.items():
+            np.testing.assert_allclose(leaf, np.stack([tree[path] for tree in trees]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_converts_sharded_arrays_where_they_lie(qk_norm):
+    """Along axes that are not the stream's: each device converts what it holds, and what comes out lies likewise."""
+    shape = {"d_model": 24, "heads": 8, "head_dim": 4, "mlp_dim": 64, "vocab_size": 64, "max_len": 16}
+    config = tiny(**shape, tie_embeddings=False, qk_norm=qk_norm)
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+    divided = {"vocab", "heads", "kv_heads", "normed_heads", "normed_kv_heads", "mlp", "position"}
+
+    def shardings(config: ModelConfig) -> dict:
+        return {
+            path: NamedSharding(mesh, PartitionSpec(*("devices" if name in divided else None for name in leaf.names)))
+            for path, leaf in abstract_params(config).items()
+        }
+
+    params = random_params(config, 1)
+    placed = jax.device_put(params, unflatten_dict(shardings(config)))
+    for to in ROUND[:3]:
+        convert = jax.jit(lambda params, config=config, to=to: convert_params(params, config, to))
+        for line in convert.lower(placed).compile().as_text().splitlines():
+            if "all-gather" in line or "all-to-all" in line or "collective-permute" in line:
+                sizes = re.findall(r"f64\[([\d,]+)\]", line)
+                assert all(np.prod([int(n) for n in size.split(",")]) <= shape["mlp_dim"] for size in sizes), line
+        params, placed = jax.jit(convert)(params), convert(placed)
+        config = convert_config(config, to)
+        flat, expected = flatten_dict(placed), flatten_dict(params)
+        for path, sharding in shardings(config).items():
+            assert flat[path].sharding.is_equivalent_to(sharding, flat[path].ndim), (path, flat[path].sharding)
+            np.testing.assert_allclose(flat[path], expected[path], rtol=1e-12, atol=1e-12)
 
 
 # --- Negative controls: the rules that look right and are wrong must not pass for right. ---

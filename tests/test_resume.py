@@ -16,7 +16,8 @@ from common import tiny
 from ml_collections import ConfigDict
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 
-from prenorm_jax.checkpoint import Checkpoints, digest
+from prenorm_jax.checkpoint import Checkpoints
+from prenorm_jax.checksum import digest
 from prenorm_jax.config import base_config
 from prenorm_jax.conversion import convert_config, convert_params, fit_params
 from prenorm_jax.errors import PrenormError
