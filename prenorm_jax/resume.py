@@ -14,7 +14,7 @@ from prenorm_jax.conversion import fit_params, model_differences
 from prenorm_jax.data import Data
 from prenorm_jax.distributed import put_everywhere
 from prenorm_jax.errors import PrenormError, say
-from prenorm_jax.model_config import EXECUTION, ModelConfig
+from prenorm_jax.model_config import EXECUTION
 from prenorm_jax.optim import make_optimizer
 from prenorm_jax.sharding import params_sharding, tree_sharding
 from prenorm_jax.stacking import stack_blocks, unstack_blocks
@@ -69,7 +69,7 @@ def _load(
             f"the data are not those that {place} was trained on, but {data.description}: that would be another run; "
             f"restore them, or start one in another workdir with --config.init_from={checkpoints.directory.parent}"
         )
-    model = ModelConfig.create(metadata["model"])
+    model = checkpoints.model(step)
     if differences := model_differences(models.trained, model, ignored=EXECUTION):
         raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
     sharding = state_sharding(config, models, mesh)

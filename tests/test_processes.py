@@ -265,6 +265,6 @@ def test_rows_are_those_of_the_devices_of_the_process():
 def test_placed_arrays_are_whole_everywhere():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tree = {"a": np.arange(16.0), "b": np.int32(3)}
-    placed = put_everywhere(tree, NamedSharding(mesh, PartitionSpec()))
+    placed = put_everywhere(tree, {name: NamedSharding(mesh, PartitionSpec()) for name in tree})
     jax.tree.map(np.testing.assert_array_equal, placed, tree)
     assert placed["b"].dtype == np.int32 and placed["b"].shape == ()
