@@ -148,8 +148,8 @@ def sharding_table(config: ModelConfig, mesh: Mesh) -> str:
 
 
 @contextlib.contextmanager
-def computing_on(mesh: Mesh) -> Iterator[None]:
-    """While a function is traced: what `constrain` refers to."""
+def computing_on(mesh: Mesh | None) -> Iterator[None]:
+    """While a function is traced: what `constrain` refers to; None: one device."""
     token = _mesh.set(mesh)
     try:
         yield

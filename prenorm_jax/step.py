@@ -7,7 +7,6 @@ follows the Pre-LN trajectory. With `native` the variant's own parameters are tr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -176,7 +175,7 @@ def make_gradients(
             return value, pull_back(grads)[0]
 
     def on_mesh(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
-        with computing_on(mesh) if mesh else contextlib.nullcontext():
+        with computing_on(mesh):
             return gradients(params, batch, step)
 
     return on_mesh

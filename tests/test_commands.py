@@ -35,11 +35,13 @@ def clean_environment(devices: int = 1, x64: bool = False) -> dict[str, str]:
     return environment | ({"JAX_ENABLE_X64": "1"} if x64 else {})
 
 
-def command(*arguments: object, status: int = 0, devices: int = 1, x64: bool = False) -> subprocess.CompletedProcess:
+def command(
+    *arguments: object, status: int = 0, devices: int = 1, x64: bool = False, **environment: object
+) -> subprocess.CompletedProcess:
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=clean_environment(devices, x64),
+        env=clean_environment(devices, x64) | {name: str(value) for name, value in environment.items()},
         capture_output=True,
         text=True,
         check=False,

@@ -607,15 +607,7 @@ def test_fit_params_keeps_the_function_when_dropout_comes_or_goes(norm, to, tie_
 @pytest.mark.slow
 def test_saving_costs_the_loop_little(tmp_path):
     """Measured in a process of its own, compiled as for use; it prints the share."""
-    done = subprocess.run(
-        [sys.executable, "tests/measure_saving.py", tmp_path],
-        cwd=ROOT,
-        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = command("tests/measure_saving.py", tmp_path, PYTHONPATH=ROOT)
     print(done.stdout)
     result = json.loads(done.stdout)
     assert result["share"] < 0.05

@@ -1,8 +1,6 @@
 """Conversion in parts gives what conversion of the whole tree gives, and is never taken for complete before it is."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from common import gpt_configs, random_params, tiny, vit_configs
 from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_commands import ROOT, clean_environment
+from test_commands import ROOT, command
 
 from prenorm_jax import PrenormError, convert_config, convert_params
 from prenorm_jax.checkpoint import Checkpoints
@@ -164,16 +162,7 @@ def test_no_room_is_one_line(source, tmp_path, monkeypatch):
 
 
 def measure(folder: Path, *flags: str) -> dict:
-    script = ROOT / "tests" / "measure_streaming.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), *flags],
-        cwd=ROOT,
-        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = command("tests/measure_streaming.py", folder, *flags, PYTHONPATH=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
