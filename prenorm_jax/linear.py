@@ -58,11 +58,17 @@ def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
         return [layer(normed) for layer in layers]
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
-    y = normed.times(matmul(x.astype(kernel.dtype), kernel))
+    y = read(normed, kernel)
     y = y + bias[0] if bias else y
     if len(layers) == 1:
         return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]
     return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
+
+
+@jax.checkpoint
+def read(normed: Scaled, kernel: jax.Array) -> jax.Array:
+    """n W: (..., in), (in, out) -> (..., out). The backward pass multiplies n out anew, so that only x is kept."""
+    return matmul(normed.product.astype(kernel.dtype), kernel)
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:

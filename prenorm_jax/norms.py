@@ -20,9 +20,7 @@ import jax.numpy as jnp
 
 
 class Scaled(NamedTuple):
-    """A normalised vector n = x ⊙ scale that is not multiplied out: what reads it by W takes (x W) ⊙ scale instead.
-
-    So n is never stored, and the product with scale, which is one number for a vector, joins whatever follows.
+    """A normalised vector n = x ⊙ scale that is not multiplied out yet: what reads it does, and may do so twice.
 
     Attributes:
       x: (..., N). Only its derivative is other than that of the norm's input (or, of a LayerNorm, of that centred).
@@ -35,11 +33,7 @@ class Scaled(NamedTuple):
     @property
     def product(self) -> jax.Array:
         """n, in x's dtype."""
-        return self.times(self.x)
-
-    def times(self, y: jax.Array) -> jax.Array:
-        """y ⊙ scale, of any y (..., M) that is linear in x, in y's dtype."""
-        return y if self.scale is None else (y * self.scale).astype(y.dtype)
+        return self.x if self.scale is None else (self.x * self.scale).astype(self.x.dtype)
 
 
 # n = x r, with r = (‖x‖²/d + ε)^(-1/2), has the derivative dn = r (dx - x r² (x·dx)/d). Its bracket is given to x, and
@@ -140,7 +134,7 @@ class Norm(nn.Module):
         return affine(y).astype(self.dtype or x.dtype)
 
     def for_readers(self, x: jax.Array) -> Scaled:
-        """The same for what reads it by a matrix; not multiplied out, where no affine map is in between."""
+        """The same for what reads it by a matrix; not multiplied out where no affine map is in between."""
         return Scaled(self(x), None) if self.use_scale or self.use_bias else self.scaled(x, self.epsilon)
 
 

@@ -187,6 +187,28 @@ def test_switching_the_norm_every_25_steps_changes_nothing_but_rounding(text, tm
     ]
 
 
+@pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_mesh_layout_of_the_blocks_and_accumulation_may_change_between_saves(text, tmp_path, name):
+    """With moments that are carried along: had they started anew, the curve would be another."""
+    whole, changed = small_run(text, steps=20), small_run(text, steps=20)
+    for config in (whole, changed):
+        config.optimizer.name, config.model.depth = name, 2
+    train(whole, tmp_path / "whole")
+    for stop, scan, fsdp, tensor, accumulate, norm in (
+        (5, True, 2, 2, 1, "rmsnorm"),
+        (10, False, 4, 1, 2, "crmsnorm"),
+        (15, True, 1, 2, 2, "layernorm"),
+        (20, False, 1, 1, 1, "crmsnorm"),
+    ):
+        changed.stop_at, changed.accumulate = stop, accumulate
+        changed.mesh.update({"fsdp": fsdp, "tensor": tensor})
+        changed.model.update({"scan": scan, "norm": norm, "remat": "full" if scan else "none"})
+        train(changed, tmp_path / "changed")
+    expected, actual = losses_of(tmp_path / "whole"), losses_of(tmp_path / "changed")
+    assert list(actual) == list(range(1, 21))
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-10)
+
+
 def test_a_native_run_does_not_switch(text, tmp_path):
     config = small_run(text, steps=2, parameterization="native")
     config.model.norm = "crmsnorm"
