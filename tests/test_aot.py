@@ -1,0 +1,74 @@
+"""What `aot` says of a training step. Here for eight CPU devices; .ci/run compiles one for TPUs with their compiler."""
+
+import re
+
+import jax
+import pytest
+from test_commands import error_of
+from test_mesh import batch_of, run_config
+
+from prenorm_jax import aot, hlo
+from prenorm_jax.sharding import make_mesh
+from prenorm_jax.step import init_state, make_train_step, run_models, state_sharding
+from prenorm_jax.topology import abstract_batch
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = run_config("gpt", "crmsnorm", "float32")
+    config.data.seq_len = 8
+    config.mesh.fsdp, config.mesh.tensor, config.model.scan = 2, 2, True
+    return config
+
+
+def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config):
+    models, mesh = run_models(config), make_mesh(config)
+    sharding = state_sharding(config, models, mesh)
+    state = jax.device_put(jax.jit(lambda: init_state(config, models))(), sharding)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    batch = batch_of(0, config)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in abstract_batch(config).items()
+    }
+    held += sum(leaf.nbytes for leaf in batch.values()) // 4  # data 2 × fsdp 2
+    report = aot.compile_step(config, jax.devices())
+    assert report["arguments"] == pytest.approx(held, rel=0.01)  # XLA aligns them
+    assert report["peak"] >= report["arguments"] + report["temporaries"] > report["arguments"]
+    assert report["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2} and report["devices"] == 8
+    gathered = report["collectives"]["all-gather"]
+    assert gathered[0] > config.model.depth and gathered[1] > 0  # in a loop: as often as there are blocks
+
+
+def test_one_device_needs_no_collectives(config):
+    alone = config.copy_and_resolve_references()
+    alone.mesh.fsdp = alone.mesh.tensor = 1
+    assert aot.compile_step(alone, jax.devices()[:1])["collectives"] == {}
+
+
+def test_every_part_of_a_step_is_found(config):
+    """By the names in the program: if one is changed, its operations would silently count as another part's."""
+    models, mesh = run_models(config), make_mesh(config)
+    state = jax.eval_shape(lambda: init_state(config, models))
+    text = make_train_step(config, models, mesh).lower(state, abstract_batch(config)).compile().as_text()
+    found = {}
+    for operation in hlo.operations(text):
+        found.setdefault(aot.part_of(operation), []).append(operation)
+    assert {"conversion h", "optimizer", "norms", "attention", "MLP", "embedding, head and loss"} <= set(found)
+    assert all("mlp/" in operation.scope for operation in found["MLP"])
+    assert not any(re.search("attention/|mlp/", operation.scope) for operation in found["norms"])
+
+
+def test_the_report_says_what_is_the_compilers_and_what_fits(config):
+    report = aot.compile_step(config, jax.devices()) | {"cycles": {"norms": 3_000_000, "MLP": 1_000_000}}
+    text = aot.report_text(report, hbm_gb=95)
+    assert "of the chip's 95 GB" in text and "norms 3.0 M (75.0%)" in text and "all-gather" in text
+    assert "data 2 × fsdp 2 × tensor 2" in text
+
+
+def test_bad_flags_are_refused():
+    for flags, line in (
+        (["--topology=v5e:2x2"], "--config is missing"),
+        (["--config=configs/gpt_stdlib.py", "--topology=abacus:2x2"], "--topology=abacus:2x2 is not to be had"),
+    ):
+        assert line in error_of("-m", "prenorm_jax.aot", *flags)
