@@ -16,7 +16,7 @@ from prenorm_jax.distributed import put_everywhere
 from prenorm_jax.errors import PrenormError, say
 from prenorm_jax.model_config import EXECUTION
 from prenorm_jax.optim import make_optimizer
-from prenorm_jax.sharding import params_sharding, tree_sharding
+from prenorm_jax.sharding import lay_out, params_sharding, tree_sharding
 from prenorm_jax.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.step import RunModels, TrainState, init_state, run_models, state_sharding
 
@@ -88,11 +88,12 @@ def _load(
         return _fresh(step, config, params, sharding)
     counts = np.int32(step), np.int32(metadata["nonfinite"])
     counts = put_everywhere(counts, (sharding.step, sharding.nonfinite))
-    return TrainState(*counts, params, opt_state)
+    return lay_out(TrainState(*counts, params, opt_state), sharding)
 
 
 def _fresh(step: int, config: ConfigDict, params: Any, sharding: TrainState) -> TrainState:
     """The state at `step` with these parameters and a new optimizer."""
+    params = lay_out(params, sharding.params)
     opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding.opt_state)(params)
     counts = put_everywhere((np.int32(step), np.int32(0)), (sharding.step, sharding.nonfinite))
     return TrainState(*counts, params, opt_state)

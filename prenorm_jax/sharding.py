@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
@@ -112,6 +113,25 @@ def tree_sharding(tree: Any, config: ModelConfig, mesh: Mesh) -> Any:
         return shardings[keys] if keys in params and params[keys].value.shape == leaf.shape else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def row_major(shardings: Any, tree: Any) -> Any:
+    """The same shardings, with the axes of each array laid out in their order, as matrix products read them.
+
+    TPUs would store a table whose rows just exceed a tile, such as (vocabulary, d+1) under crmsnorm, the other way
+    round, and copy it at each step: parameters, both moments, in and out.
+    """
+    return jax.tree.map(lambda sharding, leaf: Format(Layout(tuple(range(leaf.ndim))), sharding), shardings, tree)
+
+
+def lay_out(tree: Any, formats: Any) -> Any:
+    """The tree, of arrays that are split as `formats` say, with those copied whose axes lie in another order."""
+
+    def place(leaf: jax.Array, format: Format) -> jax.Array:
+        same = leaf.format.layout.major_to_minor == format.layout.major_to_minor
+        return leaf if same else jax.device_put(leaf, format)
+
+    return jax.tree.map(place, tree, formats)
 
 
 def check_sharding(config: ModelConfig, mesh: Mesh, largest: int) -> None:

@@ -31,6 +31,7 @@ from prenorm_jax.sharding import (
     constrain,
     params_sharding,
     replicated,
+    row_major,
     split_batch,
     tree_sharding,
 )
@@ -109,7 +110,7 @@ def state_sharding(config: ConfigDict, models: RunModels, mesh: Mesh) -> TrainSt
     """The tree of shardings in which the state is stored. Raises PrenormError: see `check_sharding`."""
     check_sharding(models.trained, mesh, config.mesh.largest_replicated)
     state = jax.eval_shape(lambda: init_state(config, models))
-    return tree_sharding(state, models.trained, mesh)
+    return row_major(tree_sharding(state, models.trained, mesh), state)
 
 
 def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:

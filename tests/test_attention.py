@@ -25,7 +25,7 @@ def random_heads(T, H=4, G=2, seed=0):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T", [1, 31, 33, 128, 130, 257])
+@pytest.mark.parametrize("T", [1, 31, 33, 130, *(pytest.param(T, marks=pytest.mark.slow) for T in (128, 257))])
 def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal):
     inputs, directions = random_heads(T), random_heads(T, seed=1)
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(2, T, 12)))

@@ -98,10 +98,8 @@ def check_same_curve(family, norm, shape, layout):
 @pytest.mark.parametrize(
     ("family", "norm", "shape", "layout"),
     [
-        ("gpt", "rmsnorm", (2, 2, 2), (True, 2, "full", "float64")),
-        ("gpt", "crmsnorm", (1, 4, 2), (False, 1, "none", "float64")),
-        ("vit", "layernorm", (1, 2, 4), (True, 1, "dots", "float32")),
-        ("vit", "crmsnorm", (2, 4, 1), (True, 2, "none", "float64")),
+        ("gpt", "crmsnorm", (2, 2, 2), (True, 2, "full", "float64")),
+        ("vit", "rmsnorm", (1, 4, 2), (False, 1, "dots", "float32")),
     ],
 )
 def test_some_meshes(family, norm, shape, layout):
@@ -168,7 +166,7 @@ def test_axes_that_do_not_divide_are_not_split():
     assert axes_spec(("read", "mlp"), (15, 6), mesh, stored=True) == jax.P(None, ("fsdp",))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["crmsnorm", *(pytest.param(n, marks=pytest.mark.slow) for n in NORMS[:2])])
 def test_layouts_hold_the_same_numbers(norm):
     config = run_config("gpt", norm, "float64")
     params = init_params(config, run_models(config))

@@ -94,7 +94,7 @@ def by_definition(norm, x, epsilon):
 
 @pytest.mark.parametrize("norm", MODULES)
 @settings(max_examples=15)
-@given(width=st.integers(2, 33), epsilon=st.sampled_from([1e-12, 1e-5, 1.0]), seed=st.integers(0, 99))
+@given(width=st.sampled_from([2, 3, 8, 33]), epsilon=st.sampled_from([1e-12, 1e-5, 1.0]), seed=st.integers(0, 99))
 def test_derivatives_are_those_of_the_formula_whether_it_is_multiplied_out_or_read(norm, width, epsilon, seed):
     rng = np.random.default_rng(seed)
     x, direction, kernel = rng.normal(1, 2, (3, width)), rng.normal(size=(3, width)), rng.normal(size=(width, 4))

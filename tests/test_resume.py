@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 from common import tiny
+from jax.experimental.layout import Format, Layout
 from ml_collections import ConfigDict
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 
+import prenorm_jax.step as step_module
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.checksum import digest
 from prenorm_jax.config import base_config
@@ -190,7 +192,7 @@ def test_switching_the_norm_every_25_steps_changes_nothing_but_rounding(text, tm
 @pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_mesh_layout_of_the_blocks_and_accumulation_may_change_between_saves(text, tmp_path, name):
     """With moments that are carried along: had they started anew, the curve would be another."""
-    whole, changed = small_run(text, steps=20), small_run(text, steps=20)
+    whole, changed = (small_run(text, steps=20, batch_size=16) for _ in range(2))
     for config in (whole, changed):
         config.optimizer.name, config.model.depth = name, 2
     train(whole, tmp_path / "whole")
@@ -207,6 +209,28 @@ def test_mesh_layout_of_the_blocks_and_accumulation_may_change_between_saves(tex
     expected, actual = losses_of(tmp_path / "whole"), losses_of(tmp_path / "changed")
     assert list(actual) == list(range(1, 21))
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeypatch, scan):
+    """As they do by default on TPUs. Here it is the state that does, so that all that meets it has to take it."""
+    config, expected = small_run(text, steps=6, checkpoint_every=2), small_run(text, steps=6)
+    config.mesh.fsdp = config.mesh.tensor = 2
+    config.model.norm, config.eval_every = "crmsnorm", 2
+    train(expected, tmp_path / "expected")
+
+    def reversed_axes(shardings, tree):
+        return jax.tree.map(lambda s, leaf: Format(Layout(tuple(reversed(range(leaf.ndim)))), s), shardings, tree)
+
+    monkeypatch.setattr(step_module, "row_major", reversed_axes)
+    config.stop_at = 4
+    train(config, tmp_path / "run")
+    config.stop_at, config.model.scan = 6, scan
+    train(config, tmp_path / "run")
+    losses = list(losses_of(tmp_path / "run").values())
+    np.testing.assert_allclose(losses, list(losses_of(tmp_path / "expected").values()), rtol=0, atol=1e-10)
+    more = small_run(text, steps=1, init_from=str(tmp_path / "run"))
+    train(more, tmp_path / "more")
 
 
 def test_a_native_run_does_not_switch(text, tmp_path):

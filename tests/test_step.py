@@ -125,7 +125,7 @@ def test_native_parameterization_does_not(norm, model, optimizer):
     assert difference.max() > 1e-3
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["crmsnorm", *(pytest.param(n, marks=pytest.mark.slow) for n in NORMS[:2])])
 @pytest.mark.parametrize("devices", [8, pytest.param(2, marks=pytest.mark.slow)])
 def test_any_number_of_devices_takes_the_same_steps(norm, devices):
     config = run_config(norm, "pre_ln", dropout=0.2)

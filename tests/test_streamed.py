@@ -66,7 +66,7 @@ def test_in_parts_is_as_at_once(tmp_path_factory, config):
     check_chain(tmp_path_factory.mktemp("chain"), config, random_params(config, 1), 60, 1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.slow), "float32", "bfloat16"])
 def test_in_parts_is_bit_for_bit_as_at_once(tmp_path, dtype):
     config = tiny(param_dtype=dtype, tie_embeddings=False, layer_scale=0.1, gated_mlp=True)
     check_chain(tmp_path, config, random_params(config, 1, embedding_mean=1.0), 80, 0.0)
