@@ -1,8 +1,10 @@
-# `make demo` and `make test` set up .venv on their first call. PYTHON chooses the interpreter, VENV the folder.
+# `make demo` and `make test` set up .venv on their first call. PYTHON chooses the interpreter, VENV the folder, TESTS
+# the files to test.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+TESTS ?= tests
 
 .PHONY: demo demo-quick demo-switch test test-all lint format lock clean
 
@@ -16,7 +18,7 @@ demo-switch: $(VENV)/.ready ## one run whose norm is switched every 25 steps, be
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo-switch --switch
 
 test: $(VENV)/.ready        ## the tests, but for the long ones
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
 
 test-all: $(VENV)/.ready    ## all tests
 	$(BIN)/python -m pytest -n $(WORKERS)
