@@ -46,7 +46,7 @@ class Linear(nn.Module):
         ]
 
     def __call__(self, x: jax.Array | Scaled) -> jax.Array:
-        return apply_together([self], x if isinstance(x, Scaled) else Scaled(x, None))[0]
+        return apply_together([self], x if isinstance(x, Scaled) else Scaled(x))[0]
 
 
 def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:

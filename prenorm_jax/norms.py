@@ -12,66 +12,71 @@ Source: arXiv 2305.14858, sections 3.1 and 3.2.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 
-class Scaled(NamedTuple):
-    """A normalised vector n = x ⊙ scale that is not multiplied out yet: what reads it does, and may do so twice.
+class Scaled(flax.struct.PyTreeNode):
+    """A normalised vector n = x r that is not multiplied out yet: what reads it does, and may do so twice.
 
     Attributes:
-      x: (..., N). Only its derivative is other than that of the norm's input (or, of a LayerNorm, of that centred).
-      scale: (..., 1), to be taken as a constant: what depends on it is in the derivative of x. None: 1.
+      x: (..., N). The norm's input; of a LayerNorm, that centred.
+      root: r = (⟨x, x⟩ + ε)^(-1/2), (..., 1), in float32 at least. None: 1.
+      mean_dot: ⟨·, ·⟩, bilinear: (..., N), (..., N) -> (..., 1).
     """
 
     x: jax.Array
-    scale: jax.Array | None
+    root: jax.Array | None = None
+    mean_dot: Callable[[jax.Array, jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def product(self) -> jax.Array:
         """n, in x's dtype."""
-        return self.x if self.scale is None else (self.x * self.scale).astype(self.x.dtype)
+        return self.x if self.root is None else _multiply(self.mean_dot, self.x, self.root)
 
 
-# n = x r, with r = (‖x‖²/d + ε)^(-1/2), has the derivative dn = r (dx - x r² (x·dx)/d). Its bracket is given to x, and
-# r is a constant. Derived line by line, the same keeps more for the backward pass, and XLA fuses it worse.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _multiply(mean_dot: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, r: jax.Array) -> jax.Array:
+    return (x * r).astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+# dn = r (dx - x r² ⟨x, dx⟩), of which what comes through dr is a part: dr is not looked at. (A second derivative takes
+# that of r where it stands here.) Derived line by line, the same keeps more for the backward pass, and XLA fuses it
+# worse.
+@_multiply.defjvp
+def _(mean_dot: Callable, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, r), (dx, _) = primals, tangents
+    dn = r * (dx - x * (jnp.square(r) * mean_dot(x, dx)))
+    return _multiply(mean_dot, x, r), dn.astype(x.dtype)
+
+
 def scaled_rms(z: jax.Array, epsilon: float) -> Scaled:
     """RMSNorm of (..., d)."""
-    return Scaled(z, jax.lax.rsqrt(_dot(z, z) / z.shape[-1] + epsilon))
+    return Scaled(z, jax.lax.rsqrt(_mean_dot(z, z) + epsilon), _mean_dot)
 
 
-@scaled_rms.defjvp
-def _(epsilon: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Scaled, Scaled]:
-    (z,), (dz,) = primals, tangents
-    _, r = scaled_rms(z, epsilon)
-    bracket = dz - z * (jnp.square(r) * _dot(z, dz) / z.shape[-1])
-    return Scaled(z, r), Scaled(bracket.astype(z.dtype), jnp.zeros_like(r))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def scaled_crms(y: jax.Array, epsilon: float) -> Scaled:
     """CRMSNorm of (..., d-1)."""
-    return Scaled(y, jax.lax.rsqrt((_dot(y, y) + jnp.square(_sum(y))) / (y.shape[-1] + 1) + epsilon))
-
-
-@scaled_crms.defjvp
-def _(epsilon: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Scaled, Scaled]:
-    (y,), (dy,) = primals, tangents
-    _, r = scaled_crms(y, epsilon)
-    dot = _dot(y, dy) + _sum(y) * _sum(dy)  # that of the restored vectors
-    bracket = dy - y * (jnp.square(r) * dot / (y.shape[-1] + 1))
-    return Scaled(y, r), Scaled(bracket.astype(y.dtype), jnp.zeros_like(r))
+    return Scaled(y, jax.lax.rsqrt(_restored_mean_dot(y, y) + epsilon), _restored_mean_dot)
 
 
 def scaled_layer_norm(x: jax.Array, epsilon: float) -> Scaled:
     """LayerNorm of (..., d). The variance by two passes: E[x²] - E[x]² cancels where |mean| ≫ std."""
     return scaled_rms((x - _sum(x) / x.shape[-1]).astype(x.dtype), epsilon)
+
+
+def _mean_dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    return _dot(x, y) / x.shape[-1]
+
+
+def _restored_mean_dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """That of the vectors of d numbers whose first d-1 are given, and whose last is minus their sum."""
+    return (_dot(x, y) + _sum(x) * _sum(y)) / (x.shape[-1] + 1)
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -135,7 +140,7 @@ class Norm(nn.Module):
 
     def for_readers(self, x: jax.Array) -> Scaled:
         """The same for what reads it by a matrix; not multiplied out where no affine map is in between."""
-        return Scaled(self(x), None) if self.use_scale or self.use_bias else self.scaled(x, self.epsilon)
+        return Scaled(self(x)) if self.use_scale or self.use_bias else self.scaled(x, self.epsilon)
 
 
 class LayerNorm(Norm):

@@ -242,7 +242,7 @@ class Block(nn.Module):
         for name in branches:
             branch_norm = norm(f"{name}_norm")
             if config.post_norm:
-                x_BxTxD = branch_norm(x_BxTxD + update(name, Scaled(x_BxTxD, None)))
+                x_BxTxD = branch_norm(x_BxTxD + update(name, Scaled(x_BxTxD)))
             else:
                 x_BxTxD = x_BxTxD + update(name, branch_norm.for_readers(x_BxTxD))
         return x_BxTxD

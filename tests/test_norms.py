@@ -111,10 +111,14 @@ def test_derivatives_are_those_of_the_formula_whether_it_is_multiplied_out_or_re
     }
     cotangent = rng.normal(size=(3, 4))
     results = {}
+
+    def curvature(function, x, kernel):  # a second derivative is exact too
+        return jax.jvp(jax.grad(lambda x: (function(x, kernel) * cotangent).sum()), (x,), (direction,))[1]
+
     for name, function in functions.items():
         value, pull_back = jax.vjp(function, x, kernel)
         tangent = jax.jvp(function, (x, kernel), (direction, kernel))[1]
-        results[name] = [value, tangent, *pull_back(cotangent)]
+        results[name] = [value, tangent, *pull_back(cotangent), curvature(function, x, kernel)]
     for name in ("multiplied", "read"):
         for ours, expected in zip(results[name], results["definition"], strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-9 * max(1, np.abs(expected).max()))

@@ -75,7 +75,7 @@ class AttentionPool(nn.Module):
         W, H, K = config.d_model, config.heads, config.head_dim
 
         projections = [reader(config, name, H * K, "heads", config.qkv_bias) for name in ("key", "value")]
-        k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_together(projections, Scaled(x_BxTxD, None)))
+        k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_together(projections, Scaled(x_BxTxD)))
         probe_init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("token", "raw"))
         probe_1xW = self.param("probe", probe_init, (1, W), config.param_dtype).astype(config.dtype)
         q_HxK = Linear(config, H * K, ("raw", "heads"), config.use_bias, name="query")(probe_1xW).reshape(H, K)
