@@ -15,5 +15,6 @@ from configs.gpt3 import get_config as gpt3
 def get_config() -> ConfigDict:
     """The run's configuration."""
     config = gpt3("175B")
+    config.log_every, config.checkpoint_every, config.grace_seconds = 1, 50, 900  # a step takes a minute or two
     config.mesh.fsdp, config.mesh.tensor, config.accumulate = 32, 4, 6
     return config

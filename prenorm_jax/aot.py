@@ -40,6 +40,7 @@ _PARTS = {
     "norms": r"_norm\b|/norm\b",
     "attention": r"/attention\b",
     "MLP": r"/mlp\b",
+    "layers, other": r"(GPT|ViT)\)*/(.*/)?(while/body|block_\d)",  # residual stream, scanning, what it keeps
     "embedding, head and loss": r"GPT|ViT|jvp|log_softmax|logsumexp|take_along_axis",
 }
 

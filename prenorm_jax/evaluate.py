@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints
@@ -40,18 +41,37 @@ def evaluate(
     return data.summarize({key: float(np.sum([batch[key] for batch in sums], dtype=np.float64)) for key in sums[0]})
 
 
-def load_as(workdir: str | Path, norm: str, step: int | None) -> tuple[int, ModelConfig, dict[str, Any]]:
+def load_as(
+    workdir: str | Path, norm: str, step: int | None, mesh: Mesh | None = None
+) -> tuple[int, ModelConfig, dict[str, Any]]:
     """The step of a run's checkpoint (None: the latest), and what it holds as the model and parameters of `norm`.
 
-    Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
+    With a mesh the parameters are split over it, and so is Pre-LN's conversion; that of others, whose equivalents need
+    not exist, is done whole. Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
     """
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.resolve(step)
-        model, params = checkpoints.params(step)
-    if norm != model.norm:
-        params = convert_params(params, model, to=norm)
-        model = convert_config(model, to=norm)
-    return step, model, params
+        stored = checkpoints.model(step)
+        model = stored if norm == stored.norm else convert_config(stored, to=norm)
+        split = mesh is not None and stored.norm in (norm, "layernorm")
+        _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
+
+    def convert(params: Any) -> Any:
+        return params if norm == stored.norm else convert_params(params, stored, to=norm)
+
+    if split:
+        return step, model, jax.jit(convert, out_shardings=params_sharding(model, mesh))(params)
+    params = convert(params)
+    return step, model, params if mesh is None else put_everywhere(params, params_sharding(model, mesh))
+
+
+def mesh_for(config: ConfigDict) -> Mesh:
+    """The run's mesh, if there are devices for it; else one of those there are. Changes `config` to what fits it."""
+    count, config.accumulate = jax.device_count(), 1
+    if count % (config.mesh.fsdp * config.mesh.tensor):
+        config.mesh.fsdp, config.mesh.tensor = count, 1
+    config.batch_size += -config.batch_size % (count // config.mesh.tensor)  # what is missing weighs nothing
+    return make_mesh(config)
 
 
 def main() -> None:
@@ -70,12 +90,11 @@ def main() -> None:
     with refused_alike():
         config = load_config(args.workdir)
         configure_jax(config)
-        mesh = make_mesh(config)
+        mesh = mesh_for(config)
         norm = args.norm or config.model.norm
-        step, model, params = load_as(args.workdir, norm, args.step)
+        step, model, params = load_as(args.workdir, norm, args.step, mesh)
         data = load_data(config)
     check_same("the checkpoint, the norm or the data", (step, norm, data.digest))
-    params = put_everywhere(params, params_sharding(model, mesh))
     result = evaluate(make_eval_step(config, model, mesh), params, data, config, split_batch(mesh))
 
     if not is_first():

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=\{?%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=(\{.*?\}|\S+)")
+_NAME = re.compile(r"[\w.\-]+")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
@@ -66,14 +68,23 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator[Operation]:
+    fused = set()
     for line in computations.get(name, ()):
         instruction = _INSTRUCTION.match(line)
         if not instruction:
             continue
         kind, size = instruction[2], _size(instruction[1])
-        called = _CALLED.findall(line)
+        called = [name for names in _CALLED.findall(line) for name in _NAME.findall(names)]
         if kind == "fusion" and any(" all-reduce(" in inner for inner in computations.get(called[0], ())):
             kind = "reduce-scatter"  # on TPUs: an all-reduce of which each device keeps its share
+        elif kind == "fusion":
+            # On TPUs: one that is done in steps, beside the products that the fusions around those steps are.
+            for inner in computations.get(called[0], ()):
+                part, channel = _INSTRUCTION.match(inner), _CHANNEL.search(inner)
+                if part and part[2] in COLLECTIVES and channel and (part[2], channel[1]) not in fused:
+                    fused.add((part[2], channel[1]))
+                    where = _OP_NAME.search(inner)
+                    yield Operation(part[2], where[1] if where else "", times, 0, _size(part[1]))
         scope, cycles = _OP_NAME.search(line), _CYCLES.search(line)
         yield Operation(kind, scope[1] if scope else "", times, int(cycles[1]) if cycles else 0, size)
         if kind in ("while", "call", "conditional", "async-start"):

@@ -110,7 +110,8 @@ def tree_sharding(tree: Any, config: ModelConfig, mesh: Mesh) -> Any:
 
     def place(path: Any, leaf: Any) -> Sharding:
         keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return shardings[keys] if keys in params and params[keys].value.shape == leaf.shape else replicated(mesh)
+        end = next((keys[i:] for i in range(len(keys)) if keys[i:] in params), None)
+        return shardings[end] if end and params[end].value.shape == leaf.shape else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -135,18 +136,23 @@ def lay_out(tree: Any, formats: Any) -> Any:
 
 
 def check_sharding(config: ModelConfig, mesh: Mesh, largest: int) -> None:
-    """Raises PrenormError if a mesh that is to split parameters leaves one of more than `largest` numbers whole."""
+    """Raises PrenormError if a mesh that is to split parameters leaves much of one unsplit.
+
+    That is, if a device holds more than `largest` numbers of one that not all axes split which could.
+    """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
     shardings = flatten_dict(params_sharding(config, mesh))
-    whole = [
-        f"{'/'.join(path)} {leaf.value.shape}"
-        for path, leaf in abstract_params(config).items()
-        if leaf.value.size > largest and shardings[path].is_fully_replicated
-    ]
-    if whole:
+    unsplit = []
+    for path, leaf in abstract_params(config).items():
+        held = math.prod(shardings[path].shard_shape(leaf.value.shape))
+        axes = {axis for name in leaf.names for axes in _SPLIT_BY.get(name, ()) for axis in axes}
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        if held > largest and (held == leaf.value.size or held * parts > leaf.value.size):
+            unsplit.append(f"{held:,} numbers of {'/'.join(path)} {leaf.value.shape}")
+    if unsplit:
         raise PrenormError(
-            f"every device would hold all of {', '.join(whole[:4])}, whose sizes mesh.fsdp={mesh.shape['fsdp']} and "
+            f"every device would hold {', '.join(unsplit[:4])}, whose sizes mesh.fsdp={mesh.shape['fsdp']} and "
             f"mesh.tensor={mesh.shape['tensor']} do not divide: pad them (such as model.vocab_size to a multiple of "
             "128), change the mesh, or raise mesh.largest_replicated"
         )

@@ -186,6 +186,17 @@ def test_a_converted_checkpoint_evaluates_the_same_and_trains_on(runs, tmp_path,
         assert not back.exists()
 
 
+@pytest.mark.slow
+def test_what_many_devices_trained_evaluates_the_same_on_any_number(text, tmp_path):
+    flags = [*SMALL, f"--config.data.path={text}", f"--workdir={tmp_path}", "--config.batch_size=8"]
+    flags += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.accumulate=2"]
+    command("train.py", *flags, devices=8)
+    expected = [line["eval_loss"] for line in lines_of(tmp_path) if "eval_loss" in line][-1]
+    for devices, norm in ((1, "layernorm"), (3, "rmsnorm"), (8, "crmsnorm")):
+        done = command("eval.py", f"--workdir={tmp_path}", "--json", f"--norm={norm}", devices=devices)
+        assert json.loads(done.stdout)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(runs, text, tmp_path):
     data = f"--config.data.path={text}"
     command(

@@ -32,7 +32,19 @@ def test_collectives_and_their_sizes():
 
 def test_cycles_shapes_and_nested_loops_of_a_text():
     text = """HloModule jit_f
+%async_collective_fusion.1 (p: bf16[4]) -> bf16[8] {
+  %a = bf16[8] all-gather(%p), channel_id=7, dimensions={0}
+}
+%async_collective_fusion.2 (p: bf16[4]) -> bf16[8] {
+  %a = bf16[8] all-gather(%p), channel_id=7, dimensions={0}
+}
+%branch (p: (f32[2])) -> (f32[2]) {
+  %n = f32[2] negate(%p)
+}
 %inner (p: (f32[2])) -> (f32[2]) {
+  %s = bf16[8] fusion(%p), kind=kCustom, calls=%async_collective_fusion.1
+  %e = bf16[8] fusion(%p), kind=kCustom, calls=%async_collective_fusion.2
+  %c = f32[2] conditional(%p), branch_computations={%other, %branch}
   %g = bf16[3,4]{1,0} fusion(%p), calls=%f, metadata={op_name="f/a/norm"}, backend_config={"estimated_cycles":"10"}
 }
 %outer (p: (f32[2])) -> (f32[2]) {
@@ -43,8 +55,12 @@ ENTRY %main (p: f32[2]) -> f32[2] {
   ROOT %w = (f32[2]) while(%p), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"2"}}
 }
 """
+    assert [(o.kind, o.times, o.size) for o in hlo.operations(text) if o.kind == "all-gather"] == [
+        ("all-gather", 6, 16)
+    ]
     operations = {operation.kind: operation for operation in hlo.operations(text)}
     fusion = operations["fusion"]
     assert (fusion.times, fusion.cycles, fusion.size, fusion.scope) == (6, 10, 24, "f/a/norm")
+    assert operations["negate"].times == 6
     reduced = operations["all-reduce-start"]
     assert (reduced.times, reduced.collective, reduced.size) == (2, "all-reduce", 37)

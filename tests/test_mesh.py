@@ -15,7 +15,7 @@ from prenorm_jax.config import base_config
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.models import build_model
-from prenorm_jax.sharding import axes_spec, check_sharding, make_mesh, sharding_table
+from prenorm_jax.sharding import axes_spec, check_sharding, make_mesh, sharding_table, tree_sharding
 from prenorm_jax.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.step import init_params, init_state, make_train_step, run_models, state_sharding
 from prenorm_jax.stream import abstract_params
@@ -153,8 +153,31 @@ def test_bad_meshes_are_refused():
     config.accumulate, config.model.vocab_size = 1, 17
     model, mesh = run_models(config).trained, make_mesh(config)
     check_sharding(model, mesh, largest=17 * 16)
-    with pytest.raises(PrenormError, match=r"every device would hold all of token_embedding \(17, 16\)"):
+    with pytest.raises(PrenormError, match=r"every device would hold 272 numbers of token_embedding \(17, 16\)"):
         check_sharding(model, mesh, largest=17 * 16 - 1)
+    # Split by one axis of two is not split enough.
+    config.model.vocab_size, config.mesh.tensor = 18, 4
+    model, mesh = run_models(config).trained, make_mesh(config)
+    assert mesh.shape["fsdp"] == 2
+    with pytest.raises(PrenormError, match=r"144 numbers of token_embedding \(18, 16\)"):
+        check_sharding(model, mesh, largest=17 * 8)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "lamb", "muon"])
+def test_moments_are_split_as_their_parameters_are(name):
+    config = run_config("gpt", "rmsnorm", "float64")
+    config.optimizer.name, config.mesh.fsdp = name, 8
+    models, mesh = run_models(config), make_mesh(config)
+    state = jax.eval_shape(lambda: init_state(config, models))
+    sharding = tree_sharding(state.opt_state, models.trained, mesh)
+    kernel = [
+        (leaf.shape, place.shard_shape(leaf.shape))
+        for (path, leaf), place in zip(
+            jax.tree_util.tree_leaves_with_path(state.opt_state), jax.tree.leaves(sharding), strict=True
+        )
+        if "'up'" in jax.tree_util.keystr(path) and leaf.shape == (16, 32)
+    ]
+    assert all(held == (16, 4) for _, held in kernel) and (kernel or name == "adafactor")  # which factors its moments
 
 
 def test_axes_that_do_not_divide_are_not_split():
