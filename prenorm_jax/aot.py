@@ -24,13 +24,13 @@ from prenorm_jax.command_line import parse_flags
 from prenorm_jax.errors import PrenormError, first_line, run_command, say
 from prenorm_jax.files import write_whole
 from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.sharding import make_mesh, sharding_table
+from prenorm_jax.sharding import MESH_AXES, make_mesh, sharding_table
 from prenorm_jax.step import H_SCOPE, OPTIMIZER_SCOPE, count, init_state, make_train_step, run_models
 from prenorm_jax.topology import abstract_batch, topology_devices
 from prenorm_jax.utilisation import model_flops
 
 GIB = 2**30
-HBM_GB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a chip: cloud.google.com/tpu/docs/system-architecture-tpu-vm
+HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a chip: cloud.google.com/tpu/docs/system-architecture-tpu-vm
 # Parts of a step, by the name of an operation in the source; the first that is found counts. XLA fuses operations and
 # names the fusion after one of them.
 _PARTS = {
@@ -66,7 +66,7 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
         ) from error
     memory = program.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    others = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
     parts: dict[str, int] = collections.Counter()
     collectives: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for operation in hlo.operations(program.as_text()):
@@ -82,7 +82,7 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "arguments": arguments,
         "temporaries": temporaries,
-        "peak": arguments + temporaries + outputs,
+        "peak": arguments + temporaries + others,  # at most: not all of the temporaries need live at once
         "model_flops": model_flops(ModelConfig.create(config.model), config.batch_size, length, training=True),
         "collectives": {kind: tuple(value) for kind, value in sorted(collectives.items())},
         "cycles": {part: parts[part] for part in [*_PARTS, "other"]},
@@ -96,16 +96,16 @@ def part_of(operation: hlo.Operation) -> str:
     return next((part for part, pattern in _PARTS.items() if re.search(pattern, operation.scope)), "other")
 
 
-def report_text(report: dict[str, Any], hbm_gb: float | None) -> str:
-    """For people. `hbm_gb`: memory of a chip, if it is known."""
+def report_text(report: dict[str, Any], hbm_gib: float | None) -> str:
+    """For people. `hbm_gib`: memory of a chip, if it is known."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     total = sum(report["cycles"].values())
-    of_chip = "" if hbm_gb is None else f" of the chip's {hbm_gb} GB"
+    of_chip = "" if hbm_gib is None else f" of the chip's {hbm_gib}"
     lines = [
         f"{report['norm']}: {report['parameters']:,} parameters trained on {report['devices']} devices ({mesh})",
         f"  compiled in {report['compile_s']:.0f} s, traced in {report['trace_s']:.0f} s",
-        f"  on each device: peak {report['peak'] / GIB:.2f} GiB{of_chip}; arguments {report['arguments'] / GIB:.2f}, "
-        f"temporaries {report['temporaries'] / GIB:.2f} GiB",
+        f"  on each device: peak {report['peak'] / GIB:.2f} GiB{of_chip}, so it fits: "
+        f"arguments {report['arguments'] / GIB:.2f}, temporaries {report['temporaries'] / GIB:.2f} GiB",
         f"  {report['model_flops'] / 1e12:,.1f} TFLOP of matrix products in a step, "
         f"{report['model_flops'] / report['devices'] / 1e12:,.2f} on each device",
         "  collectives, by their results on each device: "
@@ -122,16 +122,17 @@ def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.FATAL)
     args, config = flags.FLAGS, flags.FLAGS.config
-    devices = topology_devices(args.topology)
-    reports = []
+    devices, reports = None, []
     for norm in args.norm.split(",") if args.norm else [config.model.norm]:
         config.model.norm = norm
-        if args.parameters:
-            print(sharding_table(run_models(config).trained, make_mesh(config, devices)))
+        if args.parameters:  # no devices are needed to say how they are split
+            shape = (1, config.mesh.fsdp, config.mesh.tensor)
+            print(sharding_table(run_models(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))
             continue
+        devices = devices or topology_devices(args.topology)
         say(f"compiling {norm} for {args.topology}")
         reports.append(compile_step(config, devices))
-        print(report_text(reports[-1], HBM_GB.get(args.topology.split(":")[0])))
+        print(report_text(reports[-1], HBM_GIB.get(args.topology.split(":")[0])))
     if reports:
         print("memory, collectives and cycles: the TPU compiler's own figures, nothing was measured")
     if args.out:
@@ -142,7 +143,7 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     flags.DEFINE_string("topology", "v5p:2x2x1", "TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8")
     flags.DEFINE_string("norm", None, "norms to compile, with commas between them (default: the config's)")
-    flags.DEFINE_bool("parameters", False, "only print how each parameter is split")
+    flags.DEFINE_bool("parameters", False, "only print how each parameter is split; needs no libtpu")
     flags.DEFINE_string("out", None, "a JSON file for all figures")
 
     def default(given: dict[str, str]) -> ConfigDict:

@@ -4,7 +4,7 @@ import re
 
 import jax
 import pytest
-from test_commands import error_of
+from test_commands import command, error_of
 from test_mesh import batch_of, run_config
 
 from prenorm_jax import aot, hlo
@@ -59,11 +59,27 @@ def test_every_part_of_a_step_is_found(config):
     assert not any(re.search("attention/|mlp/", operation.scope) for operation in found["norms"])
 
 
-def test_the_report_says_what_is_the_compilers_and_what_fits(config):
+def test_the_report_says_what_fits(config):
     report = aot.compile_step(config, jax.devices()) | {"cycles": {"norms": 3_000_000, "MLP": 1_000_000}}
-    text = aot.report_text(report, hbm_gb=95)
-    assert "of the chip's 95 GB" in text and "norms 3.0 M (75.0%)" in text and "all-gather" in text
+    text = aot.report_text(report, hbm_gib=95)
+    assert "GiB of the chip's 95, so it fits" in text and "norms 3.0 M (75.0%)" in text and "all-gather" in text
     assert "data 2 × fsdp 2 × tensor 2" in text
+
+
+def test_how_parameters_are_split_is_said_without_libtpu():
+    flags = ["--config=configs/gpt_stdlib.py", "--parameters", "--config.mesh.fsdp=2", "--config.mesh.tensor=4"]
+    rows = command("-m", "prenorm_jax.aot", *flags).stdout.splitlines()
+    up = next(row for row in rows if "block_0/mlp/up/kernel" in row)
+    assert "128×512" in up and "-, tensor+fsdp" in up and up.endswith("8,192")
+
+
+def test_rematerialisation_keeps_less(config):
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        changed = config.copy_and_resolve_references()
+        changed.model.remat, changed.batch_size, changed.model.depth = remat, 256, 8
+        kept[remat] = aot.compile_step(changed, jax.devices())["temporaries"]
+    assert kept["full"] < 0.9 * kept["dots"] < 0.9 * 0.95 * kept["none"]
 
 
 def test_bad_flags_are_refused():
