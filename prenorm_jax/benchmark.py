@@ -30,7 +30,7 @@ from prenorm_jax.data import load_data
 from prenorm_jax.errors import PrenormError, check_range, run_command, say
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh
-from prenorm_jax.tasks import TASKS, Task, make_task
+from prenorm_jax.tasks import TASKS, Task, contenders_of, make_task
 from prenorm_jax.utilisation import model_flops
 from prenorm_jax.workdir import configure_jax, device_name
 
@@ -158,8 +158,6 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int) -> dic
     config = setting.run_config()
     configure_jax(config)
     data = real_batch(config)
-    if task == "h":
-        names = [name for name in names if CONTENDERS[name].parameterization == "pre_ln"]
     calls, rows = {}, {}
     for name in names:
         start = time.monotonic()
@@ -219,6 +217,7 @@ def main() -> None:
     unknown = set(args.only.split(",")) - set(CONTENDERS)
     if unknown or not names:
         raise PrenormError(f"--only={args.only}: {', '.join(sorted(unknown))} is not among {', '.join(CONTENDERS)}")
+    names = contenders_of(args.task, names)
     setting = Setting(args.model, args.batch, args.length, args.dtype, args.depth)
     if args.topology:
         report = topology.estimate(args.topology, setting, args.task, names)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prenorm_jax.contenders import Contender
+from prenorm_jax.contenders import CONTENDERS, Contender
 from prenorm_jax.errors import PrenormError, check_choice
 from prenorm_jax.generate import decode_step, prefill
 from prenorm_jax.model_config import ModelConfig
@@ -58,6 +58,15 @@ class Task(NamedTuple):
         """The program for batches like this one, which may be abstract. No array is made."""
         with self.contender.norms():
             return self.function.lower(*jax.eval_shape(self.arguments), batch).compile()
+
+
+def contenders_of(task: str, names: list[str]) -> list[str]:
+    """Those of the contenders that have the task: without Pre-LN parameters there is no h. Raises PrenormError."""
+    having = [name for name in names if task != "h" or CONTENDERS[name].parameterization == "pre_ln"]
+    if not having:
+        able = ", ".join(name for name, contender in CONTENDERS.items() if contender.parameterization == "pre_ln")
+        raise PrenormError(f"--task=h: none of {', '.join(names)} converts anything: name some of {able} in --only")
+    return having
 
 
 def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -> Task:

@@ -9,15 +9,16 @@ import pytest
 from common import random_inputs, random_params, relative
 from test_commands import command, error_of
 
-from prenorm_jax import benchmark_report, sizes
+from prenorm_jax import benchmark_report, sizes, topology
 from prenorm_jax.benchmark import ratios, real_batch
 from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting
 from prenorm_jax.conversion import convert_params
+from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.step import run_models
 from prenorm_jax.stream import COORDINATES, abstract_params
-from prenorm_jax.tasks import TASKS
+from prenorm_jax.tasks import TASKS, contenders_of
 
 SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
 
@@ -102,6 +103,22 @@ def test_it_refuses_what_it_does_not_know():
     assert "batchnorm is not among layernorm" in error_of(*benchmark, "--only=batchnorm")
     assert "--rounds=0 must be at least 1" in error_of(*benchmark, "--rounds=0")
     assert "--task='speed' is not one of step, forward, prefill, decode, h" in error_of(*benchmark, "--task=speed")
+    for where in ((), ("--topology=v5e:2x2",)):
+        error = error_of(*benchmark, "--task=h", "--only=rmsnorm,none", *where)
+        assert (
+            "--task=h: none of rmsnorm, none converts anything: name some of rmsnorm-pre_ln, crmsnorm-pre_ln" in error
+        )
+
+
+def test_only_contenders_with_pre_ln_parameters_have_an_h():
+    assert contenders_of("h", list(CONTENDERS)) == ["rmsnorm-pre_ln", "crmsnorm-pre_ln"]
+    assert contenders_of("step", list(CONTENDERS)) == list(CONTENDERS)
+
+
+def test_a_program_of_which_the_compiler_states_no_cycles_is_refused(monkeypatch):
+    monkeypatch.setattr(topology, "topology_devices", lambda name: jax.devices()[:1])  # compiled for CPUs: none at all
+    with pytest.raises(PrenormError, match="--topology=v5e:2x2 --task=h: the compiler states no cycles for it"):
+        topology.estimate("v5e:2x2", SETTING, "h", ["rmsnorm-pre_ln"])
 
 
 @pytest.mark.slow
