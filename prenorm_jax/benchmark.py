@@ -122,7 +122,8 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str
     """For each contender: the median ratio to the baseline round by round, the undisturbed ratio, and its share.
 
     With 95 % intervals, by resampling rounds. The share, of the way to no norm, is None where there is no bound among
-    the contenders, or where the interval of its undisturbed ratio reaches 1: then there is no way to be measured.
+    the contenders, where the interval of its undisturbed ratio reaches 1, for then there is no way to be measured, or
+    where the rounds are too few to tell.
     """
     rounds = len(seconds[baseline])
     samples = np.random.default_rng(0).integers(rounds, size=(4000, rounds))
@@ -130,7 +131,8 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str
     floors = {name: np.quantile(values, QUIET) for name, values in times.items()}
     resampled = {name: np.quantile(values[samples], QUIET, axis=1) for name, values in times.items()}
     quiet = {name: floor / resampled[baseline] for name, floor in resampled.items()}
-    measurable = BOUND in times and np.quantile(quiet[BOUND], 0.975) < 1
+    enough = rounds >= benchmark_report.LEAST_ROUNDS
+    measurable = enough and BOUND in times and np.quantile(quiet[BOUND], 0.975) < 1
     result = {}
     for name in times:
         pairwise = times[name] / times[baseline]

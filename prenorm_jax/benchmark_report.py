@@ -16,6 +16,7 @@ from prenorm_jax.files import write_whole
 from prenorm_jax.tasks import TASKS
 
 Report = dict[str, Any]
+LEAST_ROUNDS = 10  # for a verdict: of fewer, resampled, an interval is too narrow; of one it has no width at all
 
 
 def table(report: Report) -> str:
@@ -80,6 +81,8 @@ def _interval(pair: list[float], digits: int) -> str:
 def _words(report: Report) -> list[str]:
     if "topology" in report or report["task"] == "h":
         return []
+    if report["rounds"] < LEAST_ROUNDS:
+        return [f"No verdict: it needs {LEAST_ROUNDS} rounds at least, not {report['rounds']}. More rounds."]
     bound = report["contenders"].get("none")
     if bound is None:
         return ["No verdict: `none`, the bound, is not among the contenders."]

@@ -68,19 +68,32 @@ def report_of(seconds):
         | {"temporaries_mib": 1, "compiled_mib": 1, "process_mib": None, **row}
         for name, row in ratios(seconds, "layernorm").items()
     }
-    report = dataclasses.asdict(SETTING) | {"task": "step", "unit": "token", "rounds": 9, "device": "x", "date": "d"}
-    report |= {"jax": "0", "matmul_peak_gflops": 1, "model_gflop": 1, "baseline": "layernorm", "contenders": rows}
+    report = dataclasses.asdict(SETTING) | {"task": "step", "unit": "token", "device": "x", "date": "d"}
+    report |= {
+        "rounds": len(seconds["layernorm"]),
+        "jax": "0",
+        "matmul_peak_gflops": 1,
+        "model_gflop": 1,
+        "baseline": "layernorm",
+        "contenders": rows,
+    }
     return report
 
 
 def test_verdicts():
     rng = np.random.default_rng(1)
-    noisy = {name: rng.normal(1, 0.1, size=9) for name in ("layernorm", "rmsnorm", "none")}
-    assert "No verdict" in benchmark_report.table(report_of(noisy))
-    clear = {"layernorm": np.full(9, 1.0), "rmsnorm": np.full(9, 0.902), "crmsnorm": np.full(9, 0.95)}
-    text = benchmark_report.table(report_of(clear | {"none": np.full(9, 0.9)}))
+    noisy = {name: rng.normal(1, 0.1, size=10) for name in ("layernorm", "rmsnorm", "none")}
+    assert "not more than the noise" in benchmark_report.table(report_of(noisy))
+    clear = {"layernorm": np.full(10, 1.0), "rmsnorm": np.full(10, 0.902), "crmsnorm": np.full(10, 0.95)}
+    clear["none"] = np.full(10, 0.9)
+    text = benchmark_report.table(report_of(clear))
     assert "rmsnorm saves 98% [98%, 98%] of that: at least .9 of it." in text
     assert "crmsnorm saves 50% [50%, 50%] of that: less than .9." in text
+    for rounds in (1, 9):
+        few = report_of({name: values[:rounds] for name, values in clear.items()})
+        assert all(row["share"] is None and row["share_interval"] is None for row in few["contenders"].values())
+        text = benchmark_report.table(few)
+        assert text.endswith(f"\n\nNo verdict: it needs 10 rounds at least, not {rounds}. More rounds.")
 
 
 def test_batches_are_real():
