@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from prenorm_jax import benchmark_report, topology
 from prenorm_jax.allocator import release_freed_memory
-from prenorm_jax.contenders import BOUND, CONTENDERS, Setting, baseline_of
+from prenorm_jax.contenders import BASELINES, BOUND, CONTENDERS, Setting, baseline_of
 from prenorm_jax.data import load_data
 from prenorm_jax.errors import PrenormError, check_range, run_command, say
 from prenorm_jax.model_config import ModelConfig
@@ -121,9 +121,9 @@ def _status(key: str) -> int:
 def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
     """For each contender: the median ratio to the baseline round by round, the undisturbed ratio, and its share.
 
-    With 95 % intervals, by resampling rounds. The share, of the way to no norm, is None where there is no bound among
-    the contenders, where the interval of its undisturbed ratio reaches 1, for then there is no way to be measured, or
-    where the rounds are too few to tell.
+    With 95 % intervals, by resampling rounds. The share, of the way to no norm, is None where there is no LayerNorm or
+    no bound among the contenders, where the interval of the bound's undisturbed ratio reaches 1, for then there is no
+    way to be measured, or where the rounds are too few to tell.
     """
     rounds = len(seconds[baseline])
     samples = np.random.default_rng(0).integers(rounds, size=(4000, rounds))
@@ -132,7 +132,8 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str
     resampled = {name: np.quantile(values[samples], QUIET, axis=1) for name, values in times.items()}
     quiet = {name: floor / resampled[baseline] for name, floor in resampled.items()}
     enough = rounds >= benchmark_report.LEAST_ROUNDS
-    measurable = enough and BOUND in times and np.quantile(quiet[BOUND], 0.975) < 1
+    a_way = baseline in BASELINES and BOUND in times
+    measurable = enough and a_way and np.quantile(quiet[BOUND], 0.975) < 1
     result = {}
     for name in times:
         pairwise = times[name] / times[baseline]

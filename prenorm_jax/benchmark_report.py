@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from prenorm_jax.compare_figure import DPI, FONT, GREY
+from prenorm_jax.contenders import BASELINES, BOUND
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.files import write_whole
 from prenorm_jax.tasks import TASKS
@@ -83,7 +84,9 @@ def _words(report: Report) -> list[str]:
         return []
     if report["rounds"] < LEAST_ROUNDS:
         return [f"No verdict: it needs {LEAST_ROUNDS} rounds at least, not {report['rounds']}. More rounds."]
-    bound = report["contenders"].get("none")
+    if report["baseline"] not in BASELINES:
+        return [f"No verdict: it needs a LayerNorm among the contenders: {', '.join(BASELINES)}."]
+    bound = report["contenders"].get(BOUND)
     if bound is None:
         return ["No verdict: `none`, the bound, is not among the contenders."]
     cost, low, high = 1 - bound["quiet_ratio"], *(1 - value for value in reversed(bound["quiet_interval"]))

@@ -11,7 +11,7 @@ from test_commands import command, error_of
 
 from prenorm_jax import benchmark_report, sizes, topology
 from prenorm_jax.benchmark import ratios, real_batch
-from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting
+from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting, baseline_of
 from prenorm_jax.conversion import convert_params
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import ModelConfig
@@ -62,19 +62,19 @@ def test_a_share_is_of_the_way_to_no_norm_and_not_given_where_noise_hides_it():
     assert hidden["rmsnorm"]["share"] is None
 
 
-def report_of(seconds):
+def report_of(seconds, baseline="layernorm"):
     rows = {
         name: {"about": "", "quartiles_ms": [1, 1, 1], "units_per_s": 1, "flops_share_of_peak": None}
         | {"temporaries_mib": 1, "compiled_mib": 1, "process_mib": None, **row}
-        for name, row in ratios(seconds, "layernorm").items()
+        for name, row in ratios(seconds, baseline).items()
     }
     report = dataclasses.asdict(SETTING) | {"task": "step", "unit": "token", "device": "x", "date": "d"}
     report |= {
-        "rounds": len(seconds["layernorm"]),
+        "rounds": len(seconds[baseline]),
         "jax": "0",
         "matmul_peak_gflops": 1,
         "model_gflop": 1,
-        "baseline": "layernorm",
+        "baseline": baseline,
         "contenders": rows,
     }
     return report
@@ -94,6 +94,16 @@ def test_verdicts():
         assert all(row["share"] is None and row["share_interval"] is None for row in few["contenders"].values())
         text = benchmark_report.table(few)
         assert text.endswith(f"\n\nNo verdict: it needs 10 rounds at least, not {rounds}. More rounds.")
+
+
+def test_without_a_layernorm_there_is_no_verdict_and_the_bound_is_no_baseline():
+    assert baseline_of({"none": 1.0, "rmsnorm": 2.0, "crmsnorm": 3.0}) == "rmsnorm"
+    assert baseline_of({"none": 1.0, "rmsnorm": 2.0, "layernorm": 4.0, "flax-one-pass": 3.0}) == "flax-one-pass"
+    assert baseline_of({"none": 1.0}) == "none"
+    report = report_of({"rmsnorm": np.full(10, 1.0), "none": np.full(10, 0.9)}, "rmsnorm")
+    assert report["contenders"]["none"]["share"] is None
+    *_, last = benchmark_report.table(report).split("\n")
+    assert last.startswith("No verdict: it needs a LayerNorm among the contenders: layernorm, layernorm-folded, flax-")
 
 
 def test_batches_are_real():
