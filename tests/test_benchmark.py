@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import random_inputs, random_params, relative
@@ -16,9 +17,10 @@ from prenorm_jax.conversion import convert_params
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
+from prenorm_jax.sharding import make_mesh
 from prenorm_jax.step import run_models
 from prenorm_jax.stream import COORDINATES, abstract_params
-from prenorm_jax.tasks import TASKS, contenders_of
+from prenorm_jax.tasks import TASKS, contenders_of, make_task
 
 SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
 
@@ -104,6 +106,17 @@ def test_without_a_layernorm_there_is_no_verdict_and_the_bound_is_no_baseline():
     assert report["contenders"]["none"]["share"] is None
     *_, last = benchmark_report.table(report).split("\n")
     assert last.startswith("No verdict: it needs a LayerNorm among the contenders: layernorm, layernorm-folded, flax-")
+
+
+def test_decoding_is_timed_as_generate_does_it():
+    """Position and keys are arguments: of constants XLA computes part of the step in advance."""
+    config = SETTING.run_config()
+    task = make_task("decode", CONTENDERS["rmsnorm"], config, make_mesh(config, jax.devices()[:1]))
+    params, cache, position, keys_B = task.make_arguments()
+    assert position == 8 and keys_B.shape == (2,)
+    batch = {"tokens": jnp.zeros((2, 17), jnp.int32)}
+    cache, chosen_B = task.compile(batch)(params, cache, position, keys_B, batch)
+    assert chosen_B.shape == (2,) and jax.tree.leaves(cache)[0].shape == (2, 16, 64)
 
 
 def test_batches_are_real():

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import random_inputs, random_params, relative, tiny
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 from test_commands import SMALL, command, error_of, make_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
+from prenorm_jax import generate as generate_module
 from prenorm_jax.data.text import load_tokenizer
 from prenorm_jax.generate import NO_TOKEN, TextStream, decode_step, generate, main, prefill, write_texts
 from prenorm_jax.model_config import NORMS
@@ -285,6 +288,28 @@ def test_the_step_takes_over_the_cache():
 
 
 # --- the command
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_command_casts_what_the_model_reads_in_its_dtype_once_and_rounds_nothing_twice(monkeypatch, scan):
+    config = tiny(vocab_size=257, head_bias=True, scan=scan, dtype="bfloat16", param_dtype="float32")
+    params = random_params(config, 4, embedding_mean=3.0)
+    given = {}
+    run = ConfigDict({"model": dict(vars(config)), "data": {"tokenizer": "bytes", "eot_token": None}})
+    monkeypatch.setattr(generate_module, "load_config", lambda workdir: run)
+    monkeypatch.setattr(generate_module, "configure_jax", lambda config: None)
+    monkeypatch.setattr(generate_module, "load_as", lambda workdir, norm, step: (1, config, params))
+    monkeypatch.setattr(
+        generate_module, "write_texts", lambda model, params, *rest: given.update(model=model, params=params) or []
+    )
+    monkeypatch.setattr(sys, "argv", ["generate", "run"])
+    main()
+    flat = flatten_dict(given["params"])
+    read = {path[-1]: leaf.dtype for path, leaf in flat.items()}
+    assert read.pop("kernel") == read.pop("token_embedding") == read.pop("position_embedding") == jnp.bfloat16
+    assert set(read.values()) == {jnp.dtype("float32")}
+    tokens = random_inputs(config)
+    np.testing.assert_array_equal(apply(given["model"], given["params"], tokens), apply(given["model"], params, tokens))
 
 
 def test_the_command_on_a_run(tmp_path, monkeypatch, capsys):
