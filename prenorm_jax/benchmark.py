@@ -170,7 +170,8 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int) -> dic
         say(f"{name}: compiled in {time.monotonic() - start:.0f} s")
     seconds = measure(calls, rounds)
     baseline = baseline_of({name: float(np.quantile(times, QUIET)) for name, times in seconds.items()})
-    flops = model_flops(ModelConfig.create(config.model), setting.batch, setting.length, task == "step")
+    logits = 1 if task == "prefill" else None
+    flops = model_flops(ModelConfig.create(config.model), setting.batch, setting.length, task == "step", logits)
     peak = peak_flops(setting.dtype)
     is_text = config.model.family == "gpt"
     units = setting.batch * (setting.length if is_text and task != "decode" else 1)

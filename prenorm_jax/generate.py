@@ -42,8 +42,10 @@ def as_read(params: Any, config: ModelConfig) -> Any:
 @functools.partial(jax.jit, static_argnames=("model", "cache_size"))
 def prefill(model: GPT, params: Any, tokens_BxT: jax.Array, cache_size: int) -> tuple[jax.Array, Any]:
     """The logits (B, V) for what comes after the tokens, and a cache of them that has room for `cache_size`."""
-    logits_BxTxV, state = model.apply({"params": params}, tokens_BxT, cache_size=cache_size, mutable=["cache"])
-    return logits_BxTxV[:, -1], state["cache"]
+    B, T = tokens_BxT.shape
+    options = {"cache_size": cache_size, "at_B": jnp.full(B, T - 1), "mutable": ["cache"]}
+    logits_Bx1xV, state = model.apply({"params": params}, tokens_BxT, **options)
+    return logits_Bx1xV[:, 0], state["cache"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")

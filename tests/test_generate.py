@@ -86,6 +86,16 @@ def test_logits_with_the_cache_are_those_of_the_whole_sequence(norm, changes):
     assert position == 20
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "norm": "crmsnorm"}, {"head_bias": True}])
+def test_logits_at_one_place_of_each_sequence_are_those_of_all(changes):
+    model, params = model_of(**changes)
+    tokens, at_B = random_inputs(model.config, batch=3), jnp.array([19, 0, 7])
+    at = jax.jit(lambda params, at_B: model.apply({"params": params}, tokens, at_B=at_B))
+    found = at(params, at_B)
+    assert found.shape == (3, 1, model.config.vocab_size)
+    assert relative(found[:, 0], apply(model, params, tokens)[jnp.arange(3), at_B]) < 1e-12
+
+
 def test_only_a_call_that_asks_for_it_makes_a_cache():
     model, params = model_of()
     tokens = jnp.zeros((2, 3), int)
