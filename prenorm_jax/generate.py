@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.data.text import TextTokenizer, check_vocab_size, load_tokenizer
-from prenorm_jax.errors import PrenormError, check_range, run_command, say
+from prenorm_jax.errors import PrenormError, check_integer, check_range, run_command, say
 from prenorm_jax.evaluate import load_as
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
@@ -86,6 +86,8 @@ def generate(
     Raises PrenormError, before the iterator is made, if a prompt is empty, too long or holds other tokens than the
     model's, or if `tokens` or `seed` make no sense.
     """
+    for key, value in (("tokens", tokens), ("seed", seed), ("end", end)):
+        check_integer(key, value)
     check_range("tokens", tokens, at_least=1)
     check_range("seed", seed, at_least=0, below=2**32)
     max_len, lengths_B = model.config.max_len, np.array([len(prompt) for prompt in prompts])
@@ -94,11 +96,12 @@ def generate(
     if (longest := int(lengths_B.max())) > max_len:
         raise PrenormError(f"a prompt of {longest} tokens, the first one included, exceeds model.max_len={max_len}")
     prompts_BxT = np.zeros((len(prompts), longest), np.int32)
-    for row_T, prompt in zip(prompts_BxT, prompts, strict=True):
+    for row_T, prompt in zip(prompts_BxT, map(np.asarray, prompts), strict=True):
+        # Checked before int32 takes it: what that cannot hold is cut off, or another error.
+        if prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
+            raise PrenormError(f"a prompt holds tokens that are not integers from 0 to {model.config.vocab_size - 1}")
         row_T[: len(prompt)] = prompt
-    if prompts_BxT.min() < 0 or prompts_BxT.max() >= model.config.vocab_size:
-        raise PrenormError(f"a prompt holds tokens that are not from 0 to {model.config.vocab_size - 1}")
-    ends_B = np.minimum(lengths_B + tokens, max_len + 1)  # the last token is never read
+    ends_B = np.minimum(lengths_B + min(tokens, max_len), max_len + 1)  # the last token is never read
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     return _generate(model, params, prompts_BxT, lengths_B, ends_B, sampling, keys_B, end)
 

@@ -154,8 +154,17 @@ def test_each_prompt_stops_by_itself():
         ([[1] * 21], {}, "a prompt of 21 tokens, the first one included, exceeds model.max_len=20"),
         ([[1], []], {}, "a prompt holds no token"),
         ([], {}, "a prompt holds no token"),
-        ([[1, 11]], {}, "tokens that are not from 0 to 10"),
-        ([[-1]], {}, "tokens that are not from 0 to 10"),
+        ([[1, 11]], {}, "tokens that are not integers from 0 to 10"),
+        ([[-1]], {}, "tokens that are not integers from 0 to 10"),
+        ([[2**31]], {}, "tokens that are not integers from 0 to 10"),
+        ([[2**32 + 1]], {}, "tokens that are not integers from 0 to 10"),
+        ([[1], [2**70]], {}, "tokens that are not integers from 0 to 10"),
+        ([[1, 2.5]], {}, "tokens that are not integers from 0 to 10"),
+        ([np.ones(3)], {}, "tokens that are not integers from 0 to 10"),
+        ([["a"]], {}, "tokens that are not integers from 0 to 10"),
+        ([[1]], {"tokens": 2.5}, "tokens=2.5 must be an integer"),
+        ([[1]], {"seed": 0.5}, "seed=0.5 must be an integer"),
+        ([[1]], {"end": 3.5}, "end=3.5 must be an integer"),
         ([[1]], {"tokens": 0}, "tokens=0 must be at least 1"),
         ([[1]], {"seed": -1}, "seed=-1 must be at least 0"),
         ([[1]], {"seed": 2**32}, "and below 4294967296"),
@@ -165,6 +174,14 @@ def test_what_generate_refuses(prompts, options, message):
     with pytest.raises(PrenormError) as error:
         generate(*model_of(), prompts, **{"tokens": 3} | options)
     assert message in str(error.value)
+
+
+def test_numbers_of_tokens_that_no_array_holds_are_as_good_as_many():
+    model, params = model_of()
+    for prompt in ([3], np.array([3], np.uint8), jnp.array([3])):
+        assert continuations(model, params, [prompt], 10**20) == continuations(model, params, [[3]], 20)
+    logits_BxV = jnp.arange(4.0)[None]
+    np.testing.assert_array_equal(choice_logits(logits_BxV, Sampling(1.0, 10**20)), logits_BxV - 3)
 
 
 # --- sampling
@@ -218,6 +235,8 @@ def test_the_limits_of_sampling_are_greedy():
     ("options", "message"),
     [
         ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0 and finite"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5 must be an integer"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
