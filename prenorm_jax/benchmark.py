@@ -209,19 +209,21 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, with commas between them")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtype", default="float32", help="of the computation")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, five rounds: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="defaults to see that it runs: tiny model, five rounds")
     parser.add_argument("--topology", help="TPUs that need not be there, as v5e:2x2: the compiler's cycles, not time")
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the JSON file and the picture")
     args = parser.parse_args()
     if args.quick:
-        args.model, args.batch, args.length, args.rounds = "gpt:2x64", 8, 32, 5
+        parser.set_defaults(model="gpt:2x64", batch=8, length=32, rounds=5)
+        args = parser.parse_args()
     for key in ("batch", "length", "rounds", "depth"):
         check_range(f"--{key}", getattr(args, key), at_least=1)
-    names = [name for name in CONTENDERS if name in args.only.split(",")]
-    unknown = set(args.only.split(",")) - set(CONTENDERS)
-    if unknown or not names:
-        raise PrenormError(f"--only={args.only}: {', '.join(sorted(unknown))} is not among {', '.join(CONTENDERS)}")
-    names = contenders_of(args.task, names)
+    only = {name for name in args.only.split(",") if name}
+    if not only or only - set(CONTENDERS):
+        wrong = ", ".join(sorted(only - set(CONTENDERS))) or "nothing"
+        raise PrenormError(f"--only={args.only}: {wrong} is not among {', '.join(CONTENDERS)}")
+    names = contenders_of(args.task, [name for name in CONTENDERS if name in only])
+    benchmark_report.check_folder(args.out)
     setting = Setting(args.model, args.batch, args.length, args.dtype, args.depth)
     if args.topology:
         report = topology.estimate(args.topology, setting, args.task, names)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from common import random_inputs, random_params, relative
 from test_commands import command, error_of
 
-from prenorm_jax import benchmark_report, sizes, topology
+from prenorm_jax import benchmark, benchmark_report, sizes, topology
 from prenorm_jax.benchmark import ratios, real_batch
 from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting, baseline_of
 from prenorm_jax.conversion import convert_params
@@ -134,16 +135,49 @@ def test_sizes_by_name():
 
 
 def test_it_refuses_what_it_does_not_know():
-    benchmark = ("-m", "prenorm_jax.benchmark")
-    assert "model 'gpt:6x100' is none of" in error_of(*benchmark, "--model=gpt:6x100")
-    assert "batchnorm is not among layernorm" in error_of(*benchmark, "--only=batchnorm")
-    assert "--rounds=0 must be at least 1" in error_of(*benchmark, "--rounds=0")
-    assert "--task='speed' is not one of step, forward, prefill, decode, h" in error_of(*benchmark, "--task=speed")
+    here = ("-m", "prenorm_jax.benchmark")
+    assert "model 'gpt:6x100' is none of" in error_of(*here, "--model=gpt:6x100")
+    assert "batchnorm is not among layernorm" in error_of(*here, "--only=batchnorm")
+    assert "--rounds=0 must be at least 1" in error_of(*here, "--rounds=0")
+    assert "--task='speed' is not one of step, forward, prefill, decode, h" in error_of(*here, "--task=speed")
     for where in ((), ("--topology=v5e:2x2",)):
-        error = error_of(*benchmark, "--task=h", "--only=rmsnorm,none", *where)
+        error = error_of(*here, "--task=h", "--only=rmsnorm,none", *where)
         assert (
             "--task=h: none of rmsnorm, none converts anything: name some of rmsnorm-pre_ln, crmsnorm-pre_ln" in error
         )
+
+
+def called_with(monkeypatch, *flags):
+    """What a command line has measured, where it comes to that: (setting, task, names, rounds)."""
+    calls = []
+    monkeypatch.setattr(benchmark, "benchmark", lambda *arguments: calls.append(arguments) or {})
+    monkeypatch.setattr(benchmark_report, "table", lambda report: "")
+    monkeypatch.setattr(benchmark_report, "write", lambda *arguments: [])
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+    benchmark.main()
+    return calls[0]
+
+
+def test_quick_is_for_what_is_not_given(monkeypatch, tmp_path):
+    out = f"--out={tmp_path}"
+    setting, _, names, rounds = called_with(monkeypatch, "--quick", "--only=rmsnorm,", out)
+    assert (setting.model, setting.batch, setting.length, rounds) == ("gpt:2x64", 8, 32, 5) and names == ["rmsnorm"]
+    setting, *_, rounds = called_with(monkeypatch, "--rounds=20", "--batch=2", "--quick", "--model=gpt:6x384", out)
+    assert (setting.model, setting.batch, setting.length, rounds) == ("gpt:6x384", 2, 32, 20)
+
+
+def test_what_cannot_be_compared_or_written_is_refused_before_it_is_measured(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for flag, message in (
+        ("--only=", "--only=: nothing is not among layernorm, "),
+        ("--only=,rmsnrm", "--only=,rmsnrm: rmsnrm is not among layernorm, "),
+        (f"--out={tmp_path}/file", f"cannot write into {tmp_path}/file (Not a directory): choose another --out"),
+        (f"--out={tmp_path}/file/in", f"cannot write into {tmp_path}/file/in (Not a directory): choose another --out"),
+        ("--out=/proc/self/new", "cannot write into /proc/self/new (No such file or directory): choose another --out"),
+    ):
+        with pytest.raises(PrenormError) as error:
+            called_with(monkeypatch, flag)
+        assert message in str(error.value)
 
 
 def test_only_contenders_with_pre_ln_parameters_have_an_h():
