@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from prenorm_jax.utilisation import model_flops
 from prenorm_jax.workdir import configure_jax, device_name
 
 WARM_UP = 2  # rounds
+LEAST_CALL = 0.01  # seconds, of products whose speed counts as the peak
 QUIET = 0.1  # the quantile of a contender's times that counts as undisturbed
 
 
@@ -78,18 +80,26 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return seconds
 
 
-def peak_flops(dtype: str) -> float:
-    """FLOP/s of the best of ten products of two 2048 × 2048 matrices on all devices of this process."""
-    size = 2048
+def peak_flops(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of products of two size × size matrices on all devices of this process: the best of ten calls.
+
+    A call is a chain of as many products as take LEAST_CALL: one alone can take a GPU less time than to be started.
+    """
     devices = jax.local_devices()
-    product = jax.jit(lambda a, b: a @ b)
-    operands = [jax.device_put(jnp.ones((size, size), dtype), device) for device in devices]
-    best = np.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready([product(a, a) for a in operands])
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 * len(devices) / best
+    # Powers of the matrix whose entries are all 1/size: it itself, in any dtype.
+    operands = [jax.device_put(jnp.full((size, size), 1 / size, dtype), device) for device in devices]
+    count, best = 1, 0.0
+    while best < LEAST_CALL:
+        count = math.ceil(count * 1.5 * LEAST_CALL / best) if best else count
+        # Of a constant length, so that no device asks the host whether to go on.
+        chain = jax.jit(lambda a, count=count: jax.lax.fori_loop(0, count, lambda _, power: a @ power, a, unroll=4))
+        jax.block_until_ready([chain(a) for a in operands])
+        best = np.inf
+        for _ in range(10):
+            start = time.perf_counter()
+            jax.block_until_ready([chain(a) for a in operands])
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * count * len(devices) / best
 
 
 def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
@@ -97,20 +107,24 @@ def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
     analysis = program.memory_analysis()
     planned = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
     planned -= analysis.alias_size_in_bytes
-    process = None
+    return {
+        "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
+        "compiled_mib": planned / 2**20,
+        "process_mib": _process_memory(call),
+    }
+
+
+def _process_memory(call: Callable[[], Any]) -> float | None:
+    if jax.default_backend() != "cpu":  # what a program uses is not the process's
+        return None
     try:
         release_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         jax.block_until_ready(call())
-        process = (_status("VmHWM") - before) / 1024
+        return (_status("VmHWM") - before) / 1024
     except OSError:
-        pass
-    return {
-        "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
-        "compiled_mib": planned / 2**20,
-        "process_mib": process,
-    }
+        return None
 
 
 def _status(key: str) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,25 @@ def test_what_cannot_be_compared_or_written_is_refused_before_it_is_measured(mon
         with pytest.raises(PrenormError) as error:
             called_with(monkeypatch, flag)
         assert message in str(error.value)
+
+
+def test_the_peak_is_of_calls_that_take_longer_than_to_start_them(monkeypatch):
+    clock, times = time.perf_counter, []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: times.append(clock()) or times[-1])
+    peak = benchmark.peak_flops("float32", size=16)
+    best = np.diff(np.reshape(times, (-1, 2)))[-10:].min()
+    assert best >= 0.01
+    assert peak * best / (2 * 16**3 * jax.device_count()) > 10  # products in a call
+
+
+def test_the_memory_of_the_process_is_that_of_a_program_on_a_cpu_alone(monkeypatch):
+    program = jax.jit(lambda: jnp.ones(9)).lower().compile()
+    calls = []
+    benchmark.memory(lambda: calls.append(1), program)
+    assert calls
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert benchmark.memory(lambda: calls.append(1), program)["process_mib"] is None
+    assert len(calls) == 1
 
 
 def test_only_contenders_with_pre_ln_parameters_have_an_h():
