@@ -99,5 +99,21 @@ def _attend_block(
         kept = jax.random.bernoulli(key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
     weights = weights.astype(v_BxGxSxK.dtype).reshape(B, G, R * T, S)
-    values = jnp.einsum("bgns,bgsk->bgnk", weights, v_BxGxSxK).reshape(B, G, R, T, K)
+    values = _weigh(weights, v_BxGxSxK).reshape(B, G, R, T, K)
     return (values / total).astype(q_BxGxRxTxK.dtype)
+
+
+@jax.custom_jvp
+def _weigh(weights_BxGxNxS: jax.Array, v_BxGxSxK: jax.Array) -> jax.Array:
+    """Their product, (B, G, N, K), in float32 at least: sums of many values that are not divided overflow float16."""
+    dtype = jnp.promote_types(v_BxGxSxK.dtype, jnp.float32)
+    return jnp.einsum("bgns,bgsk->bgnk", weights_BxGxNxS, v_BxGxSxK, preferred_element_type=dtype)
+
+
+# Derived by JAX, the backward pass would multiply float32 by a narrower dtype, which GPUs do in float32.
+@_weigh.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (weights, v), (dweights, dv) = primals, tangents
+    product = _weigh(weights, v)
+    tangent = jnp.einsum("bgns,bgsk->bgnk", dweights, v) + jnp.einsum("bgns,bgsk->bgnk", weights, dv)
+    return product, tangent.astype(product.dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,16 +26,17 @@ from ml_collections import ConfigDict
 
 from prenorm_jax import benchmark_report, topology
 from prenorm_jax.allocator import release_freed_memory
-from prenorm_jax.contenders import BOUND, CONTENDERS, Setting, baseline_of
+from prenorm_jax.contenders import BASELINES, BOUND, CONTENDERS, Setting, baseline_of
 from prenorm_jax.data import load_data
 from prenorm_jax.errors import PrenormError, check_range, run_command, say
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh
-from prenorm_jax.tasks import TASKS, Task, make_task
+from prenorm_jax.tasks import TASKS, Task, contenders_of, make_task
 from prenorm_jax.utilisation import model_flops
 from prenorm_jax.workdir import configure_jax, device_name
 
 WARM_UP = 2  # rounds
+LEAST_CALL = 0.01  # seconds, of products whose speed counts as the peak
 QUIET = 0.1  # the quantile of a contender's times that counts as undisturbed
 
 
@@ -78,18 +80,26 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return seconds
 
 
-def peak_flops(dtype: str) -> float:
-    """FLOP/s of the best of ten products of two 2048 × 2048 matrices on all devices of this process."""
-    size = 2048
+def peak_flops(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of products of two size × size matrices on all devices of this process: the best of ten calls.
+
+    A call is a chain of as many products as take LEAST_CALL: one alone can take a GPU less time than to be started.
+    """
     devices = jax.local_devices()
-    product = jax.jit(lambda a, b: a @ b)
-    operands = [jax.device_put(jnp.ones((size, size), dtype), device) for device in devices]
-    best = np.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready([product(a, a) for a in operands])
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 * len(devices) / best
+    # Powers of the matrix whose entries are all 1/size: it itself, in any dtype.
+    operands = [jax.device_put(jnp.full((size, size), 1 / size, dtype), device) for device in devices]
+    count, best = 1, 0.0
+    while best < LEAST_CALL:
+        count = math.ceil(count * 1.5 * LEAST_CALL / best) if best else count
+        # Of a constant length, so that no device asks the host whether to go on.
+        chain = jax.jit(lambda a, count=count: jax.lax.fori_loop(0, count, lambda _, power: a @ power, a, unroll=4))
+        jax.block_until_ready([chain(a) for a in operands])
+        best = np.inf
+        for _ in range(10):
+            start = time.perf_counter()
+            jax.block_until_ready([chain(a) for a in operands])
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 * count * len(devices) / best
 
 
 def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
@@ -97,20 +107,24 @@ def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
     analysis = program.memory_analysis()
     planned = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
     planned -= analysis.alias_size_in_bytes
-    process = None
+    return {
+        "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
+        "compiled_mib": planned / 2**20,
+        "process_mib": _process_memory(call),
+    }
+
+
+def _process_memory(call: Callable[[], Any]) -> float | None:
+    if jax.default_backend() != "cpu":  # what a program uses is not the process's
+        return None
     try:
         release_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         jax.block_until_ready(call())
-        process = (_status("VmHWM") - before) / 1024
+        return (_status("VmHWM") - before) / 1024
     except OSError:
-        pass
-    return {
-        "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
-        "compiled_mib": planned / 2**20,
-        "process_mib": process,
-    }
+        return None
 
 
 def _status(key: str) -> int:
@@ -121,8 +135,9 @@ def _status(key: str) -> int:
 def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, Any]]:
     """For each contender: the median ratio to the baseline round by round, the undisturbed ratio, and its share.
 
-    With 95 % intervals, by resampling rounds. The share, of the way to no norm, is None where there is no bound among
-    the contenders, or where the interval of its undisturbed ratio reaches 1: then there is no way to be measured.
+    With 95 % intervals, by resampling rounds. The share, of the way to no norm, is None where there is no LayerNorm or
+    no bound among the contenders, where the interval of the bound's undisturbed ratio reaches 1, for then there is no
+    way to be measured, or where the rounds are too few to tell.
     """
     rounds = len(seconds[baseline])
     samples = np.random.default_rng(0).integers(rounds, size=(4000, rounds))
@@ -130,7 +145,9 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str
     floors = {name: np.quantile(values, QUIET) for name, values in times.items()}
     resampled = {name: np.quantile(values[samples], QUIET, axis=1) for name, values in times.items()}
     quiet = {name: floor / resampled[baseline] for name, floor in resampled.items()}
-    measurable = BOUND in times and np.quantile(quiet[BOUND], 0.975) < 1
+    enough = rounds >= benchmark_report.LEAST_ROUNDS
+    a_way = baseline in BASELINES and BOUND in times
+    measurable = enough and a_way and np.quantile(quiet[BOUND], 0.975) < 1
     result = {}
     for name in times:
         pairwise = times[name] / times[baseline]
@@ -158,8 +175,6 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int) -> dic
     config = setting.run_config()
     configure_jax(config)
     data = real_batch(config)
-    if task == "h":
-        names = [name for name in names if CONTENDERS[name].parameterization == "pre_ln"]
     calls, rows = {}, {}
     for name in names:
         start = time.monotonic()
@@ -169,7 +184,8 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int) -> dic
         say(f"{name}: compiled in {time.monotonic() - start:.0f} s")
     seconds = measure(calls, rounds)
     baseline = baseline_of({name: float(np.quantile(times, QUIET)) for name, times in seconds.items()})
-    flops = model_flops(ModelConfig.create(config.model), setting.batch, setting.length, task == "step")
+    logits = 1 if task == "prefill" else None
+    flops = model_flops(ModelConfig.create(config.model), setting.batch, setting.length, task == "step", logits)
     peak = peak_flops(setting.dtype)
     is_text = config.model.family == "gpt"
     units = setting.batch * (setting.length if is_text and task != "decode" else 1)
@@ -207,18 +223,21 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, with commas between them")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtype", default="float32", help="of the computation")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, five rounds: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="defaults to see that it runs: tiny model, five rounds")
     parser.add_argument("--topology", help="TPUs that need not be there, as v5e:2x2: the compiler's cycles, not time")
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the JSON file and the picture")
     args = parser.parse_args()
     if args.quick:
-        args.model, args.batch, args.length, args.rounds = "gpt:2x64", 8, 32, 5
+        parser.set_defaults(model="gpt:2x64", batch=8, length=32, rounds=5)
+        args = parser.parse_args()
     for key in ("batch", "length", "rounds", "depth"):
         check_range(f"--{key}", getattr(args, key), at_least=1)
-    names = [name for name in CONTENDERS if name in args.only.split(",")]
-    unknown = set(args.only.split(",")) - set(CONTENDERS)
-    if unknown or not names:
-        raise PrenormError(f"--only={args.only}: {', '.join(sorted(unknown))} is not among {', '.join(CONTENDERS)}")
+    only = {name for name in args.only.split(",") if name}
+    if not only or only - set(CONTENDERS):
+        wrong = ", ".join(sorted(only - set(CONTENDERS))) or "nothing"
+        raise PrenormError(f"--only={args.only}: {wrong} is not among {', '.join(CONTENDERS)}")
+    names = contenders_of(args.task, [name for name in CONTENDERS if name in only])
+    benchmark_report.check_folder(args.out)
     setting = Setting(args.model, args.batch, args.length, args.dtype, args.depth)
     if args.topology:
         report = topology.estimate(args.topology, setting, args.task, names)

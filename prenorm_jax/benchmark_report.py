@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from prenorm_jax.compare_figure import DPI, FONT, GREY
+from prenorm_jax.contenders import BASELINES, BOUND
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.files import write_whole
 from prenorm_jax.tasks import TASKS
 
 Report = dict[str, Any]
+LEAST_ROUNDS = 10  # for a verdict: of fewer, resampled, an interval is too narrow; of one it has no width at all
 
 
 def table(report: Report) -> str:
@@ -80,7 +83,11 @@ def _interval(pair: list[float], digits: int) -> str:
 def _words(report: Report) -> list[str]:
     if "topology" in report or report["task"] == "h":
         return []
-    bound = report["contenders"].get("none")
+    if report["rounds"] < LEAST_ROUNDS:
+        return [f"No verdict: it needs {LEAST_ROUNDS} rounds at least, not {report['rounds']}. More rounds."]
+    if report["baseline"] not in BASELINES:
+        return [f"No verdict: it needs a LayerNorm among the contenders: {', '.join(BASELINES)}."]
+    bound = report["contenders"].get(BOUND)
     if bound is None:
         return ["No verdict: `none`, the bound, is not among the contenders."]
     cost, low, high = 1 - bound["quiet_ratio"], *(1 - value for value in reversed(bound["quiet_interval"]))
@@ -124,6 +131,17 @@ def figure(report: Report) -> bytes:
     file = io.BytesIO()
     FigureCanvasAgg(drawing).print_png(file)
     return file.getvalue()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises PrenormError if `write` could not write into the folder, which need not be there. Leaves nothing."""
+    place = folder.absolute()
+    try:
+        there = next(path for path in (place, *place.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PrenormError(f"cannot write into {folder} ({error.strerror}): choose another --out") from error
 
 
 def write(report: Report, folder: Path, stem: str) -> list[Path]:

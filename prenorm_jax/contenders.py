@@ -113,8 +113,9 @@ BOUND = "none"
 
 
 def baseline_of(costs: dict[str, float]) -> str:
-    """The LayerNorm of the least cost; where there is none among them, the contender of the least."""
-    return min([name for name in BASELINES if name in costs] or costs, key=costs.__getitem__)
+    """The LayerNorm of the least cost; where there is none, the contender of the least, the bound only if alone."""
+    others = [name for name in costs if name != BOUND]
+    return min([name for name in BASELINES if name in costs] or others or costs, key=costs.__getitem__)
 
 
 CONTENDERS = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 
 class PrenormError(ValueError):
@@ -43,8 +45,16 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 def check_range(key: str, value: float | None, at_least: float, below: float = float("inf")) -> None:
     """Raises PrenormError naming `key` unless at_least <= value < below (or value is None)."""
     if value is not None and not at_least <= value < below:
-        bound = f"at least {at_least}" + ("" if below == float("inf") else f" and below {below}")
-        raise PrenormError(f"{key}={value} must be {bound}")
+        limit = f" and below {below}" if below < float("inf") else " and finite" if value == below else ""
+        raise PrenormError(f"{key}={value} must be at least {at_least}{limit}")
+
+
+def check_integer(key: str, value: Any) -> None:
+    """Raises PrenormError naming `key` unless the value is an integer, of Python, NumPy or JAX (or None)."""
+    try:
+        operator.index(0 if value is None else value)
+    except TypeError as error:
+        raise PrenormError(f"{key}={value!r} must be an integer") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.data.text import TextTokenizer, check_vocab_size, load_tokenizer
-from prenorm_jax.errors import PrenormError, check_range, run_command, say
+from prenorm_jax.errors import PrenormError, check_integer, check_range, run_command, say
 from prenorm_jax.evaluate import load_as
+from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.models.gpt import GPT
 from prenorm_jax.sampling import Sampling, choose
@@ -25,11 +26,26 @@ from prenorm_jax.workdir import configure_jax, load_config
 NO_TOKEN = -1
 
 
+def as_read(params: Any, config: ModelConfig) -> Any:
+    """The parameters with kernels and tables in config.dtype, as the model reads them: else each token casts them anew.
+
+    The rest, which is small, stays as it is: the affine maps of norms are read in float32. So nothing is rounded twice.
+    """
+
+    def cast(path: tuple, leaf: Any) -> Any:
+        name = path[-1].key
+        return leaf.astype(config.dtype) if name == "kernel" or name.endswith("_embedding") else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "cache_size"))
 def prefill(model: GPT, params: Any, tokens_BxT: jax.Array, cache_size: int) -> tuple[jax.Array, Any]:
     """The logits (B, V) for what comes after the tokens, and a cache of them that has room for `cache_size`."""
-    logits_BxTxV, state = model.apply({"params": params}, tokens_BxT, cache_size=cache_size, mutable=["cache"])
-    return logits_BxTxV[:, -1], state["cache"]
+    B, T = tokens_BxT.shape
+    options = {"cache_size": cache_size, "at_B": jnp.full(B, T - 1), "mutable": ["cache"]}
+    logits_Bx1xV, state = model.apply({"params": params}, tokens_BxT, **options)
+    return logits_Bx1xV[:, 0], state["cache"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
@@ -64,11 +80,14 @@ def generate(
 
     NO_TOKEN stands where a longer prompt is not yet used up, or where an example has ended: with token `end`, which is
     given, after `tokens` new ones, or when what the model has read fills its max_len. A token is a function of the
-    prompt, its place in the batch and the seed, up to rounding; the other prompts do not matter.
+    prompt, its place in the batch and the seed, up to rounding; the other prompts do not matter. It is the quicker if
+    `params` are `as_read` already.
 
     Raises PrenormError, before the iterator is made, if a prompt is empty, too long or holds other tokens than the
     model's, or if `tokens` or `seed` make no sense.
     """
+    for key, value in (("tokens", tokens), ("seed", seed), ("end", end)):
+        check_integer(key, value)
     check_range("tokens", tokens, at_least=1)
     check_range("seed", seed, at_least=0, below=2**32)
     max_len, lengths_B = model.config.max_len, np.array([len(prompt) for prompt in prompts])
@@ -77,11 +96,12 @@ def generate(
     if (longest := int(lengths_B.max())) > max_len:
         raise PrenormError(f"a prompt of {longest} tokens, the first one included, exceeds model.max_len={max_len}")
     prompts_BxT = np.zeros((len(prompts), longest), np.int32)
-    for row_T, prompt in zip(prompts_BxT, prompts, strict=True):
+    for row_T, prompt in zip(prompts_BxT, map(np.asarray, prompts), strict=True):
+        # Checked before int32 takes it: what that cannot hold is cut off, or another error.
+        if prompt.dtype.kind not in "iu" or prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
+            raise PrenormError(f"a prompt holds tokens that are not integers from 0 to {model.config.vocab_size - 1}")
         row_T[: len(prompt)] = prompt
-    if prompts_BxT.min() < 0 or prompts_BxT.max() >= model.config.vocab_size:
-        raise PrenormError(f"a prompt holds tokens that are not from 0 to {model.config.vocab_size - 1}")
-    ends_B = np.minimum(lengths_B + tokens, max_len + 1)  # the last token is never read
+    ends_B = np.minimum(lengths_B + min(tokens, max_len), max_len + 1)  # the last token is never read
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
     return _generate(model, params, prompts_BxT, lengths_B, ends_B, sampling, keys_B, end)
 
@@ -216,6 +236,7 @@ def main() -> None:
     configure_jax(config)
     norm = args.norm or config.model.norm
     step, model, params = load_as(args.workdir, norm, args.step)
+    params = as_read(params, model)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
     check_vocab_size(tokenizer.vocab_size, config)
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from prenorm_jax.errors import PrenormError, check_range
+from prenorm_jax.errors import PrenormError, check_integer, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, at_least=0)
+        check_integer("top_k", self.top_k)
         check_range("top_k", self.top_k, at_least=1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise PrenormError(f"top_p={self.top_p} must be above 0 and at most 1")
@@ -39,8 +40,9 @@ def choice_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
     logits_BxV /= max(sampling.temperature, float(jnp.finfo(logits_BxV.dtype).tiny))
     if sampling.top_k is None and sampling.top_p is None:
         return logits_BxV
+    V = logits_BxV.shape[-1]
     order_BxV = jnp.argsort(logits_BxV, descending=True)  # stable: of equal tokens the first stay
-    kept_BxV = jnp.arange(logits_BxV.shape[-1])[None] < (sampling.top_k or logits_BxV.shape[-1])
+    kept_BxV = jnp.arange(V)[None] < min(sampling.top_k or V, V)
     if sampling.top_p is not None:
         sorted_BxV = jnp.where(kept_BxV, jnp.take_along_axis(logits_BxV, order_BxV, axis=-1), -jnp.inf)
         probabilities_BxV = jax.nn.softmax(sorted_BxV)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prenorm_jax.contenders import Contender
+from prenorm_jax.contenders import CONTENDERS, Contender
 from prenorm_jax.errors import PrenormError, check_choice
-from prenorm_jax.generate import decode_step, prefill
+from prenorm_jax.generate import as_read, decode_step, prefill
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
 from prenorm_jax.step import (
@@ -60,6 +60,15 @@ class Task(NamedTuple):
             return self.function.lower(*jax.eval_shape(self.arguments), batch).compile()
 
 
+def contenders_of(task: str, names: list[str]) -> list[str]:
+    """Those of the contenders that have the task: without Pre-LN parameters there is no h. Raises PrenormError."""
+    having = [name for name in names if task != "h" or CONTENDERS[name].parameterization == "pre_ln"]
+    if not having:
+        able = ", ".join(name for name, contender in CONTENDERS.items() if contender.parameterization == "pre_ln")
+        raise PrenormError(f"--task=h: none of {', '.join(names)} converts anything: name some of {able} in --only")
+    return having
+
+
 def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -> Task:
     """The task for one contender. Raises PrenormError for an unknown one, or one of texts for a model of images."""
     check_choice("--task", name, tuple(TASKS))
@@ -81,11 +90,12 @@ def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -
         params = computed_params(trained, models)
         if name == "h":
             return trained, params
-        params = jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), params)  # as one would to generate
+        params = as_read(params, models.computed)
         if carried is None:
             return (params,)
-        tokens = jnp.zeros((config.batch_size, 1), jnp.int32)
-        return params, prefill.__wrapped__(build_model(models.computed), params, tokens, config.data.seq_len)[1]
+        B, length = config.batch_size, config.data.seq_len
+        cache = prefill.__wrapped__(build_model(models.computed), params, jnp.zeros((B, 1), jnp.int32), length)[1]
+        return params, cache, jnp.asarray(length // 2), jax.random.split(jax.random.key(0), B)
 
     return Task(function, arguments, carried, contender)
 
@@ -104,9 +114,8 @@ def _generation(name: str, model_config: ModelConfig, length: int) -> Callable[.
     if name == "prefill":
         return jax.jit(lambda params, batch: prefill.__wrapped__(model, params, batch["tokens"][:, :length], length))
 
-    def step(params: Any, cache: Any, batch: Any) -> Any:
-        keys_B = jax.random.split(jax.random.key(0), len(batch["tokens"]))
-        chosen_B, cache = decode_step.__wrapped__(model, params, cache, batch["tokens"][:, 0], length // 2, keys_B)
+    def step(params: Any, cache: Any, position: jax.Array, keys_B: jax.Array, batch: Any) -> Any:
+        chosen_B, cache = decode_step.__wrapped__(model, params, cache, batch["tokens"][:, 0], position, keys_B)
         return cache, chosen_B
 
     return jax.jit(step, donate_argnums=1)

@@ -77,6 +77,10 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
             "compile_s": time.monotonic() - start,
         }
         say(f"{contender}: compiled in {rows[contender]['compile_s']:.0f} s")
+        if not rows[contender]["cycles"]:  # as of h, which has no matrix product
+            raise PrenormError(
+                f"--topology={name} --task={task}: the compiler states no cycles for it: time it instead"
+            )
     baseline = baseline_of({name: row["cycles"] for name, row in rows.items()})
     for row in rows.values():
         row["ratio"] = row["cycles"] / rows[baseline]["cycles"]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import relative
 
 from prenorm_jax.attention import attend
 
@@ -51,6 +52,23 @@ def test_no_query_sees_what_comes_after_it():
 def test_huge_scores_do_not_overflow():
     q, k, v = random_heads(40)
     np.testing.assert_allclose(attend(1e4 * q, 1e4 * k, v, True), plain(1e4 * q, 1e4 * k, v, True), rtol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_sums_of_large_values_do_not_overflow_float16(causal):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(mean + rng.normal(size=(1, 1024, 1, 2)), jnp.float16) for mean in (0, 0, 100))
+    cotangent = jnp.asarray(rng.normal(size=(1, 1024, 2)), jnp.float16)
+
+    def results(function, dtype):
+        value, pull_back = jax.vjp(lambda *qkv: function(*qkv, causal), *(x.astype(dtype) for x in (q, k, v)))
+        return value, pull_back(cotangent.astype(dtype))[2]
+
+    value, by_v = jax.jit(results, static_argnums=(0, 1))(attend, jnp.float16)
+    expected, expected_by_v = results(plain, jnp.float64)
+    assert value.dtype == by_v.dtype == jnp.float16
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+    assert relative(by_v, expected_by_v) < 5e-3
 
 
 def test_the_causal_half_is_not_computed():

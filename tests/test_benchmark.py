@@ -2,22 +2,27 @@
 
 import dataclasses
 import json
+import sys
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import random_inputs, random_params, relative
 from test_commands import command, error_of
 
-from prenorm_jax import benchmark_report, sizes
+from prenorm_jax import benchmark, benchmark_report, sizes, topology
 from prenorm_jax.benchmark import ratios, real_batch
-from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting
+from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting, baseline_of
 from prenorm_jax.conversion import convert_params
+from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
+from prenorm_jax.sharding import make_mesh
 from prenorm_jax.step import run_models
 from prenorm_jax.stream import COORDINATES, abstract_params
-from prenorm_jax.tasks import TASKS
+from prenorm_jax.tasks import TASKS, contenders_of, make_task
 
 SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
 
@@ -61,25 +66,59 @@ def test_a_share_is_of_the_way_to_no_norm_and_not_given_where_noise_hides_it():
     assert hidden["rmsnorm"]["share"] is None
 
 
-def report_of(seconds):
+def report_of(seconds, baseline="layernorm"):
     rows = {
         name: {"about": "", "quartiles_ms": [1, 1, 1], "units_per_s": 1, "flops_share_of_peak": None}
         | {"temporaries_mib": 1, "compiled_mib": 1, "process_mib": None, **row}
-        for name, row in ratios(seconds, "layernorm").items()
+        for name, row in ratios(seconds, baseline).items()
     }
-    report = dataclasses.asdict(SETTING) | {"task": "step", "unit": "token", "rounds": 9, "device": "x", "date": "d"}
-    report |= {"jax": "0", "matmul_peak_gflops": 1, "model_gflop": 1, "baseline": "layernorm", "contenders": rows}
+    report = dataclasses.asdict(SETTING) | {"task": "step", "unit": "token", "device": "x", "date": "d"}
+    report |= {
+        "rounds": len(seconds[baseline]),
+        "jax": "0",
+        "matmul_peak_gflops": 1,
+        "model_gflop": 1,
+        "baseline": baseline,
+        "contenders": rows,
+    }
     return report
 
 
 def test_verdicts():
     rng = np.random.default_rng(1)
-    noisy = {name: rng.normal(1, 0.1, size=9) for name in ("layernorm", "rmsnorm", "none")}
-    assert "No verdict" in benchmark_report.table(report_of(noisy))
-    clear = {"layernorm": np.full(9, 1.0), "rmsnorm": np.full(9, 0.902), "crmsnorm": np.full(9, 0.95)}
-    text = benchmark_report.table(report_of(clear | {"none": np.full(9, 0.9)}))
+    noisy = {name: rng.normal(1, 0.1, size=10) for name in ("layernorm", "rmsnorm", "none")}
+    assert "not more than the noise" in benchmark_report.table(report_of(noisy))
+    clear = {"layernorm": np.full(10, 1.0), "rmsnorm": np.full(10, 0.902), "crmsnorm": np.full(10, 0.95)}
+    clear["none"] = np.full(10, 0.9)
+    text = benchmark_report.table(report_of(clear))
     assert "rmsnorm saves 98% [98%, 98%] of that: at least .9 of it." in text
     assert "crmsnorm saves 50% [50%, 50%] of that: less than .9." in text
+    for rounds in (1, 9):
+        few = report_of({name: values[:rounds] for name, values in clear.items()})
+        assert all(row["share"] is None and row["share_interval"] is None for row in few["contenders"].values())
+        text = benchmark_report.table(few)
+        assert text.endswith(f"\n\nNo verdict: it needs 10 rounds at least, not {rounds}. More rounds.")
+
+
+def test_without_a_layernorm_there_is_no_verdict_and_the_bound_is_no_baseline():
+    assert baseline_of({"none": 1.0, "rmsnorm": 2.0, "crmsnorm": 3.0}) == "rmsnorm"
+    assert baseline_of({"none": 1.0, "rmsnorm": 2.0, "layernorm": 4.0, "flax-one-pass": 3.0}) == "flax-one-pass"
+    assert baseline_of({"none": 1.0}) == "none"
+    report = report_of({"rmsnorm": np.full(10, 1.0), "none": np.full(10, 0.9)}, "rmsnorm")
+    assert report["contenders"]["none"]["share"] is None
+    *_, last = benchmark_report.table(report).split("\n")
+    assert last.startswith("No verdict: it needs a LayerNorm among the contenders: layernorm, layernorm-folded, flax-")
+
+
+def test_decoding_is_timed_as_generate_does_it():
+    """Position and keys are arguments: of constants XLA computes part of the step in advance."""
+    config = SETTING.run_config()
+    task = make_task("decode", CONTENDERS["rmsnorm"], config, make_mesh(config, jax.devices()[:1]))
+    params, cache, position, keys_B = task.make_arguments()
+    assert position == 8 and keys_B.shape == (2,)
+    batch = {"tokens": jnp.zeros((2, 17), jnp.int32)}
+    cache, chosen_B = task.compile(batch)(params, cache, position, keys_B, batch)
+    assert chosen_B.shape == (2,) and jax.tree.leaves(cache)[0].shape == (2, 16, 64)
 
 
 def test_batches_are_real():
@@ -97,11 +136,79 @@ def test_sizes_by_name():
 
 
 def test_it_refuses_what_it_does_not_know():
-    benchmark = ("-m", "prenorm_jax.benchmark")
-    assert "model 'gpt:6x100' is none of" in error_of(*benchmark, "--model=gpt:6x100")
-    assert "batchnorm is not among layernorm" in error_of(*benchmark, "--only=batchnorm")
-    assert "--rounds=0 must be at least 1" in error_of(*benchmark, "--rounds=0")
-    assert "--task='speed' is not one of step, forward, prefill, decode, h" in error_of(*benchmark, "--task=speed")
+    here = ("-m", "prenorm_jax.benchmark")
+    assert "model 'gpt:6x100' is none of" in error_of(*here, "--model=gpt:6x100")
+    assert "batchnorm is not among layernorm" in error_of(*here, "--only=batchnorm")
+    assert "--rounds=0 must be at least 1" in error_of(*here, "--rounds=0")
+    assert "--task='speed' is not one of step, forward, prefill, decode, h" in error_of(*here, "--task=speed")
+    for where in ((), ("--topology=v5e:2x2",)):
+        error = error_of(*here, "--task=h", "--only=rmsnorm,none", *where)
+        assert (
+            "--task=h: none of rmsnorm, none converts anything: name some of rmsnorm-pre_ln, crmsnorm-pre_ln" in error
+        )
+
+
+def called_with(monkeypatch, *flags):
+    """What a command line has measured, where it comes to that: (setting, task, names, rounds)."""
+    calls = []
+    monkeypatch.setattr(benchmark, "benchmark", lambda *arguments: calls.append(arguments) or {})
+    monkeypatch.setattr(benchmark_report, "table", lambda report: "")
+    monkeypatch.setattr(benchmark_report, "write", lambda *arguments: [])
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+    benchmark.main()
+    return calls[0]
+
+
+def test_quick_is_for_what_is_not_given(monkeypatch, tmp_path):
+    out = f"--out={tmp_path}"
+    setting, _, names, rounds = called_with(monkeypatch, "--quick", "--only=rmsnorm,", out)
+    assert (setting.model, setting.batch, setting.length, rounds) == ("gpt:2x64", 8, 32, 5) and names == ["rmsnorm"]
+    setting, *_, rounds = called_with(monkeypatch, "--rounds=20", "--batch=2", "--quick", "--model=gpt:6x384", out)
+    assert (setting.model, setting.batch, setting.length, rounds) == ("gpt:6x384", 2, 32, 20)
+
+
+def test_what_cannot_be_compared_or_written_is_refused_before_it_is_measured(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for flag, message in (
+        ("--only=", "--only=: nothing is not among layernorm, "),
+        ("--only=,rmsnrm", "--only=,rmsnrm: rmsnrm is not among layernorm, "),
+        (f"--out={tmp_path}/file", f"cannot write into {tmp_path}/file (Not a directory): choose another --out"),
+        (f"--out={tmp_path}/file/in", f"cannot write into {tmp_path}/file/in (Not a directory): choose another --out"),
+        ("--out=/proc/self/new", "cannot write into /proc/self/new (No such file or directory): choose another --out"),
+    ):
+        with pytest.raises(PrenormError) as error:
+            called_with(monkeypatch, flag)
+        assert message in str(error.value)
+
+
+def test_the_peak_is_of_calls_that_take_longer_than_to_start_them(monkeypatch):
+    clock, times = time.perf_counter, []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: times.append(clock()) or times[-1])
+    peak = benchmark.peak_flops("float32", size=16)
+    best = np.diff(np.reshape(times, (-1, 2)))[-10:].min()
+    assert best >= 0.01
+    assert peak * best / (2 * 16**3 * jax.device_count()) > 10  # products in a call
+
+
+def test_the_memory_of_the_process_is_that_of_a_program_on_a_cpu_alone(monkeypatch):
+    program = jax.jit(lambda: jnp.ones(9)).lower().compile()
+    calls = []
+    benchmark.memory(lambda: calls.append(1), program)
+    assert calls
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert benchmark.memory(lambda: calls.append(1), program)["process_mib"] is None
+    assert len(calls) == 1
+
+
+def test_only_contenders_with_pre_ln_parameters_have_an_h():
+    assert contenders_of("h", list(CONTENDERS)) == ["rmsnorm-pre_ln", "crmsnorm-pre_ln"]
+    assert contenders_of("step", list(CONTENDERS)) == list(CONTENDERS)
+
+
+def test_a_program_of_which_the_compiler_states_no_cycles_is_refused(monkeypatch):
+    monkeypatch.setattr(topology, "topology_devices", lambda name: jax.devices()[:1])  # compiled for CPUs: none at all
+    with pytest.raises(PrenormError, match="--topology=v5e:2x2 --task=h: the compiler states no cycles for it"):
+        topology.estimate("v5e:2x2", SETTING, "h", ["rmsnorm-pre_ln"])
 
 
 @pytest.mark.slow

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import random_inputs, random_params, relative, tiny
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 from test_commands import SMALL, command, error_of, make_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
+from prenorm_jax import generate as generate_module
 from prenorm_jax.data.text import load_tokenizer
 from prenorm_jax.generate import NO_TOKEN, TextStream, decode_step, generate, main, prefill, write_texts
 from prenorm_jax.model_config import NORMS
@@ -83,6 +86,16 @@ def test_logits_with_the_cache_are_those_of_the_whole_sequence(norm, changes):
     assert position == 20
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "norm": "crmsnorm"}, {"head_bias": True}])
+def test_logits_at_one_place_of_each_sequence_are_those_of_all(changes):
+    model, params = model_of(**changes)
+    tokens, at_B = random_inputs(model.config, batch=3), jnp.array([19, 0, 7])
+    at = jax.jit(lambda params, at_B: model.apply({"params": params}, tokens, at_B=at_B))
+    found = at(params, at_B)
+    assert found.shape == (3, 1, model.config.vocab_size)
+    assert relative(found[:, 0], apply(model, params, tokens)[jnp.arange(3), at_B]) < 1e-12
+
+
 def test_only_a_call_that_asks_for_it_makes_a_cache():
     model, params = model_of()
     tokens = jnp.zeros((2, 3), int)
@@ -141,8 +154,17 @@ def test_each_prompt_stops_by_itself():
         ([[1] * 21], {}, "a prompt of 21 tokens, the first one included, exceeds model.max_len=20"),
         ([[1], []], {}, "a prompt holds no token"),
         ([], {}, "a prompt holds no token"),
-        ([[1, 11]], {}, "tokens that are not from 0 to 10"),
-        ([[-1]], {}, "tokens that are not from 0 to 10"),
+        ([[1, 11]], {}, "tokens that are not integers from 0 to 10"),
+        ([[-1]], {}, "tokens that are not integers from 0 to 10"),
+        ([[2**31]], {}, "tokens that are not integers from 0 to 10"),
+        ([[2**32 + 1]], {}, "tokens that are not integers from 0 to 10"),
+        ([[1], [2**70]], {}, "tokens that are not integers from 0 to 10"),
+        ([[1, 2.5]], {}, "tokens that are not integers from 0 to 10"),
+        ([np.ones(3)], {}, "tokens that are not integers from 0 to 10"),
+        ([["a"]], {}, "tokens that are not integers from 0 to 10"),
+        ([[1]], {"tokens": 2.5}, "tokens=2.5 must be an integer"),
+        ([[1]], {"seed": 0.5}, "seed=0.5 must be an integer"),
+        ([[1]], {"end": 3.5}, "end=3.5 must be an integer"),
         ([[1]], {"tokens": 0}, "tokens=0 must be at least 1"),
         ([[1]], {"seed": -1}, "seed=-1 must be at least 0"),
         ([[1]], {"seed": 2**32}, "and below 4294967296"),
@@ -152,6 +174,14 @@ def test_what_generate_refuses(prompts, options, message):
     with pytest.raises(PrenormError) as error:
         generate(*model_of(), prompts, **{"tokens": 3} | options)
     assert message in str(error.value)
+
+
+def test_numbers_of_tokens_that_no_array_holds_are_as_good_as_many():
+    model, params = model_of()
+    for prompt in ([3], np.array([3], np.uint8), jnp.array([3])):
+        assert continuations(model, params, [prompt], 10**20) == continuations(model, params, [[3]], 20)
+    logits_BxV = jnp.arange(4.0)[None]
+    np.testing.assert_array_equal(choice_logits(logits_BxV, Sampling(1.0, 10**20)), logits_BxV - 3)
 
 
 # --- sampling
@@ -205,6 +235,8 @@ def test_the_limits_of_sampling_are_greedy():
     ("options", "message"),
     [
         ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0 and finite"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5 must be an integer"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
@@ -285,6 +317,28 @@ def test_the_step_takes_over_the_cache():
 
 
 # --- the command
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_command_casts_what_the_model_reads_in_its_dtype_once_and_rounds_nothing_twice(monkeypatch, scan):
+    config = tiny(vocab_size=257, head_bias=True, scan=scan, dtype="bfloat16", param_dtype="float32")
+    params = random_params(config, 4, embedding_mean=3.0)
+    given = {}
+    run = ConfigDict({"model": dict(vars(config)), "data": {"tokenizer": "bytes", "eot_token": None}})
+    monkeypatch.setattr(generate_module, "load_config", lambda workdir: run)
+    monkeypatch.setattr(generate_module, "configure_jax", lambda config: None)
+    monkeypatch.setattr(generate_module, "load_as", lambda workdir, norm, step: (1, config, params))
+    monkeypatch.setattr(
+        generate_module, "write_texts", lambda model, params, *rest: given.update(model=model, params=params) or []
+    )
+    monkeypatch.setattr(sys, "argv", ["generate", "run"])
+    main()
+    flat = flatten_dict(given["params"])
+    read = {path[-1]: leaf.dtype for path, leaf in flat.items()}
+    assert read.pop("kernel") == read.pop("token_embedding") == read.pop("position_embedding") == jnp.bfloat16
+    assert set(read.values()) == {jnp.dtype("float32")}
+    tokens = random_inputs(config)
+    np.testing.assert_array_equal(apply(given["model"], given["params"], tokens), apply(given["model"], params, tokens))
 
 
 def test_the_command_on_a_run(tmp_path, monkeypatch, capsys):

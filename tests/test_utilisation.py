@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from common import TINY, random_inputs
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ from prenorm_jax import profiling, sizes, utilisation
 from prenorm_jax.config import base_config
 from prenorm_jax.contenders import Setting
 from prenorm_jax.errors import PrenormError
+from prenorm_jax.generate import prefill
 from prenorm_jax.loop import train
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
@@ -43,6 +45,15 @@ def test_flops_are_those_that_xla_counts(name):
     counted = jax.jit(lambda params: model.apply({"params": params}, inputs)).lower(params).cost_analysis()["flops"]
     counted -= 0.5 * config.causal * config.depth * 2 * 4 * 48**2 * config.d_model  # the half that is masked
     assert 1 <= counted / model_flops(config, 2, 48, training=False) < 1.05  # it counts what is no product, too
+
+
+def test_a_prompt_is_read_without_the_logits_of_all_but_its_last_token():
+    config = ModelConfig.create({"depth": 1, "d_model": 64, "heads": 1, "vocab_size": 5000, "max_len": 64})
+    model, tokens = build_model(config), jax.ShapeDtypeStruct((2, 64), "int32")
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((2, 64), int))["params"])
+    counted = prefill.lower(model, params, tokens, 64).cost_analysis()["flops"]
+    assert counted < 1.3 * model_flops(config, 2, 64, training=False, logits=1)  # attention in blocks: more than half
+    assert counted < 0.3 * model_flops(config, 2, 64, training=False)
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices():

@@ -33,6 +33,8 @@ def sinusoidal_table(length: int, width: int) -> np.ndarray:
 class GPT(StreamModel):
     """A causal language model: (B, T) int tokens -> (B, T, V) logits in `config.dtype`.
 
+    With `at_B`, (B,) int, the logits are (B, 1, V): of each sequence those at that one of the tokens given, from 0.
+
     Dropout is active with `train=True` and needs `rngs={"dropout": key}`; one key gives the three norms the same masks.
 
     With `mutable=["cache"]`, `cache_size=S` also makes the collection "cache": keys and values of the tokens, and room
@@ -49,6 +51,7 @@ class GPT(StreamModel):
         train: bool = False,
         cache_size: int | None = None,
         position: jax.Array | int | None = None,
+        at_B: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
         T = tokens_BxT.shape[1]
@@ -75,6 +78,8 @@ class GPT(StreamModel):
             length = T if position is None else config.max_len
             x_BxTxW += rows(constant_table(config, sinusoidal_table(length, config.d_model)))
         x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
+        if at_B is not None:
+            x_BxTxD = jnp.take_along_axis(x_BxTxD, at_B[:, None, None], axis=1)
 
         if not config.tie_embeddings:
             head = reader(config, "head", config.vocab_size, "vocab", config.head_bias)
