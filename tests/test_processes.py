@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
-from test_resume import losses_of, steps_written, wait_until
+from test_resume import damage, losses_of, steps_written, wait_until
 
 from prenorm_jax.checkpoint import complete_steps
 from prenorm_jax.distributed import global_batch, local_rows, put_everywhere
@@ -138,6 +138,20 @@ def test_a_signal_to_one_stops_all_at_the_same_step(text, tmp_path):
     assert complete_steps(tmp_path / "checkpoints") == [saved]
     assert lines(first)[-1].startswith(f"error: SIGTERM at step {saved}: saved in")
     assert second == ""
+
+
+@pytest.mark.slow
+def test_damage_to_the_part_of_one_is_damage_for_all(text, tmp_path):
+    flags = ["train.py", *SMALL, f"--config.data.path={text}", f"--workdir={tmp_path}", "--config.eval_every=0"]
+    flags += ["--config.model.d_model=16", "--config.model.vocab_size=512", f"--config.mesh.fsdp={2 * DEVICES}"]
+    finish(start(together(2, *flags)))
+    parts = tmp_path / "checkpoints" / "6" / "params" / "ocdbt.process_1" / "d"
+    damage(max(parts.iterdir(), key=lambda path: path.stat().st_size), "truncate")
+    (_, first), (_, second) = finish(start(together(2, *flags)))
+    assert f"the checkpoint {tmp_path / 'checkpoints' / '6'} is damaged" in first
+    assert "falling back to step 3" in first and "done: 6 of 6 steps" in first
+    assert second == ""
+    assert complete_steps(tmp_path / "damaged") == [6]
 
 
 @pytest.mark.slow
