@@ -17,7 +17,10 @@ from test_commands import ROOT, SMALL, clean_environment, command, error_of, eva
 from test_resume import damage, losses_of, steps_written, wait_until
 
 from prenorm_jax.checkpoint import complete_steps
-from prenorm_jax.distributed import global_batch, local_rows, put_everywhere
+from prenorm_jax.config import base_config
+from prenorm_jax.distributed import count_processes, global_batch, initialize, local_rows, put_everywhere
+from prenorm_jax.errors import PrenormError
+from prenorm_jax.sharding import make_mesh
 
 DEVICES = 2  # of each process
 FLOAT64 = ["--config.model.dtype=float64", "--config.model.param_dtype=float64", "--config.batch_size=8"]
@@ -213,21 +216,52 @@ def test_processes_that_do_not_come_are_not_waited_for_in_vain(process, message)
     assert f"--coordinator={address}: {message}" in done.stderr
 
 
+TPU_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY")
+
+
 def test_a_launcher_counts_only_if_it_started_several_processes(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster
+
     from prenorm_jax.distributed import _launcher
 
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+    told = {"worker-network-endpoints": "a", "agent-worker-number": "0", "tpu-env": ""}  # by the machine's server
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (told[key], 200))
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", *TPU_VARIABLES):
         monkeypatch.delenv(name, raising=False)
+    assert _launcher() == ""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    assert _launcher() == ""
+    with monkeypatch.context() as changed:
+        changed.setitem(told, "worker-network-endpoints", "a,b,c,d")
+        assert _launcher() == "Cloud TPU"
+        told.clear()
+        assert _launcher() == ""
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
     for several, one, name in (
         ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a[1-2]"}, {"SLURM_NTASKS": "1"}, "SLURM"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "1"}, "Open MPI"),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"TPU_WORKER_HOSTNAMES": "a"}, "Cloud TPU"),
+        *(({name: "a,b"}, {name: "a"}, "Cloud TPU") for name in TPU_VARIABLES[:2]),
     ):
         with monkeypatch.context() as changed:
             for variables, expected in ((several, name), (one, "")):
                 for variable, value in variables.items():
                     changed.setenv(variable, value)
                 assert _launcher() == expected
+
+
+@pytest.mark.parametrize("said", [{}, {"OMPI_MCA_orte_hnp_uri": "of another form"}])
+def test_a_launcher_that_is_not_understood_is_said(monkeypatch, said):
+    for name, value in {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", **said}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PrenormError, match=r"Open MPI .* not understood.*: give --coordinator, --processes and --pro"):
+        initialize()
+    assert count_processes() == 1
+
+
+def test_processes_that_nothing_told_of_are_found_out(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(PrenormError, match=r"a machine of 4 processes, .*: give --coordinator, --processes and --pro"):
+        make_mesh(base_config())
 
 
 @pytest.mark.slow
