@@ -285,21 +285,36 @@ def end(line: str, status: int, shared: bool = False) -> None:
 _ending = threading.RLock()
 
 
-def lost_process(error: BaseException) -> bool:
-    """Whether this says that another process is gone."""
-    if _processes == 1 or not isinstance(error, RuntimeError | ValueError | OSError):
+# What XLA, gloo, NCCL and the coordination service, all C++, say of a process that is gone.
+_LOST = re.compile(
+    r"\bgloo\b|\bcoordination (service|agent)\b|\b(barrier|heartbeat)|^(UNAVAILABLE|DEADLINE_EXCEEDED)\b"
+    r"|\bconnection (closed|reset|refused)\b|\bsocket closed\b"
+    r"|\bnccl.*\b(remote|network|system error|timeout|aborted)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def lost_process(error: BaseException | None) -> bool:
+    """Whether this, or what it was raised from, is an error of JAX's runtime that says that another process is gone."""
+    if _processes == 1 or error is None:
         return False
-    words = r"gloo|nccl|connection|coordination|barrier|heartbeat|socket|unavailable|deadline_exceeded|peer"
-    return bool(re.search(words, str(error), re.IGNORECASE))
+    import jax
+
+    said = str(error)
+    # Some of the runtime's errors come as ValueError: as a status, such as "UNKNOWN: ...".
+    of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, RuntimeError | ValueError) and re.match(r"[A-Z_]{5,}: ", said)
+    )
+    full = re.search(r"RESOURCE_EXHAUSTED|out of memory", said, re.IGNORECASE)
+    return bool(of_runtime and not full and _LOST.search(said)) or lost_process(error.__cause__)
 
 
 def end_for_lost_process(error: object) -> None:
     """Ends this process, because another one is gone."""
-    reason = " ".join(str(error).split())
-    reason = re.sub(r"^.*?(connection (closed|reset)).*$", r"\1", reason, flags=re.IGNORECASE)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     end(
-        f"error: another process of this run ended or cannot be reached ({reason[:200]}): the same command, for any "
-        "number of processes, goes on from the last complete checkpoint",
+        f"error: another process of this run ended or cannot be reached ({reason}): the same command, for any number "
+        "of processes, goes on from the last complete checkpoint",
         Interrupted.status_unsaved,
     )
 

@@ -12,13 +12,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 from test_resume import damage, losses_of, steps_written, wait_until
 
+from prenorm_jax import distributed
 from prenorm_jax.checkpoint import complete_steps
 from prenorm_jax.config import base_config
-from prenorm_jax.distributed import count_processes, global_batch, initialize, local_rows, put_everywhere
+from prenorm_jax.distributed import count_processes, global_batch, initialize, local_rows, lost_process, put_everywhere
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.sharding import make_mesh
 
@@ -256,6 +258,44 @@ def test_a_launcher_that_is_not_understood_is_said(monkeypatch, said):
     with pytest.raises(PrenormError, match=r"Open MPI .* not understood.*: give --coordinator, --processes and --pro"):
         initialize()
     assert count_processes() == 1
+
+
+GLOO = "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]"
+NCCL = "INTERNAL: NCCL operation ncclGroupEnd() failed: "
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (JaxRuntimeError(GLOO), True),
+        (ValueError(GLOO), True),
+        (JaxRuntimeError(NCCL + "remote process exited or there was a network error."), True),
+        (JaxRuntimeError(NCCL + "unhandled cuda error. Last NCCL warning: 'out of memory'"), False),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes; barrier"), False),
+        (
+            JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: a. This usually happens if a task died."),
+            True,
+        ),
+        (JaxRuntimeError("INVALID_ARGUMENT: peer_norm has shape (3,)"), False),
+        (RuntimeError("NCCL ran out of memory"), False),
+        (OSError("HTTPSConnectionPool(host='huggingface.co', port=443): Max retries: connection reset by peer"), False),
+        (ValueError("peer_norm has shape (3,): no barrier"), False),
+    ],
+)
+def test_a_process_is_lost_only_if_the_runtime_says_so(monkeypatch, error, lost):
+    assert not lost_process(error)  # of one process, none is lost
+    monkeypatch.setattr(distributed, "_processes", 2)
+    assert lost_process(error) == lost
+    wrapped = TimeoutError("a save")
+    wrapped.__cause__ = error
+    assert lost_process(wrapped) == lost
+
+
+def test_the_error_that_tells_of_a_lost_process_is_said_in_full(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "end", lambda line, status: print(line))
+    distributed.end_for_lost_process(JaxRuntimeError(GLOO + "x" * 500 + "\nmore"))
+    said = capsys.readouterr().out
+    assert f"({GLOO}{'x' * 500}): the same command" in said and said.count("\n") == 1
 
 
 def test_processes_that_nothing_told_of_are_found_out(monkeypatch):
