@@ -210,6 +210,15 @@ def gather(value: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(value)
 
 
+def of_first(value: bool) -> bool:
+    """What the first process says, for all. Waits for all of them."""
+    if _processes == 1:
+        return value
+    import numpy as np
+
+    return bool(gather(np.bool_(value))[0])
+
+
 def first_said(text: str) -> str:
     """The text of the first process that has one, cut to 1,000 bytes; "" if none has. Waits for all processes."""
     if _processes == 1:
