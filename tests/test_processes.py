@@ -17,12 +17,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 from test_resume import damage, losses_of, steps_written, wait_until
 
-from prenorm_jax import distributed
+from prenorm_jax import distributed, signals
 from prenorm_jax.checkpoint import complete_steps
 from prenorm_jax.config import base_config
 from prenorm_jax.distributed import count_processes, global_batch, initialize, local_rows, lost_process, put_everywhere
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.sharding import make_mesh
+from prenorm_jax.signals import StopSignals
 
 DEVICES = 2  # of each process
 FLOAT64 = ["--config.model.dtype=float64", "--config.model.param_dtype=float64", "--config.batch_size=8"]
@@ -129,6 +130,29 @@ def test_when_one_is_killed_the_others_end_and_another_number_goes_on(text, tmp_
     command("train.py", *flags, f"--workdir={run}", f"--config.stop_at={saved + 8}", devices=DEVICES)
     command("train.py", *flags, f"--workdir={whole}", f"--config.stop_at={saved + 8}")
     compare_losses(run, whole)
+
+
+@pytest.mark.parametrize(("seconds", "agreed"), [(110, 12), (4, 5), (0.1, 4)])
+def test_processes_agree_on_stopping_well_within_the_grace(monkeypatch, seconds, agreed):
+    """Every step if it is long; where it is short, after the first two and where the numbers are fetched."""
+    times, now, asked = [], [100.0], []
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        now[0] += seconds / 10  # waiting
+        times.append(now[0])
+        return np.array([mine, [signal.SIGTERM if asked else 0, 1]])
+
+    monkeypatch.setattr(signals, "count_processes", lambda: 2)
+    monkeypatch.setattr(signals, "gather", gather)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    stop = StopSignals(grace=60)
+    for step in range(9001, 9013):
+        now[0] += seconds
+        assert stop.agreed(due=step % 6 == 4) == ""
+    assert len(times) == agreed
+    assert max(np.diff(times)) <= max(1.2 * seconds, 60 / 3)
+    asked.append(True)
+    assert stop.agreed(due=True) == "SIGTERM"
 
 
 @pytest.mark.slow
