@@ -53,9 +53,7 @@ class StopSignals:
         answers = gather(np.array([number, self._pace], np.int32))  # returns when the devices have come here, too
         self._wait = int(answers[0, 1])
         before, self._time = self._time, time.monotonic()
-        seconds = (
-            max(self._time - before, 1e-3) / self._steps
-        )  # a step; of the first with all before it, so rather long
+        seconds = max(self._time - before, 1e-3) / self._steps  # a step; the first with all before it
         self._pace = min(max(1, int(self._grace / 4 / seconds)), 10**6)
         self._steps = 0
         number = int(answers[:, 0].max())
