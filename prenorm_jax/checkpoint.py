@@ -31,8 +31,8 @@ from flax.traverse_util import unflatten_dict
 from prenorm_jax import stream
 from prenorm_jax.checksum import digest
 from prenorm_jax.conversion import check_tree
-from prenorm_jax.distributed import count_processes, is_first, lost_process, wait_for_all
-from prenorm_jax.errors import PrenormError, first_line
+from prenorm_jax.distributed import count_processes, first_said, is_first, lost_process, wait_for_all
+from prenorm_jax.errors import PrenormError, SharedError, first_line
 from prenorm_jax.files import write_whole
 from prenorm_jax.leaves import NewLeaves, NotRead, NotWritten, StoredLeaves
 from prenorm_jax.model_config import ModelConfig
@@ -58,8 +58,25 @@ def _ignore_late_callbacks(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-class Damaged(PrenormError):
+class Damaged(SharedError):
     """A checkpoint that cannot be read, or does not hold what was saved."""
+
+
+@contextlib.contextmanager
+def _damaged_for_all() -> Iterator[None]:
+    """What is found damaged in it by one process, which alone reads its part, is damaged for all, in the same words.
+
+    So no process waits for one that has turned to another checkpoint. Nothing in it may wait for the others.
+    """
+    why = ""
+    try:
+        yield
+    except Damaged as error:
+        why = str(error)
+        if count_processes() == 1:
+            raise
+    if why := first_said(why):
+        raise Damaged(why)
 
 
 class Checkpoints:
@@ -190,20 +207,23 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What the module's docstring lists. Raises PrenormError if it cannot be read."""
-        metadata = self._restore(step, "metadata", ocp.args.JsonRestore())
-        if not isinstance(metadata, dict) or metadata.pop("digest", None) != json_digest(metadata):
-            raise self._damaged(step, "metadata differ from what was saved")
-        if metadata["step"] != step:
-            raise self._damaged(step, f"it is that of step {metadata['step']} under another name")
+        with _damaged_for_all():
+            metadata = self._restore(step, "metadata", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+            if not isinstance(metadata, dict) or metadata.pop("digest", None) != json_digest(metadata):
+                raise self._damaged(step, "metadata differ from what was saved")
+            if metadata["step"] != step:
+                raise self._damaged(step, f"it is that of step {metadata['step']} under another name")
         return metadata
 
     def model(self, step: int) -> ModelConfig:
         """The model config of the stored tree. Raises PrenormError if the tree is not what its metadata describe."""
         model = ModelConfig.create(self.metadata(step)["model"])
-        try:
-            check_tree(self._shapes(step, "params"), model)
-        except PrenormError as error:
-            raise self._damaged(step, error) from error
+        with _damaged_for_all():
+            stored = self._shapes(step, "params")
+            try:
+                check_tree(stored, model)
+            except PrenormError as error:
+                raise self._damaged(step, error) from error
         return model
 
     def params(self, step: int, sharding: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -264,7 +284,8 @@ class Checkpoints:
         placed = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, sharding
         )
-        tree = self._restore(step, item, ocp.args.StandardRestore(placed))
+        with _damaged_for_all():
+            tree = self._restore(step, item, ocp.StandardCheckpointHandler, ocp.args.StandardRestore(placed))
         if digest(tree) != self.metadata(step)["digests"][item]:
             raise self._damaged(step, f"{item} differ from what was saved")
         return tree
@@ -280,9 +301,14 @@ class Checkpoints:
             raise self._damaged(step, f"{item} are incomplete")
         return stored.tree
 
-    def _restore(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+    def _restore(self, step: int, item: str, handler: type, args: ocp.args.CheckpointArgs) -> Any:
+        """Reads what this process has of an item. (The manager's own would wait for the others at its end.)"""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        reader = ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+            with reader:
+                return reader.restore(self.directory / str(step) / item, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds for a file that is short, changed or gone
             raise self._damaged(step, error) from error
 

@@ -14,7 +14,15 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.checkpoint import Checkpoints, complete_steps
 from prenorm_jax.data import Data, load_data, prefetch
-from prenorm_jax.distributed import check_same, global_batch, is_first, local_rows, refused_alike, wait_for_all
+from prenorm_jax.distributed import (
+    check_same,
+    global_batch,
+    is_first,
+    local_rows,
+    of_first,
+    refused_alike,
+    wait_for_all,
+)
 from prenorm_jax.errors import Interrupted, PrenormError, SharedError, check_choice, check_range, say
 from prenorm_jax.evaluate import evaluate
 from prenorm_jax.files import only_process
@@ -109,7 +117,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         try:
             with (
                 MetricsWriter(workdir, start, config, data, utilisation) as metrics,
-                traced(train_step, config.profile, start, workdir / "profile") as train_step,
+                traced(train_step, config.profile, start, end, workdir / "profile") as train_step,
             ):
                 rows = local_rows(split_batch(mesh), config.batch_size)
                 batches = prefetch(lambda step: data.train_batch(config, step, rows), range(start, end))
@@ -129,7 +137,9 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                     if stop:
                         break
         except NonFinite as error:
-            if (good := int(state.step)) not in checkpoints.steps():
+            checkpoints.wait()  # so that what is still being written is among the steps, for all processes
+            good = int(state.step)
+            if not of_first(good in checkpoints.steps()):
                 save(good, skipped=0)
             checkpoints.wait()
             record.saved(checkpoints.steps())

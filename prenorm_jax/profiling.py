@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from prenorm_jax.distributed import count_processes
 from prenorm_jax.errors import PrenormError, first_line, say
 
 
@@ -30,14 +31,21 @@ def parse_steps(profile: str | None, steps: float = float("inf")) -> range:
 
 
 @contextlib.contextmanager
-def traced(train_step: Callable[..., Any], profile: str | None, start: int, folder: Path) -> Iterator[Callable]:
-    """Gives `train_step` as it is to be called after step `start`: so that the chosen steps are traced into `folder`.
+def traced(
+    train_step: Callable[..., Any], profile: str | None, start: int, end: int, folder: Path
+) -> Iterator[Callable]:
+    """Gives `train_step` as it is to be called for steps `start` + 1 to `end`: the chosen ones are traced to `folder`.
 
     The trace holds nothing of the steps before the first, and the last to its end, however far the host is ahead. It
-    ends sooner where the run does. Chosen steps up to `start` are not traced. A trace that fails is said, and no reason
-    to end the run.
+    ends sooner where the run does. Chosen steps that are not among those to come are not traced; it is said if none
+    is. A trace that fails is said, and no reason to end the run. Of many processes each has a folder in `folder`: those
+    of one host would write the same files.
     """
     chosen = parse_steps(profile)
+    if chosen and (chosen.start > end or chosen[-1] <= start):
+        say(f"warning: steps {profile} are not traced: this start trains steps {start + 1} to {end}")
+    if count_processes() > 1:
+        folder = folder / f"process_{jax.process_index()}"
     number, result = start, None  # of the last step
     with contextlib.ExitStack() as trace:
 

@@ -23,6 +23,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
+from prenorm_jax.distributed import check_joined
 from prenorm_jax.errors import PrenormError, check_range
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.stream import abstract_params
@@ -42,8 +43,10 @@ _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", defa
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh` over `devices` (None: all of all processes); the axis data takes what is left.
 
-    Raises PrenormError if they cannot be split so, or if they do not divide the batch.
+    Raises PrenormError if they cannot be split so, if they do not divide the batch, or if not all processes are joined.
     """
+    if devices is None:
+        check_joined()
     devices = jax.devices() if devices is None else devices
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
     for axis in ("fsdp", "tensor"):

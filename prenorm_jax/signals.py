@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class StopSignals:
 
     def __init__(self, grace: float):
         self._grace, self.received = grace, ""
+        self._steps, self._time = 0, time.monotonic()  # since many processes last agreed
+        self._wait = self._pace = 1  # steps from then until they agree again, and what this one says next of it
 
     def __enter__(self) -> StopSignals:
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -35,17 +38,25 @@ class StopSignals:
             self._timer.cancel()
 
     def agreed(self, due: bool) -> str:
-        """The name of the signal to stop for after this step; "" if none.
+        """The name of the signal to stop for after this step; "" if none. To be called once a step.
 
-        A single process stops as soon as it is asked to. Many must stop at the same step: where `due`, which is true at
-        the same steps in all, they wait for each other and all stop if one was asked to.
+        A single process stops as soon as it is asked to. Many must stop at the same step: they wait for each other, and
+        all stop if one was asked to, where `due`, which is true at the same steps in all, and after about each quarter
+        of `grace`, by the first one's clock. What is left of `grace` is for the step under way and the save.
         """
         if count_processes() == 1:
             return self.received
-        if not due:
+        self._steps += 1
+        if not due and self._steps < self._wait:
             return ""
         number = signal.Signals[self.received] if self.received else 0
-        number = int(gather(np.int32(number)).max())
+        answers = gather(np.array([number, self._pace], np.int32))  # returns when the devices have come here, too
+        self._wait = int(answers[0, 1])
+        before, self._time = self._time, time.monotonic()
+        seconds = max(self._time - before, 1e-3) / self._steps  # a step; the first with all before it
+        self._pace = min(max(1, int(self._grace / 4 / seconds)), 10**6)
+        self._steps = 0
+        number = int(answers[:, 0].max())
         return signal.Signals(number).name if number else ""
 
     def _receive(self, number: int, _frame: object) -> None:

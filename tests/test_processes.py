@@ -12,12 +12,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
-from test_resume import losses_of, steps_written, wait_until
+from test_resume import damage, losses_of, steps_written, wait_until
 
+from prenorm_jax import distributed, signals
 from prenorm_jax.checkpoint import complete_steps
-from prenorm_jax.distributed import global_batch, local_rows, put_everywhere
+from prenorm_jax.config import base_config
+from prenorm_jax.distributed import count_processes, global_batch, initialize, local_rows, lost_process, put_everywhere
+from prenorm_jax.errors import PrenormError
+from prenorm_jax.sharding import make_mesh
+from prenorm_jax.signals import StopSignals
 
 DEVICES = 2  # of each process
 FLOAT64 = ["--config.model.dtype=float64", "--config.model.param_dtype=float64", "--config.batch_size=8"]
@@ -126,6 +132,29 @@ def test_when_one_is_killed_the_others_end_and_another_number_goes_on(text, tmp_
     compare_losses(run, whole)
 
 
+@pytest.mark.parametrize(("seconds", "agreed"), [(110, 12), (4, 5), (0.1, 4)])
+def test_processes_agree_on_stopping_well_within_the_grace(monkeypatch, seconds, agreed):
+    """Every step if it is long; where it is short, after the first two and where the numbers are fetched."""
+    times, now, asked = [], [100.0], []
+
+    def gather(mine: np.ndarray) -> np.ndarray:
+        now[0] += seconds / 10  # waiting
+        times.append(now[0])
+        return np.array([mine, [signal.SIGTERM if asked else 0, 1]])
+
+    monkeypatch.setattr(signals, "count_processes", lambda: 2)
+    monkeypatch.setattr(signals, "gather", gather)
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    stop = StopSignals(grace=60)
+    for step in range(9001, 9013):
+        now[0] += seconds
+        assert stop.agreed(due=step % 6 == 4) == ""
+    assert len(times) == agreed
+    assert max(np.diff(times)) <= max(1.2 * seconds, 60 / 3)
+    asked.append(True)
+    assert stop.agreed(due=True) == "SIGTERM"
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(text, tmp_path):
     flags = [*SMALL, f"--config.data.path={text}", f"--workdir={tmp_path}", "--config.steps=100000"]
@@ -138,6 +167,20 @@ def test_a_signal_to_one_stops_all_at_the_same_step(text, tmp_path):
     assert complete_steps(tmp_path / "checkpoints") == [saved]
     assert lines(first)[-1].startswith(f"error: SIGTERM at step {saved}: saved in")
     assert second == ""
+
+
+@pytest.mark.slow
+def test_damage_to_the_part_of_one_is_damage_for_all(text, tmp_path):
+    flags = ["train.py", *SMALL, f"--config.data.path={text}", f"--workdir={tmp_path}", "--config.eval_every=0"]
+    flags += ["--config.model.d_model=16", "--config.model.vocab_size=512", f"--config.mesh.fsdp={2 * DEVICES}"]
+    finish(start(together(2, *flags)))
+    parts = tmp_path / "checkpoints" / "6" / "params" / "ocdbt.process_1" / "d"
+    damage(max(parts.iterdir(), key=lambda path: path.stat().st_size), "truncate")
+    (_, first), (_, second) = finish(start(together(2, *flags)))
+    assert f"the checkpoint {tmp_path / 'checkpoints' / '6'} is damaged" in first
+    assert "falling back to step 3" in first and "done: 6 of 6 steps" in first
+    assert second == ""
+    assert complete_steps(tmp_path / "damaged") == [6]
 
 
 @pytest.mark.slow
@@ -199,21 +242,90 @@ def test_processes_that_do_not_come_are_not_waited_for_in_vain(process, message)
     assert f"--coordinator={address}: {message}" in done.stderr
 
 
+TPU_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES", "TPU_SKIP_MDS_QUERY")
+
+
 def test_a_launcher_counts_only_if_it_started_several_processes(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster
+
     from prenorm_jax.distributed import _launcher
 
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+    told = {"worker-network-endpoints": "a", "agent-worker-number": "0", "tpu-env": ""}  # by the machine's server
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (told[key], 200))
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", *TPU_VARIABLES):
         monkeypatch.delenv(name, raising=False)
+    assert _launcher() == ""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    assert _launcher() == ""
+    with monkeypatch.context() as changed:
+        changed.setitem(told, "worker-network-endpoints", "a,b,c,d")
+        assert _launcher() == "Cloud TPU"
+        told.clear()
+        assert _launcher() == ""
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
     for several, one, name in (
         ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a[1-2]"}, {"SLURM_NTASKS": "1"}, "SLURM"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "1"}, "Open MPI"),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"TPU_WORKER_HOSTNAMES": "a"}, "Cloud TPU"),
+        *(({name: "a,b"}, {name: "a"}, "Cloud TPU") for name in TPU_VARIABLES[:2]),
     ):
         with monkeypatch.context() as changed:
             for variables, expected in ((several, name), (one, "")):
                 for variable, value in variables.items():
                     changed.setenv(variable, value)
                 assert _launcher() == expected
+
+
+@pytest.mark.parametrize("said", [{}, {"OMPI_MCA_orte_hnp_uri": "of another form"}])
+def test_a_launcher_that_is_not_understood_is_said(monkeypatch, said):
+    for name, value in {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", **said}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PrenormError, match=r"Open MPI .* not understood.*: give --coordinator, --processes and --pro"):
+        initialize()
+    assert count_processes() == 1
+
+
+GLOO = "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]"
+NCCL = "INTERNAL: NCCL operation ncclGroupEnd() failed: "
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (JaxRuntimeError(GLOO), True),
+        (ValueError(GLOO), True),
+        (JaxRuntimeError(NCCL + "remote process exited or there was a network error."), True),
+        (JaxRuntimeError(NCCL + "unhandled cuda error. Last NCCL warning: 'out of memory'"), False),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes; barrier"), False),
+        (
+            JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: a. This usually happens if a task died."),
+            True,
+        ),
+        (JaxRuntimeError("INVALID_ARGUMENT: peer_norm has shape (3,)"), False),
+        (RuntimeError("NCCL ran out of memory"), False),
+        (OSError("HTTPSConnectionPool(host='huggingface.co', port=443): Max retries: connection reset by peer"), False),
+        (ValueError("peer_norm has shape (3,): no barrier"), False),
+    ],
+)
+def test_a_process_is_lost_only_if_the_runtime_says_so(monkeypatch, error, lost):
+    assert not lost_process(error)  # of one process, none is lost
+    monkeypatch.setattr(distributed, "_processes", 2)
+    assert lost_process(error) == lost
+    wrapped = TimeoutError("a save")
+    wrapped.__cause__ = error
+    assert lost_process(wrapped) == lost
+
+
+def test_the_error_that_tells_of_a_lost_process_is_said_in_full(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "end", lambda line, status: print(line))
+    distributed.end_for_lost_process(JaxRuntimeError(GLOO + "x" * 500 + "\nmore"))
+    said = capsys.readouterr().out
+    assert f"({GLOO}{'x' * 500}): the same command" in said and said.count("\n") == 1
+
+
+def test_processes_that_nothing_told_of_are_found_out(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(PrenormError, match=r"a machine of 4 processes, .*: give --coordinator, --processes and --pro"):
+        make_mesh(base_config())
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 
 import prenorm_jax.step as step_module
+from prenorm_jax import loop
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.checksum import digest
 from prenorm_jax.config import base_config
@@ -531,7 +532,7 @@ def test_it_saves_when_it_is_asked_to_stop(text, tmp_path, number):
 # --- Losses that are not finite. ---
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text, tmp_path, monkeypatch):
     config = small_run(text, steps=50, log_every=7)
     config.optimizer.update({"learning_rate": 1e38, "warmup_steps": 0, "clip": 0.0, "name": "sgd"})
     with pytest.raises(PrenormError) as error:
@@ -545,9 +546,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text,
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert checkpoints.steps() == [good]
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoints.params(good)[1]))
-    # Again: the same error, and the same checkpoint.
+    # Again: the same error, and the same checkpoint, which the first process finds once none is being written.
+    happened, wait = [], Checkpoints.wait
+    monkeypatch.setattr(Checkpoints, "wait", lambda checkpoints: happened.append("wait") or wait(checkpoints))
+    monkeypatch.setattr(loop, "of_first", lambda found: happened.append(found) or found)
     with pytest.raises(PrenormError, match=f"step {good + 1} is not finite"):
         train(config, tmp_path / "run")
+    assert happened[:2] == ["wait", True]
     config.on_nonfinite = "skip"
     train(config, tmp_path / "run")
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:

@@ -124,19 +124,34 @@ def test_steps_to_trace():
         ("3:5", 0, 6, [1, 2, "start", 3, 4, "stop", 5, 6]),
         ("3:5", 3, 6, ["start", 4, "stop", 5, 6]),  # gone on with in the middle
         ("3:9", 0, 4, [1, 2, "start", 3, 4, "stop"]),  # the run ends before
-        ("3:5", 4, 6, [5, 6]),
+        ("3:5", 4, 6, [5, 6]),  # gone on with after
+        ("3:5", 0, 2, [1, 2]),  # stopped before
         ("1:2", 0, 1, ["start", 1, "stop"]),
         (None, 0, 2, [1, 2]),
     ],
 )
-def test_the_trace_starts_and_stops_around_the_steps(monkeypatch, tmp_path, profile, start, end, expected):
+def test_the_trace_starts_and_stops_around_the_steps(monkeypatch, tmp_path, capsys, profile, start, end, expected):
     happened = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop"))
-    with traced(lambda number: happened.append(number) or number, profile, start, tmp_path) as step:
+    with traced(lambda number: happened.append(number) or number, profile, start, end, tmp_path) as step:
         for number in range(start + 1, end + 1):
             assert step(number) == number
     assert happened == expected
+    said = capsys.readouterr().err
+    assert ("are traced in" in said) == ("start" in expected)
+    assert ("are not traced: this start trains steps" in said) == bool(profile and "start" not in expected)
+
+
+def test_each_of_many_processes_has_a_folder_for_its_trace(monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setattr(jax.profiler, "start_trace", folders.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(profiling, "count_processes", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    with traced(lambda: 1, "1:2", 0, 1, tmp_path) as step:
+        step()
+    assert folders == [tmp_path / "process_3"]
 
 
 def test_a_trace_is_stopped_by_an_error_too_and_one_that_fails_ends_no_run(monkeypatch, tmp_path, capsys):
@@ -146,12 +161,12 @@ def test_a_trace_is_stopped_by_an_error_too_and_one_that_fails_ends_no_run(monke
     stopped = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: stopped.append(True))
-    with pytest.raises(KeyboardInterrupt), traced(lambda: 1, "1:9", 0, tmp_path) as step:
+    with pytest.raises(KeyboardInterrupt), traced(lambda: 1, "1:9", 0, 9, tmp_path) as step:
         step()
         raise KeyboardInterrupt
     assert stopped == [True]
     monkeypatch.setattr(profiling.jax.profiler, "start_trace", fail)
     monkeypatch.setattr(profiling.jax.profiler, "stop_trace", fail)
-    with traced(lambda: 1, "1:3", 0, tmp_path) as step:
+    with traced(lambda: 1, "1:3", 0, 3, tmp_path) as step:
         assert [step(), step(), step()] == [1, 1, 1]
     assert "warning: the profiler does not start: another is under way\n" in capsys.readouterr().err
