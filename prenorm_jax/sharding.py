@@ -120,20 +120,27 @@ def tree_sharding(tree: Any, config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def row_major(shardings: Any, tree: Any) -> Any:
-    """The same shardings, with the axes of each array laid out in their order, as matrix products read them.
+    """The same shardings, and with them the layout of arrays whose last axis is whole: their axes in order.
 
     TPUs would store a table whose rows just exceed a tile, such as (vocabulary, d+1) under crmsnorm, the other way
-    round, and copy it at each step: parameters, both moments, in and out.
+    round, and copy it at each step: parameters, both moments, in and out. (Where the last axis is split, a row may be
+    much less than a tile: there they choose.)
     """
-    return jax.tree.map(lambda sharding, leaf: Format(Layout(tuple(range(leaf.ndim))), sharding), shardings, tree)
+
+    def place(sharding: NamedSharding, leaf: Any) -> Format | NamedSharding:
+        split = len(sharding.spec) == leaf.ndim and leaf.ndim and sharding.spec[-1]
+        return sharding if split else Format(Layout(tuple(range(leaf.ndim))), sharding)
+
+    return jax.tree.map(place, shardings, tree)
 
 
 def lay_out(tree: Any, formats: Any) -> Any:
     """The tree, of arrays that are split as `formats` say, with those copied whose axes lie in another order."""
 
-    def place(leaf: jax.Array, format: Format) -> jax.Array:
-        same = leaf.format.layout.major_to_minor == format.layout.major_to_minor
-        return leaf if same else jax.device_put(leaf, format)
+    def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
+        if not isinstance(format, Format) or leaf.format.layout.major_to_minor == format.layout.major_to_minor:
+            return leaf
+        return jax.device_put(leaf, format)
 
     return jax.tree.map(place, tree, formats)
 
