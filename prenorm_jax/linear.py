@@ -55,19 +55,20 @@ def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
     # Of one token a sequence, to copy the kernels would be most of the work; and kernels that are split along their
     # features would be shuffled between devices.
     if len(layers) > 1 and (x.shape[-2] == 1 or is_split_by("tensor")):
+        normed = Scaled(normed.product)  # once: else devices would add up the derivative by each n for itself
         return [layer(normed) for layer in layers]
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
-    y = read(normed, kernel)
+    # The backward pass multiplies n out anew, so that only x is kept; as does all that is computed anew by `remat`.
+    y = (jax.checkpoint(read) if layers[0].config.remat == "none" else read)(normed, kernel)
     y = y + bias[0] if bias else y
     if len(layers) == 1:
         return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]
     return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
 
 
-@jax.checkpoint
 def read(normed: Scaled, kernel: jax.Array) -> jax.Array:
-    """n W: (..., in), (in, out) -> (..., out). The backward pass multiplies n out anew, so that only x is kept."""
+    """n W: (..., in), (in, out) -> (..., out)."""
     return matmul(normed.product.astype(kernel.dtype), kernel)
 
 
