@@ -1,4 +1,6 @@
-"""What a checkpoint costs the training loop at the demo's size: `python tests/measure_saving.py FOLDER` prints JSON.
+"""What a checkpoint costs the training loop at the demo's size, as JSON.
+
+    PYTHONPATH=. python tests/measure_saving.py FOLDER
 
 share: of the time of 100 steps, what one save adds: the call, which copies the state, and the slower steps while it is
 written in the background. Stretches of steps with and without a save take turns.

@@ -1,4 +1,6 @@
-"""Memory and time of a conversion: `python tests/measure_streaming.py FOLDER --model=gpt3:XL --to=crmsnorm` (6.5 GB).
+"""Memory and time of a conversion (6.5 GB).
+
+    PYTHONPATH=. python tests/measure_streaming.py FOLDER --model=gpt3:XL --to=crmsnorm
 
 Makes a run of random parameters in FOLDER, in another process, converts it there and prints JSON: parameters_mb,
 seconds, and the resident memory of this process before the conversion and at its largest.

@@ -1,4 +1,6 @@
-"""Our GPT beside PyTorch's: `python tests/measure_torch.py --model=gpt:6x384`, with `pip install torch transformers`.
+"""Our GPT beside PyTorch's, with `pip install torch transformers`.
+
+    PYTHONPATH=. python tests/measure_torch.py --model=gpt:6x384
 
 Training steps (AdamW, clipping) and forward passes with the loss, in one process and in turn, of a GPT-2 of the
 `transformers` library and of ours of the same shape, on the same CPU, float32. Both allocate from the same C library,
