@@ -71,17 +71,17 @@ def lines_of(workdir: Path) -> list[dict]:
 def test_a_vit_goes_through_every_command(tmp_path):
     small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=2"]
     small += ["--config.model.d_model=16", "--config.model.layer_scale=0.1", "--config.optimizer.warmup_steps=5"]
-    ln, crms = tmp_path / "ln", tmp_path / "crms"
+    ln, crms, converted = tmp_path / "ln", tmp_path / "crms", tmp_path / "ln-as-crms"
     command("train.py", *small, f"--workdir={ln}")
+    command("train.py", *small, f"--workdir={crms}", "--config.model.norm=crmsnorm")
     expected = evaluate(ln)
     assert expected["eval_images"] == 359
     assert 0 < expected["eval_top1"] < expected["eval_top5"] <= 1
     assert "image of the held-out" not in (text := command("eval.py", f"--workdir={ln}").stdout)
     assert "359 images of the held-out split" in text and "top1" in text
-    done = command("-m", "prenorm_jax.convert", ln, crms, "--to=crmsnorm")
+    done = command("-m", "prenorm_jax.convert", ln, converted, "--to=crmsnorm")
     assert "logits on random inputs" in done.stdout
-    assert evaluate(ln, "--norm=rmsnorm")["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-    command("train.py", f"--workdir={crms}", "--config.steps=22")
+    assert evaluate(converted)["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
     report = command("-m", "prenorm_jax.compare", ln, crms, f"--out={tmp_path / 'report'}").stdout
     assert "final top-1" in report
     assert "nats per image" in report

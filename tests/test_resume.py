@@ -190,7 +190,8 @@ def test_switching_the_norm_every_25_steps_changes_nothing_but_rounding(text, tm
     ]
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_mesh_layout_of_the_blocks_and_accumulation_may_change_between_saves(text, tmp_path, name):
     """With moments that are carried along: had they started anew, the curve would be another."""
     whole, changed = (small_run(text, steps=20, batch_size=16) for _ in range(2))
@@ -212,7 +213,7 @@ def test_mesh_layout_of_the_blocks_and_accumulation_may_change_between_saves(tex
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeypatch, scan):
     """As they do by default on TPUs. Here it is the state that does, so that all that meets it has to take it."""
     config, expected = small_run(text, steps=6, checkpoint_every=2), small_run(text, steps=6)
