@@ -55,14 +55,15 @@ def load_as(
         model = stored if norm == stored.norm else convert_config(stored, to=norm)
         split = mesh is not None and stored.norm in (norm, "layernorm")
         _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
+    if norm != stored.norm:
 
-    def convert(params: Any) -> Any:
-        return params if norm == stored.norm else convert_params(params, stored, to=norm)
+        def convert(params: Any) -> Any:
+            return convert_params(params, stored, to=norm)
 
-    if split:
-        return step, model, jax.jit(convert, out_shardings=params_sharding(model, mesh))(params)
-    params = convert(params)
-    return step, model, params if mesh is None else put_everywhere(params, params_sharding(model, mesh))
+        params = (jax.jit(convert, out_shardings=params_sharding(model, mesh)) if split else convert)(params)
+    if mesh is not None and not split:
+        params = put_everywhere(params, params_sharding(model, mesh))
+    return step, model, params
 
 
 def mesh_for(config: ConfigDict) -> Mesh:
