@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from prenorm_jax import hlo
 from prenorm_jax.command_line import parse_flags
 from prenorm_jax.errors import PrenormError, first_line, run_command, say
-from prenorm_jax.files import write_whole
+from prenorm_jax.files import check_folder, write_whole
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import MESH_AXES, make_mesh, sharding_table
 from prenorm_jax.step import H_SCOPE, OPTIMIZER_SCOPE, count, init_state, make_train_step, run_models
@@ -123,6 +123,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)
     args, config = flags.FLAGS, flags.FLAGS.config
     devices, reports = None, []
+    if args.out:
+        check_folder(Path(args.out).parent)
     for norm in args.norm.split(",") if args.norm else [config.model.norm]:
         config.model.norm = norm
         if args.parameters:  # no devices are needed to say how they are split
@@ -137,6 +139,7 @@ def main(argv: list[str]) -> None:
         print("memory, collectives and cycles: the TPU compiler's own figures, nothing was measured")
     if args.out:
         content = {"topology": args.topology, "jax": jax.__version__, "reports": reports}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.out), (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -29,6 +29,7 @@ from prenorm_jax.allocator import release_freed_memory
 from prenorm_jax.contenders import BASELINES, BOUND, CONTENDERS, Setting, baseline_of
 from prenorm_jax.data import load_data
 from prenorm_jax.errors import PrenormError, check_range, run_command, say
+from prenorm_jax.files import check_folder
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.sharding import make_mesh
 from prenorm_jax.tasks import TASKS, Task, contenders_of, make_task
@@ -237,7 +238,7 @@ def main() -> None:
         wrong = ", ".join(sorted(only - set(CONTENDERS))) or "nothing"
         raise PrenormError(f"--only={args.only}: {wrong} is not among {', '.join(CONTENDERS)}")
     names = contenders_of(args.task, [name for name in CONTENDERS if name in only])
-    benchmark_report.check_folder(args.out)
+    check_folder(args.out)
     setting = Setting(args.model, args.batch, args.length, args.dtype, args.depth)
     if args.topology:
         report = topology.estimate(args.topology, setting, args.task, names)

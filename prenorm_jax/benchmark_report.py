@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +130,6 @@ def figure(report: Report) -> bytes:
     file = io.BytesIO()
     FigureCanvasAgg(drawing).print_png(file)
     return file.getvalue()
-
-
-def check_folder(folder: Path) -> None:
-    """Raises PrenormError if `write` could not write into the folder, which need not be there. Leaves nothing."""
-    place = folder.absolute()
-    try:
-        there = next(path for path in (place, *place.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise PrenormError(f"cannot write into {folder} ({error.strerror}): choose another --out") from error
 
 
 def write(report: Report, folder: Path, stem: str) -> list[Path]:

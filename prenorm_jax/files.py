@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,17 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises PrenormError if nothing can be written into the folder, which need not be there. Leaves nothing."""
+    place = folder.absolute()
+    try:
+        there = next(path for path in (place, *place.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PrenormError(f"cannot write into {folder} ({error.strerror}): choose another --out") from error
 
 
 @contextlib.contextmanager

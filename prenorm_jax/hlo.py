@@ -83,13 +83,17 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
                 part, channel = _INSTRUCTION.match(inner), _CHANNEL.search(inner)
                 if part and part[2] in COLLECTIVES and channel and (part[2], channel[1]) not in fused:
                     fused.add((part[2], channel[1]))
-                    where = _OP_NAME.search(inner)
-                    yield Operation(part[2], where[1] if where else "", times, 0, _size(part[1]))
-        scope, cycles = _OP_NAME.search(line), _CYCLES.search(line)
-        yield Operation(kind, scope[1] if scope else "", times, int(cycles[1]) if cycles else 0, size)
+                    yield Operation(part[2], _scope(inner), times, 0, _size(part[1]))
+        cycles = _CYCLES.search(line)
+        yield Operation(kind, _scope(line), times, int(cycles[1]) if cycles else 0, size)
         if kind in ("while", "call", "conditional", "async-start"):
             for computation in called:
                 yield from _walk(computations, computation, times * _trips(computations, line))
+
+
+def _scope(line: str) -> str:
+    name = _OP_NAME.search(line)
+    return name[1] if name else ""
 
 
 def _trips(computations: dict[str, list[str]], line: str) -> int:

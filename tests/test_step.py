@@ -94,11 +94,6 @@ def differences(model: str, norm: str, parameterization: str, optimizer: str) ->
 
 
 # One worker takes all cases of an optimizer, and so computes its Pre-LN runs once.
-each_optimizer = pytest.mark.parametrize(
-    "optimizer", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in OPTIMIZERS]
-)
-
-
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [
@@ -115,8 +110,16 @@ def test_pre_ln_parameterization_follows_pre_ln(norm, model, optimizer):
     assert differences(model, norm, "pre_ln", optimizer).max() <= 1e-9
 
 
-@each_optimizer
-@pytest.mark.parametrize("model", ["gpt", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gpt-dropout", "vit"))])
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        *(pytest.param("gpt", name, marks=pytest.mark.xdist_group(name)) for name in OPTIMIZERS),
+        *(
+            pytest.param(m, "adamw", marks=[pytest.mark.xdist_group("adamw"), pytest.mark.slow])
+            for m in ("gpt-dropout", "vit")
+        ),
+    ],
+)
 @pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
 def test_native_parameterization_does_not(norm, model, optimizer):
     """The negative control: the same function at the start, trained directly, goes another way."""
