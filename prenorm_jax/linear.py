@@ -60,7 +60,9 @@ def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
     # The backward pass multiplies n out anew, so that only x is kept; as does all that is computed anew by `remat`.
-    y = (jax.checkpoint(read) if layers[0].config.remat == "none" else read)(normed, kernel)
+    # In a scan nothing can be merged with the forward pass, and what would prevent it only keeps XLA from fusing.
+    config = layers[0].config
+    y = (jax.checkpoint(read, prevent_cse=not config.scan) if config.remat == "none" else read)(normed, kernel)
     y = y + bias[0] if bias else y
     if len(layers) == 1:
         return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]

@@ -201,6 +201,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False)))
 
 
+def platform() -> str:
+    """Of the devices of `computing_on`, or of those that JAX takes by default: "cpu", "gpu" or "tpu"."""
+    mesh = _mesh.get()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def is_split_by(axis: str) -> bool:
     """Whether the mesh of `computing_on` has more than one device along this axis."""
     mesh = _mesh.get()

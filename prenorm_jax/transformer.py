@@ -37,7 +37,8 @@ _REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "ful
 
 def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
     """The nonlinearity of the config's MLPs. The backward pass computes it anew: cheaper than keeping what it made."""
-    return jax.checkpoint(_ACTIVATIONS[config.activation])(x)
+    # As in `linear.apply_together`.
+    return jax.checkpoint(_ACTIVATIONS[config.activation], prevent_cse=not config.scan)(x)
 
 
 class StreamModel(nn.Module):

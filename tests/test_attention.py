@@ -9,6 +9,13 @@ from common import relative
 from prenorm_jax.attention import attend
 
 
+@pytest.fixture(autouse=True, params=["cpu", "tpu"])
+def platform(request, monkeypatch):
+    """What is done for TPUs must be right wherever it is done."""
+    monkeypatch.setattr("prenorm_jax.attention.platform", lambda: request.param)
+    return request.param
+
+
 def plain(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, causal):
     """One product, one softmax; key heads repeated."""
     B, T, H, K = q_BxTxHxK.shape
@@ -82,14 +89,11 @@ def test_the_causal_half_is_not_computed():
 
 
 def test_no_attention_matrix_is_kept_for_the_backward_pass():
-    """What `jax.vjp` keeps grows with T, not with T²."""
-
-    def kept(T):
-        inputs = random_heads(T)
-        _, pull_back = jax.vjp(lambda *qkv: attend(*qkv, True), *inputs)
-        return sum(leaf.size for leaf in jax.tree.leaves(pull_back))
-
-    assert kept(256) < 2.5 * kept(128)
+    """What `jax.vjp` keeps is queries, keys and values, once for all blocks."""
+    inputs = random_heads(256)
+    _, pull_back = jax.vjp(lambda *qkv: attend(*qkv, True), *inputs)
+    kept = {id(leaf): leaf.size for leaf in jax.tree.leaves(pull_back)}
+    assert sum(kept.values()) < 1.2 * sum(x.size for x in inputs)
 
 
 @pytest.mark.parametrize("causal", [True, False])
