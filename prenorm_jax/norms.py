@@ -11,8 +11,6 @@ Source: arXiv 2305.14858, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -27,42 +25,43 @@ class Scaled(flax.struct.PyTreeNode):
     Attributes:
       x: (..., N). The norm's input; of a LayerNorm, that centred.
       root: r = (⟨x, x⟩ + ε)^(-1/2), (..., 1), in float32 at least. None: 1.
-      mean_dot: ⟨·, ·⟩, bilinear: (..., N), (..., N) -> (..., 1).
+      total: of a CRMSNorm, the sum of x, (..., 1), in float32 at least: with it ⟨x, ·⟩ takes one pass.
     """
 
     x: jax.Array
     root: jax.Array | None = None
-    mean_dot: Callable[[jax.Array, jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
+    total: jax.Array | None = None
 
     @property
     def product(self) -> jax.Array:
         """n, in x's dtype."""
-        return self.x if self.root is None else _multiply(self.mean_dot, self.x, self.root)
+        return self.x if self.root is None else _multiply(self.x, self.root, self.total)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _multiply(mean_dot: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, r: jax.Array) -> jax.Array:
+@jax.custom_jvp
+def _multiply(x: jax.Array, r: jax.Array, total: jax.Array | None) -> jax.Array:
     return (x * r).astype(x.dtype)
 
 
-# dn = r (dx - x r² ⟨x, dx⟩), of which what comes through dr is a part: dr is not looked at. (A second derivative takes
-# that of r where it stands here.) Derived line by line, the same keeps more for the backward pass, and XLA fuses it
-# worse.
+# dn = r (dx - x r² ⟨x, dx⟩), of which what comes through dr is a part: dr is not looked at, nor that of the sum of x.
+# (A second derivative takes theirs where they stand here.) Derived line by line, the same keeps more for the backward
+# pass, and XLA fuses it worse.
 @_multiply.defjvp
-def _(mean_dot: Callable, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    (x, r), (dx, _) = primals, tangents
-    dn = r * (dx - x * (jnp.square(r) * mean_dot(x, dx)))
-    return _multiply(mean_dot, x, r), dn.astype(x.dtype)
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, r, total), (dx, *_) = primals, tangents
+    dn = r * (dx - x * (jnp.square(r) * _mean_dot(x, total, dx)))
+    return _multiply(x, r, total), dn.astype(x.dtype)
 
 
 def scaled_rms(z: jax.Array, epsilon: float) -> Scaled:
     """RMSNorm of (..., d)."""
-    return Scaled(z, jax.lax.rsqrt(_mean_dot(z, z) + epsilon), _mean_dot)
+    return Scaled(z, jax.lax.rsqrt(_mean_dot(z, None, z) + epsilon))
 
 
 def scaled_crms(y: jax.Array, epsilon: float) -> Scaled:
     """CRMSNorm of (..., d-1)."""
-    return Scaled(y, jax.lax.rsqrt(_restored_mean_dot(y, y) + epsilon), _restored_mean_dot)
+    total = _sum(y)
+    return Scaled(y, jax.lax.rsqrt(_mean_dot(y, total, y) + epsilon), total)
 
 
 def scaled_layer_norm(x: jax.Array, epsilon: float) -> Scaled:
@@ -70,13 +69,15 @@ def scaled_layer_norm(x: jax.Array, epsilon: float) -> Scaled:
     return scaled_rms((x - _sum(x) / x.shape[-1]).astype(x.dtype), epsilon)
 
 
-def _mean_dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    return _dot(x, y) / x.shape[-1]
+def _mean_dot(x: jax.Array, total: jax.Array | None, y: jax.Array) -> jax.Array:
+    """⟨x, y⟩ = x·y / d: (..., N), (..., N) -> (..., 1).
 
-
-def _restored_mean_dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """That of the vectors of d numbers whose first d-1 are given, and whose last is minus their sum."""
-    return (_dot(x, y) + _sum(x) * _sum(y)) / (x.shape[-1] + 1)
+    Given the total of x, that of the vectors of d numbers whose first d-1 are x and y, and whose last is minus their
+    sum.
+    """
+    if total is None:
+        return _dot(x, y) / x.shape[-1]
+    return (_dot(x, y) + total * _sum(y)) / (x.shape[-1] + 1)
 
 
 def _sum(x: jax.Array) -> jax.Array:
