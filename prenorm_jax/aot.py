@@ -124,6 +124,8 @@ def main(argv: list[str]) -> None:
     args, config = flags.FLAGS, flags.FLAGS.config
     devices, reports = None, []
     if args.out:
+        if Path(args.out).is_dir():
+            raise PrenormError(f"--out={args.out} is a folder: name a file in it, such as {args.out}/aot.json")
         check_folder(Path(args.out).parent)
     for norm in args.norm.split(",") if args.norm else [config.model.norm]:
         config.model.norm = norm

@@ -2,7 +2,7 @@
 
 The queries go in blocks, each against the keys that it may see: with 4 blocks, 5/8 of the full product. Each block is
 under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
-its sum after the product with the values, which is the smaller.
+its sum after the product with the values, which is the smaller. On TPUs that sum is a column of the product.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prenorm_jax.sharding import platform
+from prenorm_jax.sharding import computing_platform
 
 CAUSAL_BLOCKS = 4
 SMALLEST_BLOCK = 32  # queries
+TPU_COLUMNS = 128  # that a TPU multiplies at once
 
 
 class CacheUse(NamedTuple):
@@ -40,15 +41,15 @@ def attend(
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
 
-    Scores and softmax are in float32 at least. With a `dropout_key`, each probability is dropped with `dropout_rate`.
+    Scores and softmax are in float32 at least, but that its sum, on TPUs, is that of the numbers which are multiplied
+    with the values, so in v's dtype. With a `dropout_key`, each probability is dropped with `dropout_rate`.
     """
     T = q_BxTxHxK.shape[1]
     S, G = k_BxSxGxK.shape[1:3]
     q_BxGxRxTxK = _group(q_BxTxHxK, G)
     k_BxGxSxK, v_BxGxSxK = (x.transpose(0, 2, 1, 3) for x in (k_BxSxGxK, v_BxSxGxK))
-    if dropout_key is None and platform() == "tpu":
-        # Softmax's sum is then one more column of its product with the values, of which a TPU multiplies 128 at once:
-        # a pass over the scores less. On CPUs 65 columns take longer than 64 and a sum.
+    if dropout_key is None and computing_platform() == "tpu" and v_BxSxGxK.shape[3] % TPU_COLUMNS:
+        # The sum then costs nothing, and a pass over the scores is saved. On CPUs 65 columns take longer than 64.
         v_BxGxSxK = jnp.concatenate([v_BxGxSxK, jnp.ones_like(v_BxGxSxK[..., :1])], axis=3)
     size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal else T
     blocks = []
@@ -58,7 +59,8 @@ def attend(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
         position = seen - end + start if causal else None
 
-        @jax.checkpoint  # around the slices, so that all blocks keep the same arrays
+        # Around the slices, so that all blocks keep the same arrays. (Merged with the forward pass it would be slower.)
+        @jax.checkpoint
         def block(q, k, v, key, start=start, end=end, seen=seen, position=position):
             return _attend_block(q[:, :, :, start:end], k[:, :, :seen], v[:, :, :seen], key, position, dropout_rate)
 
@@ -95,7 +97,7 @@ def _attend_block(
 ) -> jax.Array:
     """The same of T queries, of which the first stands at key `position`; None: each sees all keys.
 
-    The values may have a further column, of ones.
+    Without dropout the values may have a further column, of ones, whose product with the weights is their sum.
     """
     B, G, R, T, K = q_BxGxRxTxK.shape
     S = k_BxGxSxK.shape[2]

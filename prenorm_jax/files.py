@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process has to itself. Needs no JAX."""
+"""Files that are whole or not there, folders that one process has to itself or that can be written to. Needs no JAX."""
 
 from __future__ import annotations
 

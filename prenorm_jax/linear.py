@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -61,13 +61,19 @@ def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
     # The backward pass multiplies n out anew, so that only x is kept; as does all that is computed anew by `remat`.
-    # In a scan nothing can be merged with the forward pass, and what would prevent it only keeps XLA from fusing.
     config = layers[0].config
-    y = (jax.checkpoint(read, prevent_cse=not config.scan) if config.remat == "none" else read)(normed, kernel)
+    y = (computed_anew(config, read) if config.remat == "none" else read)(normed, kernel)
     y = y + bias[0] if bias else y
     if len(layers) == 1:
         return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]
     return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
+
+
+def computed_anew(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose intermediate results the backward pass computes anew from its arguments."""
+    # Between the forward and the backward scan over blocks XLA can merge nothing, unless `remat` puts both passes into
+    # the second; and what would keep it from merging (prevent_cse) also keeps it from fusing.
+    return jax.checkpoint(function, prevent_cse=not (config.scan and config.remat == "none"))
 
 
 @jax.custom_jvp

@@ -24,8 +24,8 @@ class Scaled(flax.struct.PyTreeNode):
 
     Attributes:
       x: (..., N). The norm's input; of a LayerNorm, that centred.
-      root: r = (⟨x, x⟩ + ε)^(-1/2), (..., 1), in float32 at least. None: 1.
-      total: of a CRMSNorm, the sum of x, (..., 1), in float32 at least: with it ⟨x, ·⟩ takes one pass.
+      root: r = (⟨x, x⟩ + ε)^(-1/2), (..., 1), in float32 at least, where ⟨·, ·⟩ is `_mean_dot`. None: 1.
+      total: of a CRMSNorm, the sum of x, (..., 1), in float32 at least, which its ⟨x, ·⟩ takes. Of others None.
     """
 
     x: jax.Array
@@ -40,12 +40,13 @@ class Scaled(flax.struct.PyTreeNode):
 
 @jax.custom_jvp
 def _multiply(x: jax.Array, r: jax.Array, total: jax.Array | None) -> jax.Array:
+    """x r. (The total is for the derivative.)"""
     return (x * r).astype(x.dtype)
 
 
-# dn = r (dx - x r² ⟨x, dx⟩), of which what comes through dr is a part: dr is not looked at, nor that of the sum of x.
-# (A second derivative takes theirs where they stand here.) Derived line by line, the same keeps more for the backward
-# pass, and XLA fuses it worse.
+# dn = r (dx - x r² ⟨x, dx⟩). The tangents of r and total are ignored, because dn already contains them; r and total
+# themselves are differentiated when this rule is. Derived line by line, the same keeps more for the backward pass, and
+# XLA fuses it worse.
 @_multiply.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (x, r, total), (dx, *_) = primals, tangents

@@ -201,10 +201,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False)))
 
 
-def platform() -> str:
-    """Of the devices of `computing_on`, or of those that JAX takes by default: "cpu", "gpu" or "tpu"."""
+def computing_platform() -> str:
+    """Of the devices of `computing_on`, where that is known, or else JAX's default: "cpu", "gpu" or "tpu"."""
     mesh = _mesh.get()
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
 def is_split_by(axis: str) -> bool:

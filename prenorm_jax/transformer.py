@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.attention import CacheUse, attend, attend_cached
-from prenorm_jax.linear import apply_together, reader, write
+from prenorm_jax.linear import apply_together, computed_anew, reader, write
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import LayerNorm, Norm, RMSNorm, Scaled
 from prenorm_jax.sharding import constrain
@@ -37,8 +37,7 @@ _REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "ful
 
 def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
     """The nonlinearity of the config's MLPs. The backward pass computes it anew: cheaper than keeping what it made."""
-    # As in `linear.apply_together`.
-    return jax.checkpoint(_ACTIVATIONS[config.activation], prevent_cse=not config.scan)(x)
+    return computed_anew(config, _ACTIVATIONS[config.activation])(x)
 
 
 class StreamModel(nn.Module):

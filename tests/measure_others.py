@@ -92,9 +92,9 @@ def authors_module(repository: Path, kind: str) -> types.ModuleType:
 
 def authors_model(module: types.ModuleType, m: ModelConfig, length: int, method: str) -> Any:
     if m.family == "vit":
-        return module.ViT(m.image_size, m.patch_size, m.classes, m.d_model, m.depth, m.heads, None, method=method)
-    width = m.d_model // m.heads
-    return module.GPT(m.vocab_size, length, m.d_model, m.depth, m.heads, None, width, method=method)
+        shape = (m.image_size, m.patch_size, m.classes, m.d_model, m.depth, m.heads, m.mlp_dim)
+        return module.ViT(*shape, dim_head=m.head_dim, method=method)
+    return module.GPT(m.vocab_size, length, m.d_model, m.depth, m.heads, m.mlp_dim, m.head_dim, method=method)
 
 
 def main() -> None:
@@ -114,6 +114,9 @@ def main() -> None:
     configure_jax(config)
     batch, mesh = real_batch(config), make_mesh(config)
     m = ModelConfig.create(config.model)
+    plain = m.heads * m.head_dim == m.d_model and m.mlp_dim == 4 * m.d_model
+    if m.parallel or m.qk_norm or (m.family == "gpt" and not plain):
+        parser.error(f"--model={args.model}: the others have no such model")
     if m.family == "gpt":
         inputs, targets = batch["tokens"][:, :-1].astype(np.int64), batch["tokens"][:, 1:].astype(np.int64)
         torch_inputs = torch.from_numpy(inputs)

@@ -83,9 +83,11 @@ def test_rematerialisation_keeps_less(config):
     assert kept["full"] < 0.9 * kept["dots"] < 0.9 * 0.95 * kept["none"]
 
 
-def test_bad_flags_are_refused():
+def test_bad_flags_are_refused(tmp_path):
     for flags, line in (
         (["--topology=v5e:2x2"], "--config is missing"),
         (["--config=configs/gpt_stdlib.py", "--topology=abacus:2x2"], "--topology=abacus:2x2 is not to be had"),
+        (["--config=configs/gpt_stdlib.py", f"--out={tmp_path}"], "is a folder: name a file in it"),
+        (["--config=configs/gpt_stdlib.py", "--out=/proc/figures/aot.json"], "cannot write into /proc/figures"),
     ):
         assert line in error_of("-m", "prenorm_jax.aot", *flags)

@@ -1,5 +1,7 @@
 """Blocked attention against the plain formula, in float64: values, both kinds of derivative, dropout."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,13 @@ import pytest
 from common import relative
 
 from prenorm_jax.attention import attend
+from prenorm_jax.sharding import MESH_AXES, computing_on, computing_platform
 
 
 @pytest.fixture(autouse=True, params=["cpu", "tpu"])
 def platform(request, monkeypatch):
     """What is done for TPUs must be right wherever it is done."""
-    monkeypatch.setattr("prenorm_jax.attention.platform", lambda: request.param)
+    monkeypatch.setattr("prenorm_jax.attention.computing_platform", lambda: request.param)
     return request.param
 
 
@@ -44,6 +47,29 @@ def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal):
         results.append([value, tangent, *pull_back(cotangent)])
     for ours, expected in zip(*results, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("K", "columns"), [(3, 4), (64, 65), (128, 128)])
+def test_on_tpus_the_values_have_a_column_of_ones_where_there_is_room(K, columns, platform):
+    heads = [jax.ShapeDtypeStruct((1, 40, 2, K), jnp.float32)] * 3
+    jaxpr = str(jax.make_jaxpr(lambda *qkv: attend(*qkv, True))(*heads))
+    assert (f"f32[1,2,40,{columns}]" in jaxpr) == (platform == "tpu" or columns == K)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    platform: str
+    id: int
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert computing_platform() == "cpu"
+    for kind, expected in (("tpu", "tpu"), ("gpu", "gpu")):
+        mesh = jax.sharding.Mesh(np.array([[[Device(kind, 0)]]], object), MESH_AXES)
+        with computing_on(mesh):
+            assert computing_platform() == expected
+    with computing_on(jax.sharding.AbstractMesh((1, 1, 1), MESH_AXES)):  # of no devices
+        assert computing_platform() == "cpu"
 
 
 def test_no_query_sees_what_comes_after_it():
