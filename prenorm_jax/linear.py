@@ -76,36 +76,18 @@ def computed_anew(config: ModelConfig, function: Callable[..., Any]) -> Callable
     return jax.checkpoint(function, prevent_cse=not (config.scan and config.remat == "none"))
 
 
-@jax.custom_jvp
 def read(normed: Scaled, kernel: jax.Array) -> jax.Array:
-    """n W: (..., in), (in, out) -> (..., out), in the kernel's dtype.
-
-    In inference (x W) r: n is never made, and r joins what follows the product. In training n W: there the derivative
-    would be scaled instead, which is wider.
-    """
-    x, r = normed.x.astype(kernel.dtype), normed.root
-    if r is None:
-        return matmul(x, kernel)
-    # Not normalised yet, the product may be too large for float16.
-    return (matmul(x, kernel, jnp.promote_types(x.dtype, jnp.float32)) * r).astype(x.dtype)
+    """n W: (..., in), (in, out) -> (..., out)."""
+    return matmul(normed.product.astype(kernel.dtype), kernel)
 
 
-@read.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    def multiplied(normed: Scaled, kernel: jax.Array) -> jax.Array:
-        return matmul(normed.product.astype(kernel.dtype), kernel)
-
-    return jax.jvp(multiplied, primals, tangents)
-
-
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
-    """(..., in) @ (in, out), as one product of two matrices; `dtype`: of the result, by default that of x.
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(..., in) @ (in, out), as one product of two matrices.
 
     Its derivative by the kernel is then one too. Of three axes XLA:CPU would first copy an operand, transposed, and
     fuse all that made it into the copy.
     """
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> Linear:
