@@ -93,16 +93,18 @@ def differences(model: str, norm: str, parameterization: str, optimizer: str) ->
     return np.abs(train(model_config(model, norm, parameterization, optimizer))[0] - pre_ln_losses(model, optimizer))
 
 
-# One worker takes all cases of an optimizer, and so computes its Pre-LN runs once.
+def case(model: str, optimizer: str, quick: bool):
+    """One worker takes all cases of an optimizer, and so computes its Pre-LN runs once."""
+    marks = [pytest.mark.xdist_group(optimizer), *([] if quick else [pytest.mark.slow])]
+    return pytest.param(model, optimizer, marks=marks)
+
+
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [
-        pytest.param(
-            model, optimizer, marks=[pytest.mark.xdist_group(optimizer), *([] if quick else [pytest.mark.slow])]
-        )
+        case(model, optimizer, quick=model == "gpt" or (optimizer == "adamw" and model != "gpt-untied"))
         for model in MODELS
         for optimizer in OPTIMIZERS
-        for quick in [model == "gpt" or (optimizer == "adamw" and model != "gpt-untied")]
     ],
 )
 @pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
@@ -113,11 +115,8 @@ def test_pre_ln_parameterization_follows_pre_ln(norm, model, optimizer):
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [
-        *(pytest.param("gpt", name, marks=pytest.mark.xdist_group(name)) for name in OPTIMIZERS),
-        *(
-            pytest.param(m, "adamw", marks=[pytest.mark.xdist_group("adamw"), pytest.mark.slow])
-            for m in ("gpt-dropout", "vit")
-        ),
+        *(case("gpt", optimizer, quick=True) for optimizer in OPTIMIZERS),
+        *(case(model, "adamw", quick=False) for model in ("gpt-dropout", "vit")),
     ],
 )
 @pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
