@@ -4,7 +4,7 @@ The queries go in blocks, each against the keys that it may see: with 4 blocks, 
 under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
 its sum after the product with the values, which is the smaller. On TPUs that sum is a column of the product.
 
-Shape suffixes as in `transformer.py`. N is B·G as one axis; where the mesh axis `tensor` splits key heads, two axes.
+Shape suffixes as in `transformer.py`. N is B·G as one axis on CPUs; else, or where `tensor` splits G, it is two axes.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ def attend(
     """
     B, T, _, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
-    # Products of arrays of three axes are the faster on CPUs. But what two axes of a mesh split does not become one.
-    rows = (B, G) if is_split_by("tensor") else (B * G,)
+    # CPUs are faster with three axes, TPUs with five. (And what two axes of a mesh split does not become one.)
+    on = computing_platform()
+    rows = (B * G,) if on == "cpu" and not is_split_by("tensor") else (B, G)
     q_NxRxTxK = _group(q_BxTxHxK, rows, G)
     k_NxSxK, v_NxSxK = (x.transpose(0, 2, 1, 3).reshape(*rows, S, K) for x in (k_BxSxGxK, v_BxSxGxK))
-    if dropout_key is None and computing_platform() == "tpu" and K % TPU_COLUMNS:
+    if dropout_key is None and on == "tpu" and K % TPU_COLUMNS:
         # The sum then costs nothing, and a pass over the scores is saved. On CPUs 65 columns take longer than 64.
         v_NxSxK = jnp.concatenate([v_NxSxK, jnp.ones_like(v_NxSxK[..., :1])], axis=-1)
     size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal else T
@@ -73,9 +74,7 @@ def attend(
     return _ungroup(jnp.concatenate(blocks, axis=-2), B)
 
 
-def attend_cached(
-    q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, position: jax.Array | int
-) -> jax.Array:
+def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, position: jax.Array | int) -> jax.Array:
     """The same of queries from `position` on, each of which sees the entries of a cache up to its own: (B, T, H·K)."""
     B, N = len(q_BxTxHxK), len(k_NxSxK)
     q_NxRxTxK = _group(q_BxTxHxK, (N,), N // B)
@@ -108,18 +107,21 @@ def _attend_block(
     """
     *rows, R, T, K = q_NxRxTxK.shape
     S = k_NxSxK.shape[-2]
+    queries = (R * T,) if len(rows) == 1 else (R, T)
     # Query heads of one key head are further rows of one product.
     scores = jnp.einsum("...mk,...sk->...ms", q_NxRxTxK.reshape(*rows, R * T, K), k_NxSxK)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(*rows, *queries, S)
     if position is not None:
-        scores = jnp.where(jnp.arange(S) <= position + jnp.tile(jnp.arange(T), R)[:, None], scores, -jnp.inf)
+        position += jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
+        scores = jnp.where(jnp.arange(S) <= position, scores, -jnp.inf)
     # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True) if v_NxSxK.shape[-1] == K else None
     if key is not None:
         kept = jax.random.bernoulli(key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
-    values = _weigh(weights.astype(v_NxSxK.dtype), v_NxSxK)
+    weights = weights.astype(v_NxSxK.dtype).reshape(*rows, R * T, S)
+    values = _weigh(weights, v_NxSxK).reshape(*rows, *queries, -1)
     if total is None:
         total = values[..., K:]
     return (values[..., :K] / total).astype(q_NxRxTxK.dtype).reshape(*rows, R, T, K)
