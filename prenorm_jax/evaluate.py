@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -56,10 +57,7 @@ def load_as(
         split = mesh is not None and stored.norm in (norm, "layernorm")
         _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
     if norm != stored.norm:
-
-        def convert(params: Any) -> Any:
-            return convert_params(params, stored, to=norm)
-
+        convert = functools.partial(convert_params, config=stored, to=norm)
         params = (jax.jit(convert, out_shardings=params_sharding(model, mesh)) if split else convert)(params)
     if mesh is not None and not split:
         params = put_everywhere(params, params_sharding(model, mesh))

@@ -28,7 +28,8 @@ SMALL = [
 
 def clean_environment(devices: int = 1, x64: bool = False) -> dict[str, str]:
     """That of a user, not of these tests; but what one command compiled the next finds in a cache."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    left_out = ("XLA_FLAGS", "JAX_ENABLE_X64", "PYTHONDONTWRITEBYTECODE")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / f"jax-{sys.version_info.minor}")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -69,7 +70,7 @@ def lines_of(workdir: Path) -> list[dict]:
 
 
 def test_a_vit_goes_through_every_command(tmp_path):
-    small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=2"]
+    small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=1"]
     small += ["--config.model.d_model=16", "--config.model.layer_scale=0.1", "--config.optimizer.warmup_steps=5"]
     ln, crms, converted = tmp_path / "ln", tmp_path / "crms", tmp_path / "ln-as-crms"
     command("train.py", *small, f"--workdir={ln}")

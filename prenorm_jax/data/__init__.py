@@ -9,9 +9,6 @@ from typing import Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from prenorm_jax.data.images import load_images
-from prenorm_jax.data.text import load_text
-
 HostBatch = dict[str, np.ndarray]
 
 
@@ -57,4 +54,11 @@ def prefetch(make: Callable[[int], HostBatch], steps: range) -> Iterator[HostBat
 
 def load_data(config: ConfigDict) -> Data:
     """Reads what `config.data` names, as `config.model` needs it. Raises PrenormError."""
-    return load_images(config) if config.model.family == "vit" else load_text(config.data)
+    # Imported here: the libraries that read data take half a second, and commands that need none do not wait for it.
+    if config.model.family == "vit":
+        from prenorm_jax.data.images import load_images
+
+        return load_images(config)
+    from prenorm_jax.data.text import load_text
+
+    return load_text(config.data)
