@@ -8,13 +8,12 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.data.text import TextTokenizer, check_vocab_size, load_tokenizer
 from prenorm_jax.errors import PrenormError, check_integer, check_range, run_command, say
 from prenorm_jax.evaluate import load_as
 from prenorm_jax.model_config import ModelConfig
@@ -22,6 +21,9 @@ from prenorm_jax.models import build_model
 from prenorm_jax.models.gpt import GPT
 from prenorm_jax.sampling import Sampling, choose
 from prenorm_jax.workdir import configure_jax, load_config
+
+if TYPE_CHECKING:
+    from prenorm_jax.data.text import TextTokenizer
 
 NO_TOKEN = -1
 
@@ -237,6 +239,8 @@ def main() -> None:
     norm = args.norm or config.model.norm
     step, model, params = load_as(args.workdir, norm, args.step)
     params = as_read(params, model)
+    from prenorm_jax.data.text import check_vocab_size, load_tokenizer  # not above: half a second, for other commands
+
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
     check_vocab_size(tokenizer.vocab_size, config)
 

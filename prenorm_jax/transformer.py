@@ -3,7 +3,7 @@
 Shape suffixes, here and in `models/`:
     B batch   T sequence (queries)   S sequence (keys)   D stream width (d, or d-1 under crmsnorm)   W model width d
     H heads   G key/value heads   R query heads per key/value head (H = G·R)   K head width   F MLP width
-    V vocabulary or classes   P patch size   C channels   N any width or, first, B·G
+    V vocabulary or classes   P patch size   C channels   N any width or, first, B·G of a cache
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from prenorm_jax.stream import COORDINATES
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x), arXiv 1606.08415. By erf, in float32 at least: the erfc of `nn.gelu` takes CPUs twice as long."""
+    """x Φ(x), arXiv 1606.08415. By erf, in float32 at least: the erfc of `nn.gelu` takes CPUs twice as long.
+
+    Where x < -5.5, that is 0 in float32, and off by 2e-7.
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 

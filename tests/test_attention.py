@@ -12,7 +12,7 @@ from prenorm_jax.attention import attend
 from prenorm_jax.sharding import MESH_AXES, computing_on, computing_platform
 
 
-@pytest.fixture(autouse=True, params=["cpu", "tpu"])
+@pytest.fixture(autouse=True, params=["cpu", "gpu", "tpu"])
 def platform(request, monkeypatch):
     """What is done for TPUs must be right wherever it is done."""
     monkeypatch.setattr("prenorm_jax.attention.computing_platform", lambda: request.param)
@@ -49,12 +49,28 @@ def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal):
         np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("K", "columns"), [(3, 4), (64, 65), (128, 128)])
-def test_on_tpus_the_values_have_a_column_of_ones_where_there_is_room(K, columns, platform):
+def jaxpr_of(K: int) -> str:
+    """Of 40 causal queries in two heads, of one sequence."""
     heads = [jax.ShapeDtypeStruct((1, 40, 2, K), jnp.float32)] * 3
-    jaxpr = str(jax.make_jaxpr(lambda *qkv: attend(*qkv, True))(*heads))
-    rows = "1,2" if platform == "tpu" else "2"
-    assert (f"f32[{rows},40,{columns}]" in jaxpr) == (platform == "tpu" or columns == K)
+    return str(jax.make_jaxpr(lambda *qkv: attend(*qkv, True))(*heads))
+
+
+@pytest.mark.parametrize("K", [3, 64, 128])
+def test_on_tpus_the_values_have_a_column_of_ones_where_there_is_room(K, platform):
+    leading = "2" if platform == "cpu" else "1,2"
+    jaxpr = jaxpr_of(K)
+    assert f"f32[{leading},40,{K}]" in jaxpr
+    assert (f"f32[{leading},40,{K + 1}]" in jaxpr) == (platform == "tpu" and K < 128)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 1, 2)])
+def test_heads_that_tensor_splits_stay_an_axis(shape, platform):
+    """Else they would be gathered, which no result shows."""
+    joined = platform == "cpu" and shape[2] == 1
+    with computing_on(jax.sharding.AbstractMesh(shape, MESH_AXES)):
+        jaxpr = jaxpr_of(3)
+    scores = {True: "f32[2,32,32]", False: "f32[1,2,1,32,32]"}  # of the first block
+    assert scores[joined] in jaxpr and scores[not joined] not in jaxpr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +131,13 @@ def test_the_causal_half_is_not_computed():
     assert flops[0] < 0.7 * flops[1]
 
 
-def test_no_attention_matrix_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_no_attention_matrix_is_kept_for_the_backward_pass(causal, dropout):
     """What `jax.vjp` keeps is queries, keys and values, once for all blocks."""
     inputs = random_heads(256)
-    _, pull_back = jax.vjp(lambda *qkv: attend(*qkv, True), *inputs)
+    options = (0.3, jax.random.key(0)) if dropout else ()
+    _, pull_back = jax.vjp(lambda *qkv: attend(*qkv, causal, *options), *inputs)
     kept = {id(leaf): leaf.size for leaf in jax.tree.leaves(pull_back)}
     assert sum(kept.values()) < 1.2 * sum(x.size for x in inputs)
 
@@ -137,3 +156,15 @@ def test_dropout_keeps_the_mean_and_needs_its_key(causal):
     shift = 1e-6 * jnp.ones_like(v)
     numeric = attend(q, k, v + shift, causal, 0.3, jax.random.key(1)) - attend(q, k, v, causal, 0.3, jax.random.key(1))
     np.testing.assert_allclose((gradient * shift).sum(), numeric.sum(), rtol=1e-8)  # the same mask, computed anew
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_all_platforms_draw_the_same_dropout_masks(causal, monkeypatch):
+    inputs, results = random_heads(130), []
+    for kind in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr("prenorm_jax.attention.computing_platform", lambda kind=kind: kind)
+        value, pull_back = jax.vjp(lambda *qkv: attend(*qkv, causal, 0.3, jax.random.key(1)), *inputs)
+        results.append([value, *pull_back(value)])
+    for other in results[1:]:
+        for ours, expected in zip(other, results[0], strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)

@@ -1,5 +1,6 @@
 """The commands as a user types them, each a process of its own: train, evaluate, convert, compare; and bad input."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prenorm_jax.checkpoint import json_digest
 
@@ -70,7 +72,7 @@ def lines_of(workdir: Path) -> list[dict]:
 
 
 def test_a_vit_goes_through_every_command(tmp_path):
-    small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=1"]
+    small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=2"]
     small += ["--config.model.d_model=16", "--config.model.layer_scale=0.1", "--config.optimizer.warmup_steps=5"]
     ln, crms, converted = tmp_path / "ln", tmp_path / "crms", tmp_path / "ln-as-crms"
     command("train.py", *small, f"--workdir={ln}")
@@ -316,6 +318,27 @@ def test_the_installed_library_needs_no_clone(tmp_path):
         [sys.executable, "-c", script, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["convert", "compare", "aot", "benchmark"])
+def test_commands_that_read_no_data_do_not_wait_for_its_libraries(name):
+    command("-c", f"import sys, prenorm_jax.{name}; assert 'datasets' not in sys.modules")
+
+
+def test_images_are_read_silently(tmp_path):
+    rng = np.random.default_rng(0)
+    for label, number in itertools.product(("cat", "dog"), range(6)):
+        (tmp_path / label).mkdir(exist_ok=True)
+        pixels = rng.integers(256, size=(8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
+    script = (
+        "from prenorm_jax.config import base_config; from prenorm_jax.data import load_data; import sys\n"
+        "config = base_config('vit'); config.data.path = sys.argv[1]\n"
+        "config.model.image_size, config.model.patch_size, config.model.classes = 8, 4, 2\n"
+        "print(load_data(config).description)"
+    )
+    done = command("-c", script, tmp_path)
+    assert "images" in done.stdout and done.stderr == ""
 
 
 def test_a_checkpoint_with_another_tree_than_it_says_is_refused(runs, tmp_path):

@@ -98,7 +98,7 @@ def test_post_ln_without_affine_converts():
 
 @pytest.mark.slow
 @given(config=model_configs)
-@settings(max_examples=50)
+@settings(max_examples=30)
 def test_all_six_directions_in_float64_long(config):
     check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10)
 

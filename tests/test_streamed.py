@@ -171,4 +171,4 @@ def measure(folder: Path, *flags: str) -> dict:
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, to):
     result = measure(tmp_path, "--model=gpt:2x1024", f"--to={to}", "--vocab=50257", "--part-size=1048576")
     assert result["parameters_mb"] > 450
-    assert result["peak_mb"] - result["before_mb"] < 300, result  # of 517
+    assert result["peak_mb"] - result["before_mb"] < 270, result  # of 517

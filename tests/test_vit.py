@@ -16,6 +16,7 @@ from prenorm_jax.conversion import convert_params
 from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.models.vit import PatchEmbedding, sincos2d_table
 from prenorm_jax.stream import abstract_params
+from prenorm_jax.transformer import activate
 
 
 @given(config=vit_configs())
@@ -236,3 +237,17 @@ def test_the_layout_is_that_of_the_public_checkpoints_by_other_names():
         ours[path] = flat.pop(name).reshape(leaf.value.shape)
     assert not flat
     assert relative(logits(config, unflatten_dict(ours), images), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_gelu_is_that_of_the_paper_in_every_dtype(dtype):
+    """x Φ(x) and its derivative Φ(x) + x φ(x), arXiv 1606.08415."""
+    config = tiny_vit(activation="gelu")
+    x = jnp.linspace(-8, 8, 999).astype(dtype)
+    value, slope = jax.vmap(jax.value_and_grad(lambda x: activate(config, x)))(x)
+    assert value.dtype == slope.dtype == jnp.dtype(dtype)
+    x = x.astype("float64")
+    below = jax.scipy.stats.norm.cdf(x)
+    eps, wide = (float(jnp.finfo(d).eps) for d in (dtype, jnp.promote_types(dtype, "float32")))
+    for ours, expected in ((value, x * below), (slope, below + x * jax.scipy.stats.norm.pdf(x))):
+        np.testing.assert_allclose(ours.astype("float64"), expected, rtol=2 * eps, atol=4 * wide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -54,7 +55,13 @@ def prefetch(make: Callable[[int], HostBatch], steps: range) -> Iterator[HostBat
 
 def load_data(config: ConfigDict) -> Data:
     """Reads what `config.data` names, as `config.model` needs it. Raises PrenormError."""
-    # Imported here: the libraries that read data take half a second, and commands that need none do not wait for it.
+    # Imported here: it takes half a second, for which commands that read no data do not wait.
+    import datasets
+
+    # A run's output is lines of ours: `Data.description`, or a PrenormError with the reason.
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if config.model.family == "vit":
         from prenorm_jax.data.images import load_images
 

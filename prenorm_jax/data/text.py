@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,6 @@ from prenorm_jax.data.streamed import Split, stream_corpus
 from prenorm_jax.errors import PrenormError, first_line
 
 EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
-
-# A run's output is lines of ours: `TextData.description`, or a PrenormError with the reason.
-datasets.disable_progress_bars()
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
