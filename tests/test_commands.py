@@ -71,6 +71,7 @@ def lines_of(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_vit_goes_through_every_command(tmp_path):
     small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=2"]
     small += ["--config.model.d_model=16", "--config.model.layer_scale=0.1", "--config.optimizer.warmup_steps=5"]

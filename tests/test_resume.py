@@ -25,7 +25,7 @@ from prenorm_jax.config import base_config
 from prenorm_jax.conversion import convert_config, convert_params, fit_params
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.loop import train, worst_leaf
-from prenorm_jax.model_config import ModelConfig
+from prenorm_jax.model_config import NORMS, ModelConfig
 from prenorm_jax.step import init_state, run_models
 from prenorm_jax.stream import abstract_params
 from prenorm_jax.workdir import MAY_CHANGE, config_differences, flat_config, literal_config
@@ -213,7 +213,8 @@ def test_mesh_layout_of_the_blocks_and_accumulation_may_change_between_saves(tex
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
 def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeypatch, scan):
     """As they do by default on TPUs. Here it is the state that does, so that all that meets it has to take it."""
     config, expected = small_run(text, steps=6, checkpoint_every=2), small_run(text, steps=6)
@@ -561,7 +562,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text,
     assert losses_of(tmp_path / "run")[good + 1] is None or np.isfinite(losses_of(tmp_path / "run")[good + 1])
 
 
-@pytest.mark.parametrize("checkpoint_every", [0, 1])
+@pytest.mark.parametrize("checkpoint_every", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_an_update_that_overflows_is_not_kept(text, tmp_path, checkpoint_every):
     """Loss and gradient are finite, the new parameters are not."""
     config = small_run(text, steps=6, checkpoint_every=checkpoint_every)
@@ -592,10 +593,8 @@ def test_the_worst_leaf_is_named():
 # --- Starting from another run. ---
 
 
-@pytest.mark.parametrize(
-    "norm",
-    ["rmsnorm", pytest.param("layernorm", marks=pytest.mark.slow), pytest.param("crmsnorm", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_run_starts_from_a_checkpoint_of_any_norm(text, tmp_path, norm):
     source = tmp_path / "source"
     config = small_run(text, steps=3, parameterization="native")
