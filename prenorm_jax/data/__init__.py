@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -55,13 +54,7 @@ def prefetch(make: Callable[[int], HostBatch], steps: range) -> Iterator[HostBat
 
 def load_data(config: ConfigDict) -> Data:
     """Reads what `config.data` names, as `config.model` needs it. Raises PrenormError."""
-    # Imported here: it takes half a second, for which commands that read no data do not wait.
-    import datasets
-
-    # A run's output is lines of ours: `Data.description`, or a PrenormError with the reason.
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Imported here: the libraries behind them take half a second, for which commands that read no data do not wait.
     if config.model.family == "vit":
         from prenorm_jax.data.images import load_images
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from prenorm_jax.data.batches import example_rows
+from prenorm_jax.data.quiet import datasets
 from prenorm_jax.errors import PrenormError, check_range, first_line
 
 

@@ -8,13 +8,13 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import xxhash
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from prenorm_jax.data.batches import eval_batches, train_batch, window_count
+from prenorm_jax.data.quiet import datasets
 from prenorm_jax.data.sources import find_files, hold_out, read_files, read_hub, read_stdlib
 from prenorm_jax.data.streamed import Split, stream_corpus
 from prenorm_jax.errors import PrenormError, first_line
