@@ -228,6 +228,10 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args()
+
+    # Imported here: it takes half a second, for which the commands that build on this module do not wait.
+    from prenorm_jax.data.text import check_vocab_size, load_tokenizer
+
     prompts = args.prompt or [""]
     sys.stdout.reconfigure(encoding="utf-8")
 
@@ -239,8 +243,6 @@ def main() -> None:
     norm = args.norm or config.model.norm
     step, model, params = load_as(args.workdir, norm, args.step)
     params = as_read(params, model)
-    from prenorm_jax.data.text import check_vocab_size, load_tokenizer  # not above: half a second, for other commands
-
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
     check_vocab_size(tokenizer.vocab_size, config)
 

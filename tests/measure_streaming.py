@@ -66,8 +66,7 @@ if __name__ == "__main__":
     convert.COMPARED_BYTES = 0
     with contextlib.redirect_stdout(sys.stderr):
         convert.convert(args.folder / "tiny", args.folder / "tiny_target", args.to)
-    before, begin = memory_mb("VmRSS"), time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):
+        before, begin = memory_mb("VmRSS"), time.perf_counter()
         convert.convert(args.folder / "source", args.folder / "target", args.to)
     seconds = time.perf_counter() - begin
     result = {"parameters_mb": size, "seconds": seconds, "before_mb": before, "peak_mb": memory_mb("VmHWM")}
