@@ -58,7 +58,8 @@ def real_batch(config: ConfigDict) -> dict[str, np.ndarray]:
 
 def prepare(task: Task, batch: Any) -> tuple[Callable[[], Any], jax.stages.Compiled]:
     """(a call that does the task once, the compiled program)."""
-    program, arguments = task.compile(batch), list(task.make_arguments())
+    program = task.compile(batch)
+    arguments = list(jax.device_put(task.make_arguments(), program.input_formats[0][:-1]))
 
     def call() -> Any:
         result = program(*arguments, batch)

@@ -27,7 +27,7 @@ from prenorm_jax.distributed import (
     refused_alike,
 )
 from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.sharding import make_mesh, params_sharding, split_batch
+from prenorm_jax.sharding import lay_out, make_mesh, params_format, params_sharding, split_batch
 from prenorm_jax.step import make_eval_step
 from prenorm_jax.workdir import configure_jax, load_config
 
@@ -59,9 +59,11 @@ def load_as(
     if norm != stored.norm:
         convert = functools.partial(convert_params, config=stored, to=norm)
         params = (jax.jit(convert, out_shardings=params_sharding(model, mesh)) if split else convert)(params)
-    if mesh is not None and not split:
+    if mesh is None:
+        return step, model, params
+    if not split:
         params = put_everywhere(params, params_sharding(model, mesh))
-    return step, model, params
+    return step, model, lay_out(params, params_format(model, mesh))
 
 
 def mesh_for(config: ConfigDict) -> Mesh:

@@ -30,7 +30,7 @@ from prenorm_jax.metrics import MetricsWriter, NonFinite, drop_after
 from prenorm_jax.optim import make_optimizer
 from prenorm_jax.profiling import parse_steps, traced
 from prenorm_jax.resume import load_init_from, start_state
-from prenorm_jax.sharding import make_mesh, params_sharding, split_batch
+from prenorm_jax.sharding import make_mesh, params_format, split_batch
 from prenorm_jax.signals import StopSignals
 from prenorm_jax.step import (
     Params,
@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
         train_step = make_train_step(config, models, mesh)
         eval_step = make_eval_step(config, models.computed, mesh)
-        computed_sharding = params_sharding(models.computed, mesh)
+        computed_sharding = params_format(models.computed, mesh)
         to_computed = jax.jit(lambda params: computed_params(params, models), out_shardings=computed_sharding)
         end = min(config.steps, config.stop_at or config.steps)
         given = load_init_from(config, models) if config.init_from and is_new else None

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format, Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
@@ -134,6 +134,21 @@ def row_major(shardings: Any, tree: Any) -> Any:
     return jax.tree.map(place, shardings, tree)
 
 
+def params_format(config: ModelConfig, mesh: Mesh) -> Any:
+    """`params_sharding` with the layout in which programs take the parameters of a model."""
+    shapes = unflatten_dict({path: leaf.value for path, leaf in abstract_params(config).items()})
+    return row_major(params_sharding(config, mesh), shapes)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What XLA is to do otherwise than by default for the devices of the mesh.
+
+    TPUs would have the largest parameter, such as a table of embeddings, fetched into their fast memory before a
+    program starts, and keep it there to its end: the blocks in between have no room then.
+    """
+    return {"xla_max_cross_program_prefetches": 0} if mesh.devices.flat[0].platform == "tpu" else None
+
+
 def lay_out(tree: Any, formats: Any) -> Any:
     """The tree, of arrays that are split as `formats` say, with those copied whose axes lie in another order."""
 
@@ -199,6 +214,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False)))
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """x, which lies in memory with its axes in order, where TPUs compute it: they choose for each array."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if computing_platform() == "tpu" else x
 
 
 def computing_platform() -> str:

@@ -27,9 +27,10 @@ from prenorm_jax.models import build_model
 from prenorm_jax.optim import make_optimizer, make_schedule
 from prenorm_jax.sharding import (
     check_sharding,
+    compiler_options,
     computing_on,
     constrain,
-    params_sharding,
+    params_format,
     replicated,
     row_major,
     split_batch,
@@ -233,8 +234,8 @@ def make_train_step(
         return TrainState(step, state.nonfinite + ~finite, params, opt_state), metrics | {"learning_rate": rate}
 
     stored = state_sharding(config, models, mesh)
-    outputs = (stored, replicated(mesh))
-    return jax.jit(train_step, in_shardings=(stored, split_batch(mesh)), out_shardings=outputs, donate_argnums=0)
+    shardings = {"in_shardings": (stored, split_batch(mesh)), "out_shardings": (stored, replicated(mesh))}
+    return jax.jit(train_step, **shardings, donate_argnums=0, compiler_options=compiler_options(mesh))
 
 
 def make_eval_step(
@@ -257,5 +258,6 @@ def make_eval_step(
             sums |= {f"top{k}": ((rank < k) * weights).sum() for k in (1, 5)}
         return sums
 
-    shardings = (params_sharding(model_config, mesh), split_batch(mesh))
-    return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(mesh))
+    shardings = (params_format(model_config, mesh), split_batch(mesh))
+    options = compiler_options(mesh)
+    return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(mesh), compiler_options=options)

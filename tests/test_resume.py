@@ -17,16 +17,20 @@ from jax.experimental.layout import Format, Layout
 from ml_collections import ConfigDict
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 
+import prenorm_jax.sharding as sharding_module
 import prenorm_jax.step as step_module
 from prenorm_jax import loop
 from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.checksum import digest
 from prenorm_jax.config import base_config
 from prenorm_jax.conversion import convert_config, convert_params, fit_params
+from prenorm_jax.data import load_data
 from prenorm_jax.errors import PrenormError
+from prenorm_jax.evaluate import load_as, mesh_for
 from prenorm_jax.loop import train, worst_leaf
 from prenorm_jax.model_config import NORMS, ModelConfig
-from prenorm_jax.step import init_state, run_models
+from prenorm_jax.sharding import split_batch
+from prenorm_jax.step import init_state, make_eval_step, run_models
 from prenorm_jax.stream import abstract_params
 from prenorm_jax.workdir import MAY_CHANGE, config_differences, flat_config, literal_config
 
@@ -225,13 +229,22 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
     def reversed_axes(shardings, tree):
         return jax.tree.map(lambda s, leaf: Format(Layout(tuple(reversed(range(leaf.ndim)))), s), shardings, tree)
 
-    monkeypatch.setattr(step_module, "row_major", reversed_axes)
+    for module in (sharding_module, step_module):
+        monkeypatch.setattr(module, "row_major", reversed_axes)
     config.stop_at = 4
     train(config, tmp_path / "run")
     config.stop_at, config.model.scan = 6, scan
     train(config, tmp_path / "run")
     losses = list(losses_of(tmp_path / "run").values())
     np.testing.assert_allclose(losses, list(losses_of(tmp_path / "expected").values()), rtol=0, atol=1e-10)
+    evaluated = [line["eval_loss"] for line in lines_of(tmp_path / "run") if "eval_loss" in line]
+    for norm in NORMS:
+        mesh = mesh_for(config)
+        _, model, params = load_as(tmp_path / "run", norm, None, mesh)
+        result = loop.evaluate(
+            make_eval_step(config, model, mesh), params, load_data(config), config, split_batch(mesh)
+        )
+        assert result["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-9)
     more = small_run(text, steps=1, init_from=str(tmp_path / "run"))
     train(more, tmp_path / "more")
 
