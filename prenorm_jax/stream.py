@@ -60,10 +60,13 @@ def center(x: Array, axis: int = -1) -> Array:
 
     Twice: one subtraction leaves the rounding error of the mean in every entry, and where |mean| ≫ std that is far
     above the entries' own. It matters: LayerNorm would remove it, but RMSNorm keeps it and CRMSNorm multiplies it by d.
-    (Once in the derivative: no gradient is all mean.)
+    (Once in the derivative, for no gradient is all mean; and of narrower dtypes than float32, whose own rounding is far
+    above that of a mean in float32.)
     """
     dtype, x = x.dtype, _at_least_float32(x)
-    return (_center_jax(x, axis) if isinstance(x, jax.Array) else _center(_center(x, axis), axis)).astype(dtype)
+    if x.dtype != dtype:
+        return _center(x, axis).astype(dtype)
+    return _center_jax(x, axis) if isinstance(x, jax.Array) else _center(_center(x, axis), axis)
 
 
 def _center(x: Array, axis: int) -> Array:

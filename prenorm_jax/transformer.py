@@ -20,7 +20,7 @@ from prenorm_jax.attention import CacheUse, attend, attend_cached
 from prenorm_jax.linear import apply_together, computed_anew, reader, write
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import LayerNorm, Norm, RMSNorm, Scaled
-from prenorm_jax.sharding import constrain
+from prenorm_jax.sharding import constrain, in_order
 from prenorm_jax.stacking import LAYER, STACKED
 from prenorm_jax.stream import COORDINATES
 
@@ -75,6 +75,21 @@ def make_norm(config: ModelConfig, name: str, affine: bool) -> Norm:
     )
 
 
+def with_statistics(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Scaled:
+    """The stream, and what the norm that reads it next needs of it, where that is known without the norm's parameters.
+
+    So the sums over x are taken by what makes x: in a scan over blocks, the next block would have to read x for them.
+    (A LayerNorm's are not: it would hand on x a second time, centred.)
+    """
+    x_BxTxD = constrain(x_BxTxD, "batch", None, None)
+    if train:  # TPUs would choose another order for the next block's attention, and copy x for all else
+        x_BxTxD = in_order(x_BxTxD)
+    if config.norm == "layernorm" or config.norm_affine or config.post_norm:
+        return Scaled(x_BxTxD)
+    with jax.named_scope("norm"):
+        return COORDINATES[config.norm].norm.scaled(x_BxTxD, config.epsilon)
+
+
 def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
     """A norm outside the stream: its affine stays where it is in all variants."""
     affine = config.kept_norm_affine
@@ -112,26 +127,27 @@ def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Ar
 def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
     """All of the model's blocks: (B, T, D) -> (B, T, D)."""
 
-    def apply(block: Block, x_BxTxD: jax.Array) -> jax.Array:
-        return block(x_BxTxD, train, cache)
+    def apply(block: Block, stream_BxTxD: Scaled) -> Scaled:
+        return block(stream_BxTxD, train, cache)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
+    stream_BxTxD = with_statistics(config, x_BxTxD, train)
     if config.scan:
         scanned = nn.scan(
-            lambda block, x_BxTxD, _: (apply(block, x_BxTxD), None),
+            lambda block, stream_BxTxD, _: (apply(block, stream_BxTxD), None),
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True, "dropout": True},
             length=config.depth,
             metadata_params={nn.PARTITION_NAME: LAYER},
         )
-        return scanned(Block(config, config.stochastic_depth, name=STACKED), x_BxTxD, None)[0]
+        return scanned(Block(config, config.stochastic_depth, name=STACKED), stream_BxTxD, None)[0].x
     for i in range(config.depth):
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        x_BxTxD = apply(Block(config, rate, name=f"block_{i}"), x_BxTxD)
-    return x_BxTxD
+        stream_BxTxD = apply(Block(config, rate, name=f"block_{i}"), stream_BxTxD)
+    return stream_BxTxD.x
 
 
 def rotate(x_BxTxHxK: jax.Array, base: float, position: jax.Array | int = 0) -> jax.Array:
@@ -214,11 +230,13 @@ class Mlp(nn.Module):
         h_BxTxF = activate(config, h_BxTxF)
         if config.gated_mlp:
             h_BxTxF *= gated_BxTxF[0]
+        if not train:  # TPUs would make one operation of both products, which takes longer
+            h_BxTxF = jax.lax.optimization_barrier(h_BxTxF)
         return write(self, config, "down", "mlp", h_BxTxF, train)
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream: (B, T, D) -> (B, T, D).
+    """Attention and MLP on the residual stream, (B, T, D), as `with_statistics` gives it: -> the same.
 
     The norm beside branch `X` is called `X_norm`, one that feeds both `norm`: conversion finds it by that name.
 
@@ -231,28 +249,30 @@ class Block(nn.Module):
     drop_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
+    def __call__(self, stream_BxTxD: Scaled, train: bool = False, cache: CacheUse | None = None) -> Scaled:
         config = self.config
-        x_BxTxD = constrain(x_BxTxD, "batch", None, None)
         attention = functools.partial(Attention(config, name="attention"), cache=cache)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
-        def norm(name: str) -> Norm:
-            return make_norm(config, name, config.norm_affine)
+        def normed(name: str, stream_BxTxD: Scaled) -> Scaled:
+            if stream_BxTxD.root is not None:
+                return stream_BxTxD
+            return make_norm(config, name, config.norm_affine).for_readers(stream_BxTxD.x)
 
         def update(name: str, normed: Scaled) -> jax.Array:
             drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), name=f"{name}_drop")
             return drop(branches[name](normed, train), deterministic=not train)
 
-        if config.shared_norm:
-            normed = norm("norm").for_readers(x_BxTxD)
-            return x_BxTxD + sum(update(name, normed) for name in branches)
         if config.parallel:
-            return x_BxTxD + sum(update(name, norm(f"{name}_norm").for_readers(x_BxTxD)) for name in branches)
+            names = {name: "norm" if config.shared_norm else f"{name}_norm" for name in branches}
+            read = {norm: normed(norm, stream_BxTxD) for norm in dict.fromkeys(names.values())}
+            x_BxTxD = stream_BxTxD.x + sum(update(name, read[norm]) for name, norm in names.items())
+            return with_statistics(config, x_BxTxD, train)
         for name in branches:
-            branch_norm = norm(f"{name}_norm")
             if config.post_norm:
-                x_BxTxD = branch_norm(x_BxTxD + update(name, Scaled(x_BxTxD)))
+                x_BxTxD = stream_BxTxD.x + update(name, Scaled(stream_BxTxD.x))
+                x_BxTxD = make_norm(config, f"{name}_norm", config.norm_affine)(x_BxTxD)
             else:
-                x_BxTxD = x_BxTxD + update(name, branch_norm.for_readers(x_BxTxD))
-        return x_BxTxD
+                x_BxTxD = stream_BxTxD.x + update(name, normed(f"{name}_norm", stream_BxTxD))
+            stream_BxTxD = with_statistics(config, x_BxTxD, train)
+        return stream_BxTxD

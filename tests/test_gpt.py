@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import gpt_configs, logits, random_inputs, random_params, relative, tiny
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from oracle import numpy_gpt
 
@@ -71,6 +72,40 @@ def test_each_dropout_does_something(rate_of):
     params, tokens = random_params(config, 3), random_inputs(config)
     dropped = logits(config, params, tokens, train=True, rngs={"dropout": jax.random.key(0)})
     assert relative(dropped, logits(config, params, tokens)) > 1e-3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_second_derivatives_pass_through_what_blocks_hand_on(norm):
+    config = tiny(norm=norm, depth=3, scan=True)
+    params, tokens = random_params(config, 4, embedding_mean=1.0), random_inputs(config)
+    direction = random_params(config, 5, embedding_mean=0.0)
+    gradient = jax.jit(jax.grad(lambda params: jnp.square(build_model(config).apply({"params": params}, tokens)).sum()))
+
+    def moved(step):
+        return gradient(jax.tree.map(lambda leaf, along: leaf + step * along, params, direction))
+
+    exact = jax.jvp(gradient, (params,), (direction,))[1]
+    difference = jax.tree.map(lambda above, below: (above - below) / 2e-6, moved(1e-6), moved(-1e-6))
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(exact))
+    for path, ours in flatten_dict(exact).items():
+        np.testing.assert_allclose(ours, flatten_dict(difference)[path], rtol=1e-5, atol=1e-7 * largest, err_msg=path)
+
+
+def test_what_tpus_alone_are_told_changes_no_number(monkeypatch):
+    config = tiny(norm="crmsnorm", scan=True)
+    params, tokens = random_params(config, 6), random_inputs(config)
+
+    def run(train):
+        return jax.jit(lambda params: build_model(config).apply({"params": params}, tokens, train=train))
+
+    expected = run(train=True)(params)
+    assert "layout_constraint" not in str(run(train=True).trace(params).jaxpr)
+    monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
+    in_training, otherwise = (str(run(train).trace(params).jaxpr) for train in (True, False))
+    assert "layout_constraint" in in_training and "optimization_barrier" not in in_training
+    assert "layout_constraint" not in otherwise and "optimization_barrier" in otherwise
+    for train in (True, False):
+        np.testing.assert_allclose(run(train)(params), expected, rtol=1e-12)
 
 
 def test_parameter_count_does_not_grow_with_a_tied_table():

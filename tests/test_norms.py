@@ -52,6 +52,17 @@ def test_agree_on_a_zero_mean_stream(width, seed, epsilon):
     np.testing.assert_allclose(by_crms, by_ln, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_centring_leaves_no_mean_but_that_of_rounding(dtype):
+    eps = float(jnp.finfo(dtype).eps)
+    x = jnp.asarray(np.random.default_rng(0).normal(min(1 / eps / 16, 1e6), 1, size=(8, 512)), dtype)
+    wide, z = (np.asarray(value, np.longdouble) for value in (x, center(x)))
+    exact = wide - wide.mean(-1, keepdims=True)
+    assert center(x).dtype == dtype
+    np.testing.assert_allclose(z, exact, rtol=eps, atol=eps * np.abs(exact).max())
+    assert np.abs(z.mean(-1)).max() < eps * np.abs(z).max()
+
+
 def test_disagree_when_the_mean_is_left_in():
     x = np.random.default_rng(0).normal(5, 1, size=(3, 16))
     assert np.abs(RMSNorm(use_scale=False, use_bias=False).apply({}, x) - oracle("layernorm", x, 1e-5)).max() > 0.1
