@@ -221,6 +221,11 @@ def in_order(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if computing_platform() == "tpu" else x
 
 
+def apart(x: jax.Array) -> jax.Array:
+    """x, of which TPUs do not make one operation of what it is made by and what reads it."""
+    return jax.lax.optimization_barrier(x) if computing_platform() == "tpu" else x
+
+
 def computing_platform() -> str:
     """Of the devices of `computing_on`, where that is known, or else JAX's default: "cpu", "gpu" or "tpu"."""
     mesh = _mesh.get()

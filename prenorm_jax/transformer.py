@@ -20,7 +20,7 @@ from prenorm_jax.attention import CacheUse, attend, attend_cached
 from prenorm_jax.linear import apply_together, computed_anew, reader, write
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import LayerNorm, Norm, RMSNorm, Scaled
-from prenorm_jax.sharding import constrain, in_order
+from prenorm_jax.sharding import apart, constrain, in_order
 from prenorm_jax.stacking import LAYER, STACKED
 from prenorm_jax.stream import COORDINATES
 
@@ -79,7 +79,8 @@ def with_statistics(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Sca
     """The stream, and what the norm that reads it next needs of it, where that is known without the norm's parameters.
 
     So the sums over x are taken by what makes x: in a scan over blocks, the next block would have to read x for them.
-    (A LayerNorm's are not: it would hand on x a second time, centred.)
+    (A LayerNorm's are not: it would hand on x a second time, centred.) Without them the root is None, and the norm is
+    still to come.
     """
     x_BxTxD = constrain(x_BxTxD, "batch", None, None)
     if train:  # TPUs would choose another order for the next block's attention, and copy x for all else
@@ -230,8 +231,8 @@ class Mlp(nn.Module):
         h_BxTxF = activate(config, h_BxTxF)
         if config.gated_mlp:
             h_BxTxF *= gated_BxTxF[0]
-        if not train:  # TPUs would make one operation of both products, which takes longer
-            h_BxTxF = jax.lax.optimization_barrier(h_BxTxF)
+        if not train:  # one operation of both products takes longer
+            h_BxTxF = apart(h_BxTxF)
         return write(self, config, "down", "mlp", h_BxTxF, train)
 
 
@@ -254,7 +255,7 @@ class Block(nn.Module):
         attention = functools.partial(Attention(config, name="attention"), cache=cache)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
-        def normed(name: str, stream_BxTxD: Scaled) -> Scaled:
+        def normalise(name: str, stream_BxTxD: Scaled) -> Scaled:
             if stream_BxTxD.root is not None:
                 return stream_BxTxD
             return make_norm(config, name, config.norm_affine).for_readers(stream_BxTxD.x)
@@ -264,15 +265,15 @@ class Block(nn.Module):
             return drop(branches[name](normed, train), deterministic=not train)
 
         if config.parallel:
-            names = {name: "norm" if config.shared_norm else f"{name}_norm" for name in branches}
-            read = {norm: normed(norm, stream_BxTxD) for norm in dict.fromkeys(names.values())}
-            x_BxTxD = stream_BxTxD.x + sum(update(name, read[norm]) for name, norm in names.items())
+            names = {branch: "norm" if config.shared_norm else f"{branch}_norm" for branch in branches}
+            normed = {name: normalise(name, stream_BxTxD) for name in dict.fromkeys(names.values())}
+            x_BxTxD = stream_BxTxD.x + sum(update(branch, normed[name]) for branch, name in names.items())
             return with_statistics(config, x_BxTxD, train)
         for name in branches:
             if config.post_norm:
                 x_BxTxD = stream_BxTxD.x + update(name, Scaled(stream_BxTxD.x))
                 x_BxTxD = make_norm(config, f"{name}_norm", config.norm_affine)(x_BxTxD)
             else:
-                x_BxTxD = stream_BxTxD.x + update(name, normed(f"{name}_norm", stream_BxTxD))
+                x_BxTxD = stream_BxTxD.x + update(name, normalise(f"{name}_norm", stream_BxTxD))
             stream_BxTxD = with_statistics(config, x_BxTxD, train)
         return stream_BxTxD

@@ -13,6 +13,7 @@ from prenorm_jax import PrenormError, build_model, convert_config
 from prenorm_jax.config import base_config
 from prenorm_jax.model_config import NORMS
 from prenorm_jax.stream import abstract_params
+from prenorm_jax.transformer import with_statistics
 
 
 @given(config=gpt_configs())
@@ -76,7 +77,9 @@ def test_each_dropout_does_something(rate_of):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_second_derivatives_pass_through_what_blocks_hand_on(norm):
-    config = tiny(norm=norm, depth=3, scan=True)
+    config = tiny(norm=norm, norm_affine=False, depth=3, scan=True)
+    handed_on = with_statistics(config, jnp.ones((1, 1, config.stream_width)), train=False)
+    assert (handed_on.root is None) == (norm == "layernorm")
     params, tokens = random_params(config, 4, embedding_mean=1.0), random_inputs(config)
     direction = random_params(config, 5, embedding_mean=0.0)
     gradient = jax.jit(jax.grad(lambda params: jnp.square(build_model(config).apply({"params": params}, tokens)).sum()))
@@ -92,14 +95,16 @@ def test_second_derivatives_pass_through_what_blocks_hand_on(norm):
 
 
 def test_what_tpus_alone_are_told_changes_no_number(monkeypatch):
-    config = tiny(norm="crmsnorm", scan=True)
+    config = tiny(norm="crmsnorm", norm_affine=False, scan=True)
     params, tokens = random_params(config, 6), random_inputs(config)
 
     def run(train):
         return jax.jit(lambda params: build_model(config).apply({"params": params}, tokens, train=train))
 
     expected = run(train=True)(params)
-    assert "layout_constraint" not in str(run(train=True).trace(params).jaxpr)
+    for train in (True, False):
+        jaxpr = str(run(train).trace(params).jaxpr)
+        assert "layout_constraint" not in jaxpr and "optimization_barrier" not in jaxpr
     monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
     in_training, otherwise = (str(run(train).trace(params).jaxpr) for train in (True, False))
     assert "layout_constraint" in in_training and "optimization_barrier" not in in_training
