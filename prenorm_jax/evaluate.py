@@ -56,14 +56,13 @@ def load_as(
         model = stored if norm == stored.norm else convert_config(stored, to=norm)
         split = mesh is not None and stored.norm in (norm, "layernorm")
         _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
+    formats = None if mesh is None else params_format(model, mesh)
     if norm != stored.norm:
         convert = functools.partial(convert_params, config=stored, to=norm)
-        params = (jax.jit(convert, out_shardings=params_sharding(model, mesh)) if split else convert)(params)
-    if mesh is None:
-        return step, model, params
-    if not split:
-        params = put_everywhere(params, params_sharding(model, mesh))
-    return step, model, lay_out(params, params_format(model, mesh))
+        params = (jax.jit(convert, out_shardings=formats) if split else convert)(params)
+    if mesh is not None:
+        params = (lay_out if split else put_everywhere)(params, formats)
+    return step, model, params
 
 
 def mesh_for(config: ConfigDict) -> Mesh:
