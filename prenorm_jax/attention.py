@@ -4,6 +4,8 @@ The queries go in blocks, each against the keys that it may see: with 4 blocks, 
 under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
 its sum after the product with the values, which is the smaller. On TPUs that sum is a column of the product.
 
+On NVIDIA GPUs cuDNN's kernel, which writes no attention matrix at all, does the same for numbers of two bytes.
+
 Shape suffixes as in `transformer.py`, and
     L batch and key heads: one axis of B·G, or the two axes B and G (see `_leading`)   M query rows of a key head, R·T
 """
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prenorm_jax.sharding import computing_platform, is_split_by
+from prenorm_jax.sharding import computing_device, computing_platform, is_split_by
 
 CAUSAL_BLOCKS = 4
 SMALLEST_BLOCK = 32  # queries
@@ -41,14 +43,19 @@ def attend(
     causal: bool,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    kernel: str = "auto",
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
 
     Scores and softmax are in float32 at least, but that its sum, on TPUs, is that of the numbers which are multiplied
     with the values, so in v's dtype. With a `dropout_key`, each probability is dropped with `dropout_rate`.
+    `kernel` is `ModelConfig.attention_kernel`.
     """
     B, T, _, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
+    if kernel == "auto" and dropout_key is None and _cudnn_serves(q_BxTxHxK, S):
+        qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
+        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, -1)
     q_LxRxTxK = _group(q_BxTxHxK, G)
     k_LxSxK, v_LxSxK = (x.transpose(0, 2, 1, 3).reshape(*_leading(B, G), S, K) for x in (k_BxSxGxK, v_BxSxGxK))
     if dropout_key is None and computing_platform() == "tpu" and K % TPU_COLUMNS:
@@ -81,6 +88,19 @@ def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, 
     q_LxRxTxK = _group(q_BxTxHxK, N // B)
     k_LxSxK, v_LxSxK = (x.reshape(*_leading(B, N // B), S, K) for x in (k_NxSxK, v_NxSxK))
     return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B)
+
+
+def _cudnn_serves(q_BxTxHxK: jax.Array, S: int) -> bool:
+    """Whether cuDNN's kernel takes these queries with S keys: NVIDIA's GPUs from the A100's generation on have it.
+
+    It takes numbers of two bytes and heads of up to 128 (Hopper's up to 256), and by JAX no odd number of tokens.
+    (To be asked because JAX's own choice of an implementation, None, never is cuDNN's.)
+    """
+    device, (_, T, _, K) = computing_device(), q_BxTxHxK.shape
+    if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA"):
+        return False
+    fits = q_BxTxHxK.dtype.itemsize == 2 and K <= 128 and K % 8 == 0 and T % 2 == S % 2 == 0
+    return fits and float(device.compute_capability) >= 8
 
 
 def _leading(B: int, G: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_dict
 from prenorm_jax.errors import PrenormError, check_choice, check_range
 
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
-EXECUTION = ("scan", "remat")  # keys of `model` that do not change what is computed
+EXECUTION = ("scan", "remat", "attention_kernel")  # keys of `model` that do not change what is computed
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -65,6 +65,7 @@ class ModelConfig:
     init: str = "normal"  # of kernels: normal, of deviation 0.02 (GPT-2) | xavier, uniform by their widths (ViT)
     scan: bool = False  # blocks stacked, and one of them compiled: time to compile does not grow with the depth
     remat: str = "none"  # what of a block its backward pass computes anew: none | dots, all but products | full
+    attention_kernel: str = "auto"  # auto: cuDNN's where it serves (see `attention.py`), else as XLA makes it | xla
     dtype: str = "float32"  # of the computation; statistics and softmax are in float32 at least
     param_dtype: str = "float32"
 
@@ -77,6 +78,7 @@ class ModelConfig:
         "init": ("normal", "xavier"),
         "stochastic_depth_schedule": ("linear", "constant"),
         "remat": ("none", "dots", "full"),
+        "attention_kernel": ("auto", "xla"),
         "dtype": DTYPES,
         "param_dtype": DTYPES,
     }

@@ -226,10 +226,15 @@ def apart(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x) if computing_platform() == "tpu" else x
 
 
-def computing_platform() -> str:
-    """Of the devices of `computing_on`, where that is known, or else JAX's default: "cpu", "gpu" or "tpu"."""
+def computing_device() -> jax.Device:
+    """One of `computing_on`, where they are known, or else of JAX's default."""
     mesh = _mesh.get()
-    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+
+
+def computing_platform() -> str:
+    """That of the `computing_device`: "cpu", "gpu" or "tpu"."""
+    return computing_device().platform
 
 
 def is_split_by(axis: str) -> bool:

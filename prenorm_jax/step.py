@@ -124,7 +124,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if targets.ndim == logits.ndim:
         return optax.softmax_cross_entropy(logits, targets)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # As optax has it, but for the target's logit: to index it has a scatter for a derivative, for which GPUs write the
+    # softmax in float32, and read it again. A comparison is fused with the sums.
+    shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    own = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], shifted, 0).sum(-1)
+    return jnp.log(jnp.exp(shifted).sum(-1)) - own
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

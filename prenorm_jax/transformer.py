@@ -202,7 +202,8 @@ class Attention(nn.Module):
             heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, cache.position)
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
-            heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, config.causal, config.attention_dropout, key)
+            options = config.causal, config.attention_dropout, key, config.attention_kernel
+            heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
 
     def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:

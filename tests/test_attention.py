@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from common import relative
 
-from prenorm_jax.attention import attend
+from prenorm_jax.attention import _cudnn_serves, attend
 from prenorm_jax.sharding import MESH_AXES, computing_on, computing_platform
 
 
@@ -77,6 +77,60 @@ def test_heads_that_tensor_splits_stay_an_axis(shape, platform):
 class Device:
     platform: str
     id: int
+    device_kind: str = ""
+    compute_capability: str = ""
+
+
+H100 = Device("gpu", 0, "NVIDIA H100 80GB HBM3", "9.0")
+
+
+def two_byte_heads(T, S, K, H=4, G=2):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(2, n, heads, K)), jnp.bfloat16) for n, heads in ((T, H), (S, G), (S, G))]
+
+
+@pytest.mark.parametrize(("T", "causal"), [(34, True), (34, False), (2, False)])
+def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, monkeypatch):
+    """There is none here: JAX's own implementation stands in for it, with the same conventions."""
+    asked, own = [], jax.nn.dot_product_attention
+
+    def stand_in(*qkv, implementation, **options):
+        asked.append(implementation)
+        return own(*qkv, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    qkv = two_byte_heads(T, 34, 8)
+    expected = plain(*(x.astype(jnp.float64) for x in qkv), causal)
+    for device, options, asks in ((H100, {}, True), (H100, {"kernel": "xla"}, False), (Device("tpu", 0), {}, False)):
+        monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda device=device: device)
+        asked.clear()
+        assert relative(attend(*qkv, causal, **options), expected) < 0.01
+        assert asked == ["cudnn"] * asks
+    monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda: H100)
+    attend(*qkv, causal, 0.1, jax.random.key(0))
+    assert not asked, "the kernel's dropout is not ours"
+
+
+@pytest.mark.parametrize(
+    ("device", "heads", "served"),
+    [
+        (H100, two_byte_heads(34, 34, 128), True),
+        (H100, two_byte_heads(1, 34, 64), False),
+        (H100, two_byte_heads(34, 197, 64), False),
+        (H100, two_byte_heads(34, 34, 136), False),
+        (H100, two_byte_heads(34, 34, 12), False),
+        (H100, [x.astype(jnp.float32) for x in two_byte_heads(34, 34, 64)], False),
+        (Device("gpu", 0, "NVIDIA A100-SXM4-40GB", "8.0"), two_byte_heads(34, 34, 64), True),
+        (Device("gpu", 0, "NVIDIA B200", "10.0"), two_byte_heads(34, 34, 64), True),
+        (Device("gpu", 0, "Tesla V100-SXM2-16GB", "7.0"), two_byte_heads(34, 34, 64), False),
+        (Device("gpu", 0, "NVIDIA Quadro RTX 8000", "7.5"), two_byte_heads(34, 34, 64), False),
+        (Device("gpu", 0, "AMD Instinct MI300X", "gfx942"), two_byte_heads(34, 34, 64), False),
+        (Device("cpu", 0, "cpu"), two_byte_heads(34, 34, 64), False),
+    ],
+)
+def test_cudnn_serves_what_it_takes(device, heads, served, monkeypatch):
+    monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda: device)
+    assert _cudnn_serves(heads[0], heads[1].shape[1]) == served
 
 
 def test_the_platform_is_that_of_the_mesh():

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,6 +16,7 @@ from prenorm_jax.optim import make_optimizer, make_schedule
 from prenorm_jax.sharding import make_mesh
 from prenorm_jax.step import (
     binary_cross_entropy,
+    cross_entropy,
     init_state,
     make_eval_step,
     make_gradients,
@@ -191,6 +193,25 @@ def test_an_unknown_optimizer_is_named():
     config.optimizer.name = "adam"
     with pytest.raises(ValueError, match=r"optimizer\.name='adam' is not one of adamw, lamb, sgd, adafactor, muon"):
         make_optimizer(config)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_cross_entropy_is_that_of_optax(offset):
+    """Its value and gradient; large logits cost it no digits, impossible classes no NaN; and nothing is scattered."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(4, 5, 7)) * 3 + offset).at[0, 0, 2].set(-jnp.inf)
+    targets = jnp.asarray(rng.integers(7, size=(4, 5))).at[0, 0].set(1)
+
+    def total(function):
+        return lambda logits: (function(logits, targets) * jnp.arange(20.0).reshape(4, 5)).sum()
+
+    ours, optaxs = (
+        jax.value_and_grad(total(f)) for f in (cross_entropy, optax.softmax_cross_entropy_with_integer_labels)
+    )
+    for mine, expected in zip(ours(logits), optaxs(logits), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-12, atol=1e-12)
+    assert "scatter" in str(jax.make_jaxpr(optaxs)(logits))
+    assert "scatter" not in str(jax.make_jaxpr(ours)(logits))
 
 
 def test_binary_cross_entropy_takes_each_class_for_itself():
