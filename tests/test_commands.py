@@ -29,10 +29,11 @@ SMALL = [
 
 
 def clean_environment(devices: int = 1, x64: bool = False) -> dict[str, str]:
-    """That of a user, not of these tests; but what one command compiled the next finds in a cache."""
+    """That of a user, not of these tests; but LLVM does not optimise, and what one command compiled the next finds."""
     left_out = ("XLA_FLAGS", "JAX_ENABLE_X64", "PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = flags
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / f"jax-{sys.version_info.minor}")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return environment | ({"JAX_ENABLE_X64": "1"} if x64 else {})

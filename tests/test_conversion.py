@@ -33,7 +33,7 @@ def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
 
 
 @given(config=model_configs)
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
     for norm in NORMS:
         variant = config if norm == "layernorm" else convert_config(config, norm)
