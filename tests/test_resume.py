@@ -484,6 +484,7 @@ def test_only_what_the_readme_lists_may_change(text):
     allowed = {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
     allowed |= {"on_nonfinite", "grace_seconds", "profile", "data.cache", "accumulate"}
     allowed |= {"mesh.fsdp", "mesh.tensor", "mesh.largest_replicated", "model.scan", "model.remat"}
+    allowed.add("model.attention_kernel")
     places = {"data.path", "data.eval_path", "data.tokenizer"}  # the content is compared instead
     assert set(MAY_CHANGE) == allowed | places
     config = literal_config(small_run(text))
