@@ -41,7 +41,7 @@ _PARTS = {
     "attention": r"/attention\b",
     "MLP": r"/mlp\b",
     "layers, other": r"(GPT|ViT)\)*/(.*/)?(while/body|block_\d)",  # residual stream, scanning, what it keeps
-    "embedding, head and loss": r"GPT|ViT|jvp|log_softmax|logsumexp|take_along_axis",
+    "embedding, head and loss": r"GPT|ViT|jvp",
 }
 
 

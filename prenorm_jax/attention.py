@@ -4,7 +4,8 @@ The queries go in blocks, each against the keys that it may see: with 4 blocks, 
 under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
 its sum after the product with the values, which is the smaller. On TPUs that sum is a column of the product.
 
-On NVIDIA GPUs cuDNN's kernel, which writes no attention matrix at all, does the same for numbers of two bytes.
+On NVIDIA GPUs cuDNN's kernel, which writes no attention matrix at all, does the same for numbers of two bytes. Of its
+derivatives JAX has the first alone, and only in reverse mode.
 
 Shape suffixes as in `transformer.py`, and
     L batch and key heads: one axis of B·G, or the two axes B and G (see `_leading`)   M query rows of a key head, R·T
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prenorm_jax.sharding import computing_device, computing_platform, is_split_by
+from prenorm_jax.sharding import computing_device, computing_platform, is_split_by, parts_by
 
 CAUSAL_BLOCKS = 4
 SMALLEST_BLOCK = 32  # queries
@@ -53,7 +54,7 @@ def attend(
     """
     B, T, _, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
-    if kernel == "auto" and dropout_key is None and _cudnn_serves(q_BxTxHxK, S):
+    if kernel == "auto" and dropout_key is None and (T == S or not causal) and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
         return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, -1)
     q_LxRxTxK = _group(q_BxTxHxK, G)
@@ -90,17 +91,18 @@ def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, 
     return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B)
 
 
-def _cudnn_serves(q_BxTxHxK: jax.Array, S: int) -> bool:
-    """Whether cuDNN's kernel takes these queries with S keys: NVIDIA's GPUs from the A100's generation on have it.
+def _cudnn_serves(q_BxTxHxK: jax.Array, S: int, G: int) -> bool:
+    """Whether cuDNN's kernel takes these queries with S keys of G heads: NVIDIA's GPUs from the A100's time on have it.
 
-    It takes numbers of two bytes and heads of up to 128 (Hopper's up to 256), and by JAX no odd number of tokens.
+    It takes numbers of two bytes and heads of up to 128 (Hopper's up to 256). JAX gives it no odd number of tokens in
+    training, and splits it over devices by whole heads, alike in queries and keys.
     (To be asked because JAX's own choice of an implementation, None, never is cuDNN's.)
     """
     device, (_, T, _, K) = computing_device(), q_BxTxHxK.shape
     if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA"):
         return False
     fits = q_BxTxHxK.dtype.itemsize == 2 and K <= 128 and K % 8 == 0 and T % 2 == S % 2 == 0
-    return fits and float(device.compute_capability) >= 8
+    return fits and G % parts_by("tensor") == 0 and float(device.compute_capability) >= 8
 
 
 def _leading(B: int, G: int) -> tuple[int, ...]:

@@ -237,7 +237,12 @@ def computing_platform() -> str:
     return computing_device().platform
 
 
-def is_split_by(axis: str) -> bool:
-    """Whether the mesh of `computing_on` has more than one device along this axis."""
+def parts_by(axis: str) -> int:
+    """How many devices the mesh of `computing_on` has along this axis."""
     mesh = _mesh.get()
-    return mesh is not None and mesh.shape[axis] > 1
+    return 1 if mesh is None else mesh.shape[axis]
+
+
+def is_split_by(axis: str) -> bool:
+    """Whether they are more than one."""
+    return parts_by(axis) > 1

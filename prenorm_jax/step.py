@@ -120,7 +120,10 @@ def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Of (..., V) logits, in nats and in float32 at least: (...). Targets are classes or distributions over them."""
+    """Of (..., V) logits, in nats and in float32 at least: (...). Targets are classes or distributions over them.
+
+    That of a class which is not from 0 to V-1 is NaN.
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if targets.ndim == logits.ndim:
         return optax.softmax_cross_entropy(logits, targets)
@@ -128,7 +131,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     # softmax in float32, and read it again. A comparison is fused with the sums.
     shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     own = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], shifted, 0).sum(-1)
-    return jnp.log(jnp.exp(shifted).sum(-1)) - own
+    exists = (targets >= 0) & (targets < logits.shape[-1])
+    return jnp.where(exists, jnp.log(jnp.exp(shifted).sum(-1)) - own, jnp.nan)
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -90,8 +90,10 @@ def two_byte_heads(T, S, K, H=4, G=2):
     return [jnp.asarray(rng.normal(size=(2, n, heads, K)), jnp.bfloat16) for n, heads in ((T, H), (S, G), (S, G))]
 
 
-@pytest.mark.parametrize(("T", "causal"), [(34, True), (34, False), (2, False)])
-def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, monkeypatch):
+@pytest.mark.parametrize(
+    ("T", "causal", "cudnns"), [(34, True, True), (34, False, True), (2, False, True), (2, True, False)]
+)
+def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, cudnns, monkeypatch):
     """There is none here: JAX's own implementation stands in for it, with the same conventions."""
     asked, own = [], jax.nn.dot_product_attention
 
@@ -102,7 +104,7 @@ def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     qkv = two_byte_heads(T, 34, 8)
     expected = plain(*(x.astype(jnp.float64) for x in qkv), causal)
-    for device, options, asks in ((H100, {}, True), (H100, {"kernel": "xla"}, False), (Device("tpu", 0), {}, False)):
+    for device, options, asks in ((H100, {}, cudnns), (H100, {"kernel": "xla"}, False), (Device("tpu", 0), {}, False)):
         monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda device=device: device)
         asked.clear()
         assert relative(attend(*qkv, causal, **options), expected) < 0.01
@@ -131,7 +133,15 @@ def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, monkeypatch):
 )
 def test_cudnn_serves_what_it_takes(device, heads, served, monkeypatch):
     monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda: device)
-    assert _cudnn_serves(heads[0], heads[1].shape[1]) == served
+    assert _cudnn_serves(heads[0], *heads[1].shape[1:3]) == served
+
+
+@pytest.mark.parametrize(("G", "tensor", "served"), [(2, 2, True), (2, 4, False), (1, 2, False), (4, 4, True)])
+def test_cudnn_is_given_whole_heads_of_queries_and_keys(G, tensor, served, monkeypatch):
+    monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda: H100)
+    q, k, _ = two_byte_heads(34, 34, 64, G=G)
+    with computing_on(jax.sharding.AbstractMesh((1, 1, tensor), MESH_AXES)):
+        assert _cudnn_serves(q, *k.shape[1:3]) == served
 
 
 def test_the_platform_is_that_of_the_mesh():

@@ -108,10 +108,14 @@ def test_some_meshes(family, norm, shape, layout):
 
 
 def turns() -> Iterator[tuple[str, str, int, int]]:
-    """Every mesh with every norm; families and layouts go round, so that each of these meets every norm."""
+    """Every mesh with every norm; families and layouts go round.
+
+    So each family meets each mesh and each layout, each norm each layout, and each of the layouts' four choices each
+    family and norm together.
+    """
     for number, norm in itertools.product(range(len(MESHES)), NORMS):
         turn = NORMS.index(norm)
-        family = list(FAMILIES)[(number // 2 + turn) % 2]
+        family = list(FAMILIES)[(number // 3 + turn) % 2]
         yield family, norm, number, (number + 5 * turn) % len(LAYOUTS)
 
 

@@ -210,6 +210,7 @@ def test_cross_entropy_is_that_of_optax(offset):
     )
     for mine, expected in zip(ours(logits), optaxs(logits), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-12, atol=1e-12)
+    assert np.isnan(cross_entropy(logits[0], jnp.asarray([7, -1, 100, -7, 2]))).tolist() == [True] * 4 + [False]
     assert "scatter" in str(jax.make_jaxpr(optaxs)(logits))
     assert "scatter" not in str(jax.make_jaxpr(ours)(logits))
 
