@@ -29,6 +29,7 @@ from prenorm_jax.sharding import (
     check_sharding,
     compiler_options,
     computing_on,
+    computing_platform,
     constrain,
     params_format,
     replicated,
@@ -127,12 +128,29 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if targets.ndim == logits.ndim:
         return optax.softmax_cross_entropy(logits, targets)
-    # As optax has it, but for the target's logit: to index it has a scatter for a derivative, for which GPUs write the
-    # softmax in float32, and read it again. A comparison is fused with the sums.
-    shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    own = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], shifted, 0).sum(-1)
+    largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    total = jnp.exp(logits - largest).sum(-1)
     exists = (targets >= 0) & (targets < logits.shape[-1])
-    return jnp.where(exists, jnp.log(jnp.exp(shifted).sum(-1)) - own, jnp.nan)
+    return jnp.where(exists, jnp.log(total) - (_entry(logits, targets) - largest[..., 0]), jnp.nan)
+
+
+@jax.custom_jvp
+def _entry(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Of (..., N), one of each N: (...)."""
+    if computing_platform() == "cpu":
+        return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+    return _entry_by_sum(x, index)  # to be indexed, TPUs write all of x
+
+
+def _entry_by_sum(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.where(jnp.arange(x.shape[-1]) == index[..., None], x, 0).sum(-1)
+
+
+# JAX would derive a scatter, for which XLA writes the softmax of a loss in float32 and reads it again.
+@_entry.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x, index), (dx, _) = primals, tangents
+    return _entry(x, index), _entry_by_sum(dx, index)
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
