@@ -244,5 +244,5 @@ def parts_by(axis: str) -> int:
 
 
 def is_split_by(axis: str) -> bool:
-    """Whether they are more than one."""
+    """Whether the mesh of `computing_on` has more than one device along this axis."""
     return parts_by(axis) > 1
