@@ -12,7 +12,7 @@ import numpy as np
 
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import Scaled
-from prenorm_jax.sharding import constrain, is_split_by
+from prenorm_jax.sharding import computing_platform, constrain, is_split_by
 from prenorm_jax.stream import COORDINATES
 
 
@@ -60,9 +60,11 @@ def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
         return [layer(normed) for layer in layers]
     weights = [layer.weights(x.shape[-1]) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
-    # The backward pass multiplies n out anew, so that only x is kept; as does all that is computed anew by `remat`.
+    # The backward pass multiplies n out anew, so that only x is kept; as does all that is computed anew by `remat`. Not
+    # so in unrolled blocks on CPUs: XLA:CPU then writes more, n included, and needs no less memory.
     config = layers[0].config
-    y = (computed_anew(config, read) if config.remat == "none" else read)(normed, kernel)
+    anew = config.remat == "none" and (config.scan or computing_platform() != "cpu")
+    y = (computed_anew(config, read) if anew else read)(normed, kernel)
     y = y + bias[0] if bias else y
     if len(layers) == 1:
         return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]
@@ -86,8 +88,21 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Its derivative by the kernel is then one too. Of three axes XLA:CPU would first copy an operand, transposed, and
     fuse all that made it into the copy.
+
+    For GPUs widths are padded with zeros to whole multiples of 16 bytes, without which cuBLAS cannot use their matrix
+    units well: those of a crmsnorm's stream, of d-1 numbers, or of its tied table of d. Not where there is one token
+    a sequence, which takes little longer than to copy the kernel.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    *leading, width = x.shape
+    features = kernel.shape[-1]
+    multiple = 16 // x.dtype.itemsize if computing_platform() == "gpu" and leading[-1] > 1 else 1
+    more_in, more_out = -width % multiple, -features % multiple
+    if more_in:
+        x = jnp.pad(x, [(0, 0)] * len(leading) + [(0, more_in)])
+    if more_in or more_out:
+        kernel = jnp.pad(kernel, [(0, more_in), (0, more_out)])
+    y = x.reshape(-1, width + more_in) @ kernel
+    return y[:, :features].reshape(*leading, features)
 
 
 def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> Linear:

@@ -137,9 +137,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _entry(x: jax.Array, index: jax.Array) -> jax.Array:
     """Of (..., N), one of each N: (...)."""
-    if computing_platform() == "cpu":
-        return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
-    return _entry_by_sum(x, index)  # to be indexed, TPUs write all of x
+    if computing_platform() == "tpu":  # to be indexed, they write all of x
+        return _entry_by_sum(x, index)
+    return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
 
 
 def _entry_by_sum(x: jax.Array, index: jax.Array) -> jax.Array:

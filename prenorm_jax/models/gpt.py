@@ -71,7 +71,10 @@ class GPT(StreamModel):
             return table_NxW[:T] if position is None else jax.lax.dynamic_slice_in_dim(table_NxW, position, T)
 
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab")
-        x_BxTxW = jnp.take(table_VxW, tokens_BxT, axis=0)
+        # Widened, so that the derivative by a row is summed so: over the thousands of times that a frequent token comes
+        # numbers of two bytes would stop growing, and GPUs add such numbers one after the other.
+        wide = jnp.promote_types(config.dtype, jnp.float32)
+        x_BxTxW = jnp.take(table_VxW.astype(wide), tokens_BxT, axis=0).astype(config.dtype)
         if config.positions == "learned":
             x_BxTxW += rows(table(self, config, "position_embedding", config.max_len, "position"))
         elif config.positions == "sinusoidal":
