@@ -27,7 +27,8 @@ def table(report: Report) -> str:
         title += f", for {report['topology']} ({report['devices']} devices, batch per device): the compiler's model"
         rows = _cycle_rows(report)
     else:
-        title += f", {report['rounds']} rounds on {report['device']}"
+        in_a_row = f" of {report['in_a_row']} in a row" if report["in_a_row"] > 1 else ""
+        title += f", {report['rounds']} rounds{in_a_row} on {report['device']}"
         rows = _time_rows(report)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -75,6 +75,7 @@ def report_of(seconds, baseline="layernorm"):
     report = dataclasses.asdict(SETTING) | {"task": "step", "unit": "token", "device": "x", "date": "d"}
     report |= {
         "rounds": len(seconds[baseline]),
+        "in_a_row": 1,
         "jax": "0",
         "matmul_peak_gflops": 1,
         "model_gflop": 1,
@@ -149,7 +150,7 @@ def test_it_refuses_what_it_does_not_know():
 
 
 def called_with(monkeypatch, *flags):
-    """What a command line has measured, where it comes to that: (setting, task, names, rounds)."""
+    """What a command line has measured, where it comes to that: (setting, task, names, rounds, in_a_row)."""
     calls = []
     monkeypatch.setattr(benchmark, "benchmark", lambda *arguments: calls.append(arguments) or {})
     monkeypatch.setattr(benchmark_report, "table", lambda report: "")
@@ -161,10 +162,11 @@ def called_with(monkeypatch, *flags):
 
 def test_quick_is_for_what_is_not_given(monkeypatch, tmp_path):
     out = f"--out={tmp_path}"
-    setting, _, names, rounds = called_with(monkeypatch, "--quick", "--only=rmsnorm,", out)
+    setting, _, names, rounds, _ = called_with(monkeypatch, "--quick", "--only=rmsnorm,", out)
     assert (setting.model, setting.batch, setting.length, rounds) == ("gpt:2x64", 8, 32, 5) and names == ["rmsnorm"]
-    setting, *_, rounds = called_with(monkeypatch, "--rounds=20", "--batch=2", "--quick", "--model=gpt:6x384", out)
-    assert (setting.model, setting.batch, setting.length, rounds) == ("gpt:6x384", 2, 32, 20)
+    given = ["--rounds=20", "--batch=2", "--model=gpt:6x384"]
+    setting, *_, rounds, in_a_row = called_with(monkeypatch, *given, "--quick", out)
+    assert (setting.model, setting.batch, setting.length, rounds, in_a_row) == ("gpt:6x384", 2, 32, 20, 1)
 
 
 def test_what_cannot_be_compared_or_written_is_refused_before_it_is_measured(monkeypatch, tmp_path):
