@@ -45,14 +45,14 @@ def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
 
 
 @given(config=model_configs)
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
 
 @pytest.mark.parametrize("start", ["rmsnorm", "crmsnorm"])
 @given(config=model_configs)
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_from_networks_born_as_a_variant(start, config):
     """With an affine of their own in their norms, and, for rmsnorm, zero-mean writers."""
     config = ModelConfig.create({**vars(config), "norm": start})
@@ -76,7 +76,7 @@ def test_from_networks_born_as_a_variant(start, config):
 
 
 @given(config=model_configs)
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_in_training_too_with_the_same_dropout_masks(config):
     config = ModelConfig.create({**vars(config), "dropout": 0.4, "attention_dropout": 0.4})
     params, tokens = random_params(config, 1), random_inputs(config)
