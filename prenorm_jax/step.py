@@ -31,6 +31,7 @@ from prenorm_jax.sharding import (
     computing_on,
     computing_platform,
     constrain,
+    in_order,
     params_format,
     replicated,
     row_major,
@@ -204,7 +205,8 @@ def make_gradients(
 
     def on_mesh(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
         with computing_on(mesh):
-            return gradients(params, batch, step)
+            value, grads = gradients(params, batch, step)
+            return value, jax.tree.map(in_order, grads)  # as the state lies, which would be copied else
 
     return on_mesh
 

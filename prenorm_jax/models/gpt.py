@@ -30,6 +30,21 @@ def sinusoidal_table(length: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width]
 
 
+@jax.custom_jvp
+def _rows(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """Those of the tokens: (B, T, W)."""
+    return jnp.take(table_VxW, tokens_BxT, axis=0)
+
+
+# The same, in float32 at least, so that the derivative by a row is summed so: over the thousands of times that a
+# frequent token comes, numbers of two bytes would stop growing, and GPUs add such numbers one after the other.
+@_rows.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (table, tokens), (dtable, _) = primals, tangents
+    wide = dtable.astype(jnp.promote_types(table.dtype, jnp.float32))
+    return _rows(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
+
+
 class GPT(StreamModel):
     """A causal language model: (B, T) int tokens -> (B, T, V) logits in `config.dtype`.
 
@@ -71,10 +86,7 @@ class GPT(StreamModel):
             return table_NxW[:T] if position is None else jax.lax.dynamic_slice_in_dim(table_NxW, position, T)
 
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab")
-        # Widened, so that the derivative by a row is summed so: over the thousands of times that a frequent token comes
-        # numbers of two bytes would stop growing, and GPUs add such numbers one after the other.
-        wide = jnp.promote_types(config.dtype, jnp.float32)
-        x_BxTxW = jnp.take(table_VxW.astype(wide), tokens_BxT, axis=0).astype(config.dtype)
+        x_BxTxW = _rows(table_VxW, tokens_BxT)
         if config.positions == "learned":
             x_BxTxW += rows(table(self, config, "position_embedding", config.max_len, "position"))
         elif config.positions == "sinusoidal":
