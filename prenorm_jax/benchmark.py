@@ -253,6 +253,7 @@ def main() -> None:
     print(benchmark_report.table(report))
     where = args.topology.replace(":", "-") if args.topology else jax.default_backend()
     stem = f"{args.model}-{args.task}-{where}".replace(":", "-").replace("/", "-")
+    stem += f"-{args.in_a_row}-in-a-row" if args.in_a_row > 1 else ""
     for path in benchmark_report.write(report, args.out, stem):
         print(path)
 

@@ -27,8 +27,7 @@ def table(report: Report) -> str:
         title += f", for {report['topology']} ({report['devices']} devices, batch per device): the compiler's model"
         rows = _cycle_rows(report)
     else:
-        in_a_row = f" of {report['in_a_row']} in a row" if report["in_a_row"] > 1 else ""
-        title += f", {report['rounds']} rounds{in_a_row} on {report['device']}"
+        title += f"{_in_a_row(report)}, {report['rounds']} rounds on {report['device']}"
         rows = _time_rows(report)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -41,6 +40,10 @@ def table(report: Report) -> str:
             f"{report['model_gflop']:.0f} GFLOP of matrix products in the task"
         )
     return "\n".join([title, versions, "", *lines, "", *_words(report)])
+
+
+def _in_a_row(report: Report) -> str:
+    return f", {report['in_a_row']} in a row" if report.get("in_a_row", 1) > 1 else ""
 
 
 def _setting(report: Report) -> str:
@@ -123,7 +126,7 @@ def figure(report: Report) -> bytes:
     what = "estimated cycles" if "topology" in report else "undisturbed time"
     ax.set_xlabel(f"{what}, {TASKS[report['task']]}, relative to {report['baseline']}", fontsize=FONT)
     where = report["topology"] if "topology" in report else report["device"]
-    ax.set_title(f"{_setting(report)}, {where}", fontsize=FONT, loc="left")
+    ax.set_title(f"{_setting(report)}{_in_a_row(report)}, {where}", fontsize=FONT, loc="left")
     ax.tick_params(labelsize=FONT, color=GREY)
     ax.grid(axis="x", color="#e6e6e6", linewidth=0.6)
     ax.set_axisbelow(True)

@@ -91,11 +91,12 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     For GPUs widths are padded with zeros to whole multiples of 16 bytes, without which cuBLAS cannot use their matrix
     units well: those of a crmsnorm's stream, of d-1 numbers, or of its tied table of d. Not where there is one token
-    a sequence, which takes little longer than to copy the kernel.
+    a sequence, which takes little longer than to copy the kernel. (Of features that `tensor` splits each device's share
+    should be such a multiple by itself.)
     """
     *leading, width = x.shape
-    features = kernel.shape[-1]
-    multiple = 16 // x.dtype.itemsize if computing_platform() == "gpu" and leading[-1] > 1 else 1
+    features, one_token = kernel.shape[-1], x.ndim > 2 and x.shape[-2] == 1
+    multiple = 16 // x.dtype.itemsize if computing_platform() == "gpu" and not one_token else 1
     more_in, more_out = -width % multiple, -features % multiple
     if more_in:
         x = jnp.pad(x, [(0, 0)] * len(leading) + [(0, more_in)])

@@ -160,6 +160,15 @@ def lay_out(tree: Any, formats: Any) -> Any:
     return jax.tree.map(place, tree, formats)
 
 
+def laid_out(tree: Any, formats: Any) -> Any:
+    """The same for a tree that is traced, on TPUs; elsewhere the tree: arrays lie in order."""
+
+    def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
+        return in_order(leaf) if isinstance(format, Format) else leaf
+
+    return jax.tree.map(place, tree, formats)
+
+
 def check_sharding(config: ModelConfig, mesh: Mesh, largest: int) -> None:
     """Raises PrenormError if a mesh that is to split parameters leaves much of one unsplit.
 
@@ -221,8 +230,11 @@ def in_order(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if computing_platform() == "tpu" else x
 
 
-def apart(x: jax.Array) -> jax.Array:
-    """x, of which TPUs do not make one operation of what it is made by and what reads it."""
+def apart(x: Any) -> Any:
+    """x, of which TPUs do not make one operation of what it is made by and what reads it; in the derivative likewise.
+
+    Of a tree, all leaves are made before one is read.
+    """
     return jax.lax.optimization_barrier(x) if computing_platform() == "tpu" else x
 
 

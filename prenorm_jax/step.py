@@ -31,7 +31,7 @@ from prenorm_jax.sharding import (
     computing_on,
     computing_platform,
     constrain,
-    in_order,
+    laid_out,
     params_format,
     replicated,
     row_major,
@@ -205,8 +205,7 @@ def make_gradients(
 
     def on_mesh(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
         with computing_on(mesh):
-            value, grads = gradients(params, batch, step)
-            return value, jax.tree.map(in_order, grads)  # as the state lies, which would be copied else
+            return gradients(params, batch, step)
 
     return on_mesh
 
@@ -246,6 +245,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         value, grads = gradients(state.params, batch, state.step)
+        with computing_on(mesh):
+            grads = laid_out(grads, stored.params)  # else the compiler may copy the state, to lie as they do
         rate = schedule(state.step)
         with jax.named_scope(OPTIMIZER_SCOPE):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -141,12 +141,25 @@ def test_it_refuses_what_it_does_not_know():
     assert "model 'gpt:6x100' is none of" in error_of(*here, "--model=gpt:6x100")
     assert "batchnorm is not among layernorm" in error_of(*here, "--only=batchnorm")
     assert "--rounds=0 must be at least 1" in error_of(*here, "--rounds=0")
+    assert "--in-a-row=0 must be at least 1" in error_of(*here, "--in-a-row=0")
     assert "--task='speed' is not one of step, forward, prefill, decode, h" in error_of(*here, "--task=speed")
     for where in ((), ("--topology=v5e:2x2",)):
         error = error_of(*here, "--task=h", "--only=rmsnorm,none", *where)
         assert (
             "--task=h: none of rmsnorm, none converts anything: name some of rmsnorm-pre_ln, crmsnorm-pre_ln" in error
         )
+
+
+def test_calls_in_a_row_are_waited_for_at_once(monkeypatch):
+    events = []
+    monkeypatch.setattr(benchmark.jax, "block_until_ready", lambda result: events.append("wait"))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: 6.0 * events.count("wait"))
+    seconds = benchmark.measure({"rmsnorm": lambda: events.append("call")}, rounds=2, in_a_row=3)
+    assert events == ["call", "call", "call", "wait"] * (benchmark.WARM_UP + 2)
+    assert seconds == {"rmsnorm": [2.0, 2.0]}
+    report = report_of({"layernorm": np.ones(10), "none": np.ones(10)})
+    assert "in a row" not in benchmark_report.table(report)
+    assert "step, 3 in a row, 10 rounds on x" in benchmark_report.table(report | {"in_a_row": 3})
 
 
 def called_with(monkeypatch, *flags):

@@ -12,6 +12,7 @@ from prenorm_jax.errors import PrenormError
 from prenorm_jax.linear import matmul, reader
 from prenorm_jax.model_config import GPTConfig
 from prenorm_jax.norms import Affine
+from prenorm_jax.sharding import apart
 from prenorm_jax.stream import COORDINATES
 from prenorm_jax.transformer import (
     StreamModel,
@@ -109,6 +110,8 @@ class GPT(StreamModel):
         if config.final_norm and config.final_norm_affine:
             affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
             x_BxTxW = affine(x_BxTxW.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)
+        if train:  # else the logits' derivative would be kept through that of all blocks, for the table's alone
+            x_BxTxW, table_VxW = apart((x_BxTxW, table_VxW))
         logits_BxTxV = matmul(x_BxTxW, table_VxW.T)
         if config.head_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("vocab",))
