@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import QUICK_TO_COMPILE
@@ -31,16 +30,10 @@ SMALL = [
 
 
 def clean_environment(devices: int = 1, x64: bool = False) -> dict[str, str]:
-    """That of a user, not of these tests; but it compiles quickly, and what one command compiled the next finds.
-
-    Without the emitters of fusions, programs compile faster still, but lose digits of float64.
-    """
+    """That of a user, not of these tests; but it compiles quickly, and what one command compiled the next finds."""
     left_out = ("XLA_FLAGS", "JAX_ENABLE_X64", "PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
-    if not x64 and jax.__version_info__ < (0, 11):  # later ones know no such flag
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    environment["XLA_FLAGS"] = flags
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / f"jax-{sys.version_info.minor}")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return environment | ({"JAX_ENABLE_X64": "1"} if x64 else {})
