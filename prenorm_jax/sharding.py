@@ -160,8 +160,8 @@ def lay_out(tree: Any, formats: Any) -> Any:
     return jax.tree.map(place, tree, formats)
 
 
-def laid_out(tree: Any, formats: Any) -> Any:
-    """The same for a tree that is traced, on TPUs; elsewhere the tree: arrays lie in order."""
+def constrain_layout(tree: Any, formats: Any) -> Any:
+    """The tree, which is traced, of arrays that on TPUs lie as `formats` say; elsewhere they do anyway."""
 
     def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
         return in_order(leaf) if isinstance(format, Format) else leaf

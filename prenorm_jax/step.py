@@ -31,7 +31,7 @@ from prenorm_jax.sharding import (
     computing_on,
     computing_platform,
     constrain,
-    laid_out,
+    constrain_layout,
     params_format,
     replicated,
     row_major,
@@ -246,7 +246,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         value, grads = gradients(state.params, batch, state.step)
         with computing_on(mesh):
-            grads = laid_out(grads, stored.params)  # else the compiler may copy the state, to lie as they do
+            grads = constrain_layout(grads, stored.params)  # else the compiler may copy the state, to lie as they do
         rate = schedule(state.step)
         with jax.named_scope(OPTIMIZER_SCOPE):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -9,7 +9,7 @@ os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"  # see configure_jax
 # Tests compile many tiny programs once each: LLVM's optimisations cost more than they save, and so do the parts that
 # XLA would have compiled side by side, and its newer way of emitting fusions (two thirds of the time).
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if version("jaxlib") < "0.11":  # later ones know no such flag, and abort
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones know no such flag, and abort
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}"
 

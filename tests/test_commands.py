@@ -184,6 +184,7 @@ def test_a_converted_checkpoint_evaluates_the_same_and_trains_on(runs, tmp_path,
     assert before["eval_loss"] == pytest.approx(last_evaluation(runs[source]), rel=1e-5)
     command("train.py", f"--workdir={target}", "--config.steps=9")
     assert [line["step"] for line in lines_of(target) if "loss" in line] == [7, 8, 9]
+    assert np.isfinite(last_evaluation(target))
     # And back.
     back = tmp_path / "back"
     if to != "rmsnorm":  # trained natively, an rmsnorm network has left those that have an equivalent

@@ -128,8 +128,9 @@ def test_pre_ln_parameterization_follows_pre_ln(norm, model, optimizer):
 @pytest.mark.parametrize(
     ("norm", "model", "optimizer"),
     [
-        *(case(in_turn(o), "gpt", optimizer) for o, optimizer in enumerate(OPTIMIZERS)),
-        *(case(in_turn(m), model, "adamw") for m, model in enumerate(MODELS) if m),
+        case(norm, model, optimizer)
+        for norm in ("rmsnorm", "crmsnorm")
+        for model, optimizer in [*(("gpt", name) for name in OPTIMIZERS), ("gpt-dropout", "adamw"), ("vit", "adamw")]
     ],
 )
 def test_native_parameterization_does_not(norm, model, optimizer):

@@ -32,18 +32,18 @@ def sinusoidal_table(length: int, width: int) -> np.ndarray:
 
 
 @jax.custom_jvp
-def _rows(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """Those of the tokens: (B, T, W)."""
+def _embed(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """The rows of the tokens: (B, T, W)."""
     return jnp.take(table_VxW, tokens_BxT, axis=0)
 
 
 # The same, in float32 at least, so that the derivative by a row is summed so: over the thousands of times that a
 # frequent token comes, numbers of two bytes would stop growing, and GPUs add such numbers one after the other.
-@_rows.defjvp
+@_embed.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (table, tokens), (dtable, _) = primals, tangents
     wide = dtable.astype(jnp.promote_types(table.dtype, jnp.float32))
-    return _rows(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
+    return _embed(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
 
 
 class GPT(StreamModel):
@@ -87,7 +87,7 @@ class GPT(StreamModel):
             return table_NxW[:T] if position is None else jax.lax.dynamic_slice_in_dim(table_NxW, position, T)
 
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab")
-        x_BxTxW = _rows(table_VxW, tokens_BxT)
+        x_BxTxW = _embed(table_VxW, tokens_BxT)
         if config.positions == "learned":
             x_BxTxW += rows(table(self, config, "position_embedding", config.max_len, "position"))
         elif config.positions == "sinusoidal":
