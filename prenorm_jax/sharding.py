@@ -161,12 +161,16 @@ def lay_out(tree: Any, formats: Any) -> Any:
 
 
 def constrain_layout(tree: Any, formats: Any) -> Any:
-    """The tree, which is traced, of arrays that on TPUs lie as `formats` say; elsewhere they do anyway."""
+    """The tree, which is traced, of arrays that on TPUs are split and lie as `formats` say; elsewhere as it was."""
 
     def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
-        return in_order(leaf) if isinstance(format, Format) else leaf
+        if not isinstance(format, Format):
+            return leaf
+        # Each device's share by itself: of the whole, XLA may have every device hold all.
+        spec, mesh = format.sharding.spec, format.sharding.mesh
+        return jax.shard_map(in_order, mesh=mesh, in_specs=spec, out_specs=spec)(leaf)
 
-    return jax.tree.map(place, tree, formats)
+    return jax.tree.map(place, tree, formats) if computing_platform() == "tpu" else tree
 
 
 def check_sharding(config: ModelConfig, mesh: Mesh, largest: int) -> None:

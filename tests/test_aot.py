@@ -46,6 +46,17 @@ def test_one_device_needs_no_collectives(config):
     assert aot.compile_step(alone, jax.devices()[:1])["collectives"] == {}
 
 
+def test_no_device_holds_a_whole_gradient_where_layouts_are_asked_for(config, monkeypatch):
+    """As on TPUs. XLA's partitioner made whole arrays of what such a constraint was put on."""
+    monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
+    models, mesh = run_models(config), make_mesh(config)
+    state = jax.eval_shape(lambda: init_state(config, models))
+    lowered = make_train_step(config, models, mesh).lower(state, abstract_batch(config))
+    assert "LayoutConstraint" in lowered.as_text()
+    shapes = set(re.findall(r"f32(\[[\d,]+\])", lowered.compile().as_text()))
+    assert "[2,8,16]" in shapes and "[2,32,16]" not in shapes  # (blocks, MLP width, d): the width by 4 devices
+
+
 def test_every_part_of_a_step_is_found(config):
     """By the names in the program: if one is changed, its operations would silently count as another part's."""
     models, mesh = run_models(config), make_mesh(config)
