@@ -11,7 +11,7 @@ TESTS ?= tests
 demo: $(VENV)/.ready        ## train the three variants, convert, evaluate, compare: runs/demo/report/report.html
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo
 
-demo-quick: $(VENV)/.ready  ## the same in a minute: fewer steps, a smaller model
+demo-quick: $(VENV)/.ready  ## the same in two minutes: fewer steps, a smaller model
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo-quick --quick
 
 demo-switch: $(VENV)/.ready ## one run whose norm is switched every 25 steps, beside the drift of rounding alone

@@ -168,7 +168,7 @@ def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Where a logit is NaN, more than there are.
     """
-    own = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    own = _entry(logits, labels)[..., None]
     earlier = jnp.arange(logits.shape[-1]) < labels[..., None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(-1)
     return jnp.where(jnp.isnan(logits).any(-1), jnp.iinfo(rank.dtype).max, rank)
