@@ -164,13 +164,9 @@ def constrain_layout(tree: Any, formats: Any) -> Any:
     """The tree, which is traced, of arrays that on TPUs are split and lie as `formats` say; elsewhere as it was."""
 
     def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
-        if not isinstance(format, Format):
-            return leaf
-        # Each device's share by itself: of the whole, XLA may have every device hold all.
-        spec, mesh = format.sharding.spec, format.sharding.mesh
-        return jax.shard_map(in_order, mesh=mesh, in_specs=spec, out_specs=spec)(leaf)
+        return _in_order(leaf, format.sharding) if isinstance(format, Format) else leaf
 
-    return jax.tree.map(place, tree, formats) if computing_platform() == "tpu" else tree
+    return jax.tree.map(place, tree, formats)
 
 
 def check_sharding(config: ModelConfig, mesh: Mesh, largest: int) -> None:
@@ -221,17 +217,31 @@ def computing_on(mesh: Mesh | None) -> Iterator[None]:
         _mesh.reset(token)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """x, split as an array with these logical axes is in computation. Outside `computing_on` it does nothing."""
+def constrain(x: jax.Array, *names: str | None, in_order: bool = False) -> jax.Array:
+    """x, split as an array with these logical axes is in computation. Outside `computing_on` it is as it was.
+
+    With `in_order`, TPUs, which choose for each array, also lay it in memory with its axes in order.
+    """
     mesh = _mesh.get()
-    if mesh is None or mesh.size == 1:
+    sharding = None
+    if mesh is not None and mesh.size > 1:
+        sharding = NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False))
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    return _in_order(x, sharding) if in_order else x
+
+
+def _in_order(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """x, which is split so and which TPUs lay with its axes in order."""
+    if computing_platform() != "tpu":
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False)))
 
+    def lay(share: jax.Array) -> jax.Array:
+        return with_layout_constraint(share, Layout(tuple(range(share.ndim))))
 
-def in_order(x: jax.Array) -> jax.Array:
-    """x, which lies in memory with its axes in order, where TPUs compute it: they choose for each array."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if computing_platform() == "tpu" else x
+    if sharding is None or sharding.mesh.size == 1:
+        return lay(x)
+    # Share by share: where the whole is asked for, XLA may have every device hold all of it.
+    return jax.shard_map(lay, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(x)
 
 
 def apart(x: Any) -> Any:

@@ -20,7 +20,7 @@ from prenorm_jax.attention import CacheUse, attend, attend_cached
 from prenorm_jax.linear import apply_together, computed_anew, reader, write
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.norms import LayerNorm, Norm, RMSNorm, Scaled
-from prenorm_jax.sharding import apart, constrain, in_order
+from prenorm_jax.sharding import apart, constrain
 from prenorm_jax.stacking import LAYER, STACKED
 from prenorm_jax.stream import COORDINATES
 
@@ -82,9 +82,8 @@ def with_statistics(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Sca
     (A LayerNorm's are not: it would hand on x a second time, centred.) Without them the root is None, and the norm is
     still to come.
     """
-    x_BxTxD = constrain(x_BxTxD, "batch", None, None)
-    if train:  # TPUs would choose another order for the next block's attention, and copy x for all else
-        x_BxTxD = in_order(x_BxTxD)
+    # In training TPUs would choose another order for the next block's attention, and copy x for all else.
+    x_BxTxD = constrain(x_BxTxD, "batch", None, None, in_order=train)
     if config.norm == "layernorm" or config.norm_affine or config.post_norm:
         return Scaled(x_BxTxD)
     with jax.named_scope("norm"):

@@ -46,7 +46,7 @@ def test_one_device_needs_no_collectives(config):
     assert aot.compile_step(alone, jax.devices()[:1])["collectives"] == {}
 
 
-def test_no_device_holds_a_whole_gradient_where_layouts_are_asked_for(config, monkeypatch):
+def test_no_device_holds_a_whole_gradient_or_batch_where_layouts_are_asked_for(config, monkeypatch):
     """As on TPUs. XLA's partitioner made whole arrays of what such a constraint was put on."""
     monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
     models, mesh = run_models(config), make_mesh(config)
@@ -55,6 +55,7 @@ def test_no_device_holds_a_whole_gradient_where_layouts_are_asked_for(config, mo
     assert "LayoutConstraint" in lowered.as_text()
     shapes = set(re.findall(r"f32(\[[\d,]+\])", lowered.compile().as_text()))
     assert "[2,8,16]" in shapes and "[2,32,16]" not in shapes  # (blocks, MLP width, d): the width by 4 devices
+    assert "[4,8,15]" in shapes and "[16,8,15]" not in shapes  # (B, T, D): the batch by 4 devices
 
 
 def test_every_part_of_a_step_is_found(config):

@@ -107,6 +107,11 @@ def test_some_meshes(family, norm, shape, layout):
     check_same_curve(family, norm, shape, layout)
 
 
+def test_on_tpus_layouts_are_asked_for_and_nothing_else_changes(monkeypatch):
+    monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
+    check_same_curve("gpt", "rmsnorm", (2, 2, 2), (True, 2, "none", "float64"))
+
+
 def turns() -> Iterator[tuple[str, str, int, int]]:
     """Every mesh with every norm; families and layouts go round.
 
