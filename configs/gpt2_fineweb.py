@@ -8,8 +8,8 @@ The first run streams the data set from the Hugging Face hub, tokenises it as it
 starts when it is whole; --config.data.stream_tokens=100000000 is enough for a try. One document in a thousand is held
 out. The sample has about 10 G tokens: to take more of them, raise --config.steps as well.
 
-What was run: a training step of GPT-2 at this size (`configs/gpt2_wikitext103.py`), on a CPU; the streaming of small
-local data sets. What was not: the download, and the training. So no loss is claimed here.
+What was run: training steps of a GPT-2 of this size (see `configs/gpt2_wikitext103.py`), on a CPU; the streaming of
+small local data sets. What was not: the download, and the training. So no loss is claimed here.
 """
 
 from ml_collections import ConfigDict

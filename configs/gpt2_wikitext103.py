@@ -8,7 +8,7 @@
 Needs the network on its first run (the data set and GPT-2's tokenizer come from the Hugging Face hub), and accelerators
 to end in reasonable time: 124 M parameters, 0.5 M tokens a step. Lower --config.batch_size where memory is short.
 
-What was run: training steps of this model under each norm, on a CPU with a short batch (in the tests with scanned
+What was run: training steps of this model under each norm, on a CPU with a short batch (in the tests of two of its
 blocks, to compile in less time), and the conversion of its parameters. What was not: the download, and the training.
 The architecture is GPT-2's; batch size, schedule and dropout are in common use for it, not taken from the paper. So no
 loss is claimed here.

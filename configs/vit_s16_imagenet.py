@@ -11,7 +11,7 @@ of warm-up, batches of 2048, clipping at 1, LayerScale from 1e-4, stochastic dep
 patches alone, mixup .8, CutMix 1, flips, resized crops, binary cross-entropy. Not here: 3-Augment, colour jitter and
 repeated augmentation; and crops are taken from the central square of an image, resized to 256 pixels.
 
-What was run: training steps of this model under each norm on random images, on a CPU (in the tests of four of its
+What was run: training steps of this model under each norm on random images, on a CPU (in the tests of two of its
 blocks, to compile in less time), and the conversion of its parameters. What was not: the download and the training. So
 no accuracy is claimed here.
 

@@ -24,7 +24,8 @@ def table(report: Report) -> str:
     """Markdown, with what it shows in words below it."""
     title = f"{_setting(report)}, {TASKS[report['task']]}"
     if "topology" in report:
-        title += f", for {report['topology']} ({report['devices']} devices, batch per device): the compiler's model"
+        devices = "one of its devices" if report["devices"] == 1 else f"{report['devices']} devices, batch per device"
+        title += f", for {report['topology']} ({devices}): the compiler's model"
         rows = _cycle_rows(report)
     else:
         title += f"{_in_a_row(report)}, {report['rounds']} rounds on {report['device']}"

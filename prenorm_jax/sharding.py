@@ -161,7 +161,7 @@ def lay_out(tree: Any, formats: Any) -> Any:
 
 
 def constrain_layout(tree: Any, formats: Any) -> Any:
-    """The tree, which is traced, of arrays that on TPUs are split and lie as `formats` say; elsewhere as it was."""
+    """The tree, which is traced; on TPUs those of its arrays that have a `Format` lie with their axes in order."""
 
     def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
         return _in_order(leaf, format.sharding) if isinstance(format, Format) else leaf
@@ -209,7 +209,10 @@ def sharding_table(config: ModelConfig, mesh: Mesh) -> str:
 
 @contextlib.contextmanager
 def computing_on(mesh: Mesh | None) -> Iterator[None]:
-    """While a function is traced: what `constrain` refers to; None: one device."""
+    """While a function is traced: the devices that it is for. None: one of JAX's default ones.
+
+    All below refers to it, and so do those who ask for the platform: attention, linear maps and the loss.
+    """
     token = _mesh.set(mesh)
     try:
         yield
@@ -223,14 +226,15 @@ def constrain(x: jax.Array, *names: str | None, in_order: bool = False) -> jax.A
     With `in_order`, TPUs, which choose for each array, also lay it in memory with its axes in order.
     """
     mesh = _mesh.get()
-    sharding = None
-    if mesh is not None and mesh.size > 1:
-        sharding = NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False))
+    if mesh is None:
+        return x
+    sharding = NamedSharding(mesh, axes_spec(names, x.shape, mesh, stored=False))
+    if mesh.size > 1:
         x = jax.lax.with_sharding_constraint(x, sharding)
     return _in_order(x, sharding) if in_order else x
 
 
-def _in_order(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+def _in_order(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """x, which is split so and which TPUs lay with its axes in order."""
     if computing_platform() != "tpu":
         return x
@@ -238,7 +242,7 @@ def _in_order(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     def lay(share: jax.Array) -> jax.Array:
         return with_layout_constraint(share, Layout(tuple(range(share.ndim))))
 
-    if sharding is None or sharding.mesh.size == 1:
+    if sharding.mesh.size == 1:
         return lay(x)
     # Share by share: where the whole is asked for, XLA may have every device hold all of it.
     return jax.shard_map(lay, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=sharding.spec)(x)

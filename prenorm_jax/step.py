@@ -281,10 +281,10 @@ def make_eval_step(
         inputs, targets, weights = make_examples(config, batch)
         with computing_on(mesh):
             logits = model.apply({"params": params}, inputs)
-        sums = {"weight": weights.sum(), "nats": (cross_entropy(logits, targets) * weights).sum()}
-        if model_config.family == "vit":
-            rank = rank_of_label(logits, targets)
-            sums |= {f"top{k}": ((rank < k) * weights).sum() for k in (1, 5)}
+            sums = {"weight": weights.sum(), "nats": (cross_entropy(logits, targets) * weights).sum()}
+            if model_config.family == "vit":
+                rank = rank_of_label(logits, targets)
+                sums |= {f"top{k}": ((rank < k) * weights).sum() for k in (1, 5)}
         return sums
 
     shardings = (params_format(model_config, mesh), split_batch(mesh))

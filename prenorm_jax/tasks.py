@@ -15,6 +15,7 @@ from prenorm_jax.errors import PrenormError, check_choice
 from prenorm_jax.generate import as_read, decode_step, prefill
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
+from prenorm_jax.sharding import computing_on, replicated
 from prenorm_jax.step import (
     RunModels,
     computed_params,
@@ -32,6 +33,7 @@ TASKS = {  # name -> what it is
     "decode": "one token after half a sequence of them",
     "h": "the conversion h and its derivative alone",
 }
+SPLIT = ("step", "forward")  # among the devices of a mesh; of the others each device does all
 
 
 class Task(NamedTuple):
@@ -79,11 +81,12 @@ def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -
     if name == "forward":
         function, carried = make_eval_step(config, models.computed, mesh), None
     elif name == "h":
-        function, carried = jax.jit(_conversion(models)), None
+        function, carried = _jit(_conversion(models), mesh), None
     else:
         if config.model.family != "gpt":
             raise PrenormError(f"--task={name} needs a model of text, such as --model=gpt:6x384")
-        function, carried = _generation(name, models.computed, config.data.seq_len), None if name == "prefill" else 1
+        function = _generation(name, models.computed, config.data.seq_len, mesh)
+        carried = None if name == "prefill" else 1
 
     def arguments() -> tuple:
         trained = init_params(config, models)
@@ -100,6 +103,16 @@ def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -
     return Task(function, arguments, carried, contender)
 
 
+def _jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Callable[..., Any]:
+    """The function, all of which every device of the mesh computes."""
+
+    def on_mesh(*arguments: Any) -> Any:
+        with computing_on(mesh):
+            return function(*arguments)
+
+    return jax.jit(on_mesh, in_shardings=replicated(mesh), **options)
+
+
 def _conversion(models: RunModels) -> Callable[..., Any]:
     def conversion(params: Any, gradients: Any, batch: Any) -> Any:
         computed, pull_back = jax.vjp(lambda params: computed_params(params, models), params)
@@ -108,14 +121,14 @@ def _conversion(models: RunModels) -> Callable[..., Any]:
     return conversion
 
 
-def _generation(name: str, model_config: ModelConfig, length: int) -> Callable[..., Any]:
+def _generation(name: str, model_config: ModelConfig, length: int, mesh: Mesh) -> Callable[..., Any]:
     # Functions of their own: those of `generate`, being jitted, would remember what they traced with another norm.
     model = build_model(model_config)
     if name == "prefill":
-        return jax.jit(lambda params, batch: prefill.__wrapped__(model, params, batch["tokens"][:, :length], length))
+        return _jit(lambda params, batch: prefill.__wrapped__(model, params, batch["tokens"][:, :length], length), mesh)
 
     def step(params: Any, cache: Any, position: jax.Array, keys_B: jax.Array, batch: Any) -> Any:
         chosen_B, cache = decode_step.__wrapped__(model, params, cache, batch["tokens"][:, 0], position, keys_B)
         return cache, chosen_B
 
-    return jax.jit(step, donate_argnums=1)
+    return _jit(step, mesh, donate_argnums=1)

@@ -19,7 +19,7 @@ from prenorm_jax import hlo
 from prenorm_jax.contenders import CONTENDERS, Setting, baseline_of
 from prenorm_jax.errors import PrenormError, first_line, say
 from prenorm_jax.sharding import make_mesh
-from prenorm_jax.tasks import make_task
+from prenorm_jax.tasks import SPLIT, make_task
 
 _NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
@@ -62,6 +62,7 @@ def cycles(program: jax.stages.Compiled) -> int:
 def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
     """What the JSON file holds, for the setting's batch on each device. Raises PrenormError."""
     devices = topology_devices(name)
+    devices = devices if task in SPLIT else devices[:1]
     config = dataclasses.replace(setting, batch=setting.batch * len(devices)).run_config()
     config.model.scan = True  # each block is compiled once, and its cycles counted as often as there are blocks
     rows = {}
@@ -77,7 +78,7 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
             "compile_s": time.monotonic() - start,
         }
         say(f"{contender}: compiled in {rows[contender]['compile_s']:.0f} s")
-        if not rows[contender]["cycles"]:  # as of h, which has no matrix product
+        if not rows[contender]["cycles"]:
             raise PrenormError(
                 f"--topology={name} --task={task}: the compiler states no cycles for it: time it instead"
             )

@@ -19,7 +19,7 @@ from prenorm_jax.conversion import convert_params
 from prenorm_jax.errors import PrenormError
 from prenorm_jax.model_config import ModelConfig
 from prenorm_jax.models import build_model
-from prenorm_jax.sharding import make_mesh
+from prenorm_jax.sharding import computing_device, make_mesh
 from prenorm_jax.step import run_models
 from prenorm_jax.stream import COORDINATES, abstract_params
 from prenorm_jax.tasks import TASKS, contenders_of, make_task
@@ -218,6 +218,23 @@ def test_the_memory_of_the_process_is_that_of_a_program_on_a_cpu_alone(monkeypat
 def test_only_contenders_with_pre_ln_parameters_have_an_h():
     assert contenders_of("h", list(CONTENDERS)) == ["rmsnorm-pre_ln", "crmsnorm-pre_ln"]
     assert contenders_of("step", list(CONTENDERS)) == list(CONTENDERS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_programs_are_compiled_for_the_devices_of_the_mesh(task, monkeypatch):
+    """Else a topology's figures would be those of this machine's CPUs."""
+    config, (first, *_, device), asked = SETTING.run_config(), jax.devices(), set()
+    contender = CONTENDERS["rmsnorm-pre_ln"]
+    work = make_task(task, contender, config, make_mesh(config, [device]))
+    shapes = jax.eval_shape(work.arguments)
+    for module in ("linear", "step"):
+        ask = lambda: asked.add(computing_device()) or "cpu"  # noqa: E731
+        monkeypatch.setattr(f"prenorm_jax.{module}.computing_platform", ask)
+    program = work.function.lower(*shapes, topology.abstract_batch(config)).compile()
+    assert asked == (set() if task == "h" else {device})
+    # Of inputs that a program does not read it knows none.
+    devices = {d for leaf in jax.tree.leaves(program.input_shardings[0]) if leaf for d in leaf.device_set}
+    assert devices == {device} != {first}
 
 
 def test_a_program_of_which_the_compiler_states_no_cycles_is_refused(monkeypatch):

@@ -107,9 +107,17 @@ def test_some_meshes(family, norm, shape, layout):
     check_same_curve(family, norm, shape, layout)
 
 
-def test_on_tpus_layouts_are_asked_for_and_nothing_else_changes(monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "norm", "shape", "layout"),
+    [
+        ("gpt", "rmsnorm", (2, 2, 2), (True, 2, "none", "float64")),
+        pytest.param("vit", "crmsnorm", (1, 2, 4), (False, 1, "dots", "float64"), marks=pytest.mark.slow),
+    ],
+)
+def test_on_tpus_layouts_are_asked_for_and_no_number_changes(family, norm, shape, layout, monkeypatch):
+    single_device(family, norm, "float64")  # as elsewhere
     monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
-    check_same_curve("gpt", "rmsnorm", (2, 2, 2), (True, 2, "none", "float64"))
+    check_same_curve(family, norm, shape, layout)
 
 
 def turns() -> Iterator[tuple[str, str, int, int]]:
