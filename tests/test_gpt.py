@@ -14,6 +14,7 @@ from oracle import numpy_gpt
 from prenorm_jax import PrenormError, build_model, convert_config
 from prenorm_jax.config import base_config
 from prenorm_jax.model_config import NORMS
+from prenorm_jax.sharding import computing_on, make_mesh
 from prenorm_jax.stream import abstract_params
 from prenorm_jax.transformer import with_statistics
 
@@ -99,9 +100,14 @@ def test_second_derivatives_pass_through_what_blocks_hand_on(norm):
 def test_what_tpus_alone_are_told_changes_no_number(monkeypatch):
     config = tiny(norm="crmsnorm", norm_affine=False, scan=True, tie_embeddings=False)
     params, tokens = random_params(config, 6), random_inputs(config)
+    mesh = make_mesh(base_config("gpt"), jax.devices()[:1])
 
-    def run(train, config=config):
-        return jax.jit(lambda params: build_model(config).apply({"params": params}, tokens, train=train))
+    def run(train, config=config, mesh=mesh):
+        def forward(params):
+            with computing_on(mesh):
+                return build_model(config).apply({"params": params}, tokens, train=train)
+
+        return jax.jit(forward)
 
     expected = run(train=True)(params)
     for train in (True, False):
@@ -111,6 +117,8 @@ def test_what_tpus_alone_are_told_changes_no_number(monkeypatch):
     in_training, otherwise = (str(run(train).trace(params).jaxpr) for train in (True, False))
     assert "layout_constraint" in in_training and "optimization_barrier" not in in_training
     assert "layout_constraint" not in otherwise and "optimization_barrier" in otherwise
+    # Where the devices are not known: of an array that many hold parts of, each might make the whole.
+    assert "layout_constraint" not in str(run(True, mesh=None).trace(params).jaxpr)
     for train in (True, False):
         np.testing.assert_allclose(run(train)(params), expected, rtol=1e-12)
     tied = dataclasses.replace(config, tie_embeddings=True)  # its table and what it is multiplied by, in training
