@@ -209,7 +209,7 @@ def sharding_table(config: ModelConfig, mesh: Mesh) -> str:
 
 @contextlib.contextmanager
 def computing_on(mesh: Mesh | None) -> Iterator[None]:
-    """While a function is traced: the devices that it is for. None: one of JAX's default ones.
+    """While a function is traced, or as its decorator: the devices that it is for. None: one of JAX's default ones.
 
     All below refers to it, and so do those who ask for the platform: attention, linear maps and the loss.
     """

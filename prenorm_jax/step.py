@@ -203,11 +203,7 @@ def make_gradients(
         with jax.named_scope(H_SCOPE):
             return value, pull_back(grads)[0]
 
-    def on_mesh(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
-        with computing_on(mesh):
-            return gradients(params, batch, step)
-
-    return on_mesh
+    return computing_on(mesh)(gradients)
 
 
 def _accumulated(

@@ -105,12 +105,7 @@ def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -
 
 def _jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Callable[..., Any]:
     """The function, all of which every device of the mesh computes."""
-
-    def on_mesh(*arguments: Any) -> Any:
-        with computing_on(mesh):
-            return function(*arguments)
-
-    return jax.jit(on_mesh, in_shardings=replicated(mesh), **options)
+    return jax.jit(computing_on(mesh)(function), in_shardings=replicated(mesh), **options)
 
 
 def _conversion(models: RunModels) -> Callable[..., Any]:
