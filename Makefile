@@ -26,6 +26,7 @@ test-all: $(VENV)/.ready    ## all tests
 lint: $(VENV)/.ready        ## what .ci/run checks before it tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

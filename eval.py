@@ -1,6 +1,6 @@
 """Evaluates a checkpoint on the held-out split: `python eval.py --workdir=runs/ln [--norm=crmsnorm]`."""
 
-from prenorm_jax.errors import run_command
+from prenorm_jax.base.console import run_command
 from prenorm_jax.evaluate import main
 
 if __name__ == "__main__":

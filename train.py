@@ -7,10 +7,11 @@ configuration that the workdir holds. Every key of the configuration is a flag, 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from prenorm_jax.command_line import parse_flags
-from prenorm_jax.distributed import initialize
-from prenorm_jax.errors import PrenormError, run_command
-from prenorm_jax.workdir import configure_jax, load_config
+from prenorm_jax.base.console import run_command
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.flags import parse_flags
+from prenorm_jax.base.processes import initialize
+from prenorm_jax.train.workdir import configure_jax, load_config
 
 flags.DEFINE_string("workdir", None, "folder of the run: made if new, gone on with if not")
 flags.DEFINE_string("coordinator", None, "of many processes: HOST:PORT of the first, for them to meet at")
@@ -37,7 +38,9 @@ def parse(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.FATAL)  # jax, datasets and orbax tell of what is installed, found and saved
-    from prenorm_jax.loop import train  # here, because its imports take seconds and the flags are known to be right
+    from prenorm_jax.train.loop import (
+        train,  # here, because its imports take seconds and the flags are known to be right
+    )
 
     given = flags.FLAGS
     configure_jax(given.config)

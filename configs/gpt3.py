@@ -22,8 +22,8 @@ training of any of them. So no loss is claimed here.
 from ml_collections import ConfigDict
 
 from prenorm_jax import sizes
+from prenorm_jax.base.errors import check_choice
 from prenorm_jax.config import base_config
-from prenorm_jax.errors import check_choice
 
 # size -> (sequences of 2,048 in a batch, learning rate): .5, 1, 2 and 3.2 M tokens.
 TRAINING = {

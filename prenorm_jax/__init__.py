@@ -4,17 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prenorm_jax.conversion import convert_config, convert_params
-    from prenorm_jax.errors import PrenormError
-    from prenorm_jax.models import build_model
+    from prenorm_jax.base.errors import PrenormError
+    from prenorm_jax.equivalence.convert import convert_config, convert_params
+    from prenorm_jax.models.registry import build_model
 
 __all__ = ["PrenormError", "build_model", "convert_config", "convert_params"]
 
 _HOMES = {
-    "build_model": "models",
-    "convert_config": "conversion",
-    "convert_params": "conversion",
-    "PrenormError": "errors",
+    "build_model": "models.registry",
+    "convert_config": "equivalence.convert",
+    "convert_params": "equivalence.convert",
+    "PrenormError": "base.errors",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict, config_dict
 
-from prenorm_jax.model_config import model_defaults
+from prenorm_jax.models.config import model_defaults
 
 PARAMETERIZATIONS = ("pre_ln", "native")
 

@@ -1,77 +1,17 @@
-"""Loss over every token of the held-out split, and the body of `eval.py`."""
+"""Loss of a checkpoint on the whole held-out split: `python -m prenorm_jax.evaluate --workdir=runs/ln`, or eval.py."""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-
-from prenorm_jax.checkpoint import Checkpoints
-from prenorm_jax.conversion import convert_config, convert_params
-from prenorm_jax.data import Data, load_data
-from prenorm_jax.distributed import (
-    check_same,
-    global_batch,
-    initialize,
-    is_first,
-    local_rows,
-    put_everywhere,
-    refused_alike,
-)
-from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.sharding import lay_out, make_mesh, params_format, params_sharding, split_batch
-from prenorm_jax.step import make_eval_step
-from prenorm_jax.workdir import configure_jax, load_config
-
-
-def evaluate(
-    eval_step: Callable[..., Any], params: Any, data: Data, config: ConfigDict, sharding: jax.sharding.Sharding
-) -> dict[str, float]:
-    """What `data.summarize` says of the whole evaluation split: every token or image counts once."""
-    batches = data.eval_batches(config, local_rows(sharding, config.batch_size))
-    sums = [eval_step(params, global_batch(batch, sharding, config.batch_size)) for batch in batches]
-    sums = jax.device_get(sums)
-    return data.summarize({key: float(np.sum([batch[key] for batch in sums], dtype=np.float64)) for key in sums[0]})
-
-
-def load_as(
-    workdir: str | Path, norm: str, step: int | None, mesh: Mesh | None = None
-) -> tuple[int, ModelConfig, dict[str, Any]]:
-    """The step of a run's checkpoint (None: the latest), and what it holds as the model and parameters of `norm`.
-
-    With a mesh the parameters are split over it, and so is Pre-LN's conversion; that of others, whose equivalents need
-    not exist, is done whole. Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
-    """
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.resolve(step)
-        stored = checkpoints.model(step)
-        model = stored if norm == stored.norm else convert_config(stored, to=norm)
-        split = mesh is not None and stored.norm in (norm, "layernorm")
-        _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
-    formats = None if mesh is None else params_format(model, mesh)
-    if norm != stored.norm:
-        convert = functools.partial(convert_params, config=stored, to=norm)
-        params = (jax.jit(convert, out_shardings=formats) if split else convert)(params)
-    if mesh is not None:
-        params = (lay_out if split else put_everywhere)(params, formats)
-    return step, model, params
-
-
-def mesh_for(config: ConfigDict) -> Mesh:
-    """The run's mesh, if there are devices for it; else one of those there are. Changes `config` to what fits it."""
-    count, config.accumulate = jax.device_count(), 1
-    if count % (config.mesh.fsdp * config.mesh.tensor):
-        config.mesh.fsdp, config.mesh.tensor = count, 1
-    config.batch_size += -config.batch_size % (count // config.mesh.tensor)  # what is missing weighs nothing
-    return make_mesh(config)
+from prenorm_jax.base.console import run_command
+from prenorm_jax.base.processes import check_same, initialize, is_first, refused_alike
+from prenorm_jax.data import load_data
+from prenorm_jax.train.evaluation import evaluate, load_as, mesh_for
+from prenorm_jax.train.sharding import split_batch
+from prenorm_jax.train.step import make_eval_step
+from prenorm_jax.train.workdir import configure_jax, load_config
 
 
 def main() -> None:
@@ -106,3 +46,7 @@ def main() -> None:
     print(f"{args.workdir} at step {step} as {norm}: {count:,} {data.unit}s of the held-out split")
     print("   ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.7g}" for name, value in numbers))
     print(f"(loss in nats per {data.unit})")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prenorm_jax.errors import PrenormError, check_choice
+from prenorm_jax.base.errors import PrenormError, check_choice
 
 # name -> (d_model, depth, mlp_dim, heads): arXiv 2010.11929, table 1; 2106.04560, table 2; 2302.05442, section 2.
 _VIT = {
@@ -17,9 +17,13 @@ _VIT = {
     "G": (1664, 48, 8192, 16),
     "22B": (6144, 48, 24576, 48),
 }
+
+
 # GPT-2's tokenizer has 50,257 ids. That is 29 × 1733: the table is padded to a multiple of 128, so that it divides over
 # devices and fills their tiles. No text has the ids beyond, and training soon makes them improbable.
 GPT_VOCAB = 50304
+
+
 # name -> (d_model, depth, heads, head_dim): arXiv 2005.14165, table 2.1.
 _GPT3 = {
     "Small": (768, 12, 12, 64),

@@ -10,9 +10,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from hypothesis import strategies as st
 
-from prenorm_jax.model_config import ACTIVATIONS, GPTConfig, ModelConfig, ViTConfig
-from prenorm_jax.models import build_model
-from prenorm_jax.stream import abstract_params
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import ACTIVATIONS, GPTConfig, ModelConfig, ViTConfig
+from prenorm_jax.models.registry import build_model
 
 TINY = {
     "vocab_size": 11,

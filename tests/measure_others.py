@@ -25,12 +25,12 @@ import numpy as np
 import optax
 import torch
 
-from prenorm_jax.benchmark import measure, prepare, ratios, real_batch
-from prenorm_jax.contenders import CONTENDERS, Setting
-from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.sharding import make_mesh
-from prenorm_jax.tasks import make_task
-from prenorm_jax.workdir import configure_jax
+from prenorm_jax.bench.contenders import CONTENDERS, Setting
+from prenorm_jax.bench.tasks import make_task
+from prenorm_jax.bench.timing import measure, prepare, ratios, real_batch
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.workdir import configure_jax
 
 RATE, DECAY = 1e-4, 1e-2
 Calls = dict[str, Callable[[], Any]]  # task -> does it once

@@ -14,10 +14,10 @@ import time
 import jax
 
 from configs.gpt_stdlib import get_config
-from prenorm_jax.checkpoint import Checkpoints
 from prenorm_jax.data import load_data
-from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import init_state, make_train_step, run_models
+from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.step import init_state, make_train_step, run_models
 
 STRETCH, ROUNDS = 8, 6
 

@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from prenorm_jax import convert, streamed
+from prenorm_jax.equivalence import stored as streamed
+from prenorm_jax.train import convert_run as convert
 
 
 def memory_mb(which: str) -> float:
@@ -31,11 +32,11 @@ def make_run(folder: Path, model: str, vocab: int) -> float:
     from flax.traverse_util import unflatten_dict
 
     from prenorm_jax import sizes
-    from prenorm_jax.checkpoint import Checkpoints
     from prenorm_jax.config import base_config
-    from prenorm_jax.model_config import ModelConfig
-    from prenorm_jax.stream import abstract_params
-    from prenorm_jax.workdir import write_config
+    from prenorm_jax.models.abstract import abstract_params
+    from prenorm_jax.models.config import ModelConfig
+    from prenorm_jax.train.checkpoint import Checkpoints
+    from prenorm_jax.train.workdir import write_config
 
     config = base_config()
     config.model.update(sizes.model(model) | {"vocab_size": vocab, "tie_embeddings": False})

@@ -4,7 +4,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from scipy.special import erf
 
-from prenorm_jax.model_config import GPTConfig, ModelConfig, ViTConfig
+from prenorm_jax.models.config import GPTConfig, ModelConfig, ViTConfig
 
 ACTIVATE = {
     "gelu": lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2))),

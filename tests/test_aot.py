@@ -7,10 +7,11 @@ import pytest
 from test_commands import command, error_of
 from test_mesh import batch_of, run_config
 
-from prenorm_jax import aot, hlo
-from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import init_state, make_train_step, run_models, state_sharding
-from prenorm_jax.topology import abstract_batch
+from prenorm_jax.bench import compiled_step as aot
+from prenorm_jax.bench import hlo
+from prenorm_jax.bench.compiled import abstract_batch
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.step import init_state, make_train_step, run_models, state_sharding
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_one_device_needs_no_collectives(config):
 
 def test_no_device_holds_a_whole_gradient_or_batch_where_layouts_are_asked_for(config, monkeypatch):
     """As on TPUs. XLA's partitioner made whole arrays of what such a constraint was put on."""
-    monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "tpu")
     models, mesh = run_models(config), make_mesh(config)
     state = jax.eval_shape(lambda: init_state(config, models))
     lowered = make_train_step(config, models, mesh).lower(state, abstract_batch(config))

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from common import relative
 
-from prenorm_jax.attention import _cudnn_serves, attend
-from prenorm_jax.sharding import MESH_AXES, computing_on, computing_platform
+from prenorm_jax.models.attention import _cudnn_serves, attend
+from prenorm_jax.models.placement import MESH_AXES, computing_on, computing_platform
 
 
 @pytest.fixture(autouse=True, params=["cpu", "gpu", "tpu"])
 def platform(request, monkeypatch):
     """What is done for TPUs must be right wherever it is done. (GPUs have the axes of the one and the columns of the
     other: long tests leave them out.)"""
-    monkeypatch.setattr("prenorm_jax.attention.computing_platform", lambda: request.param)
+    monkeypatch.setattr("prenorm_jax.models.attention.computing_platform", lambda: request.param)
     return request.param
 
 
@@ -107,11 +107,11 @@ def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, cudnns, monkeypa
     qkv = two_byte_heads(T, 34, 8)
     expected = plain(*(x.astype(jnp.float64) for x in qkv), causal)
     for device, options, asks in ((H100, {}, cudnns), (H100, {"kernel": "xla"}, False), (Device("tpu", 0), {}, False)):
-        monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda device=device: device)
+        monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda device=device: device)
         asked.clear()
         assert relative(attend(*qkv, causal, **options), expected) < 0.01
         assert asked == ["cudnn"] * asks
-    monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda: H100)
+    monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda: H100)
     attend(*qkv, causal, 0.1, jax.random.key(0))
     assert not asked, "the kernel's dropout is not ours"
 
@@ -134,13 +134,13 @@ def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, cudnns, monkeypa
     ],
 )
 def test_cudnn_serves_what_it_takes(device, heads, served, monkeypatch):
-    monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda: device)
+    monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda: device)
     assert _cudnn_serves(heads[0], *heads[1].shape[1:3]) == served
 
 
 @pytest.mark.parametrize(("G", "tensor", "served"), [(2, 2, True), (2, 4, False), (1, 2, False), (4, 4, True)])
 def test_cudnn_is_given_whole_heads_of_queries_and_keys(G, tensor, served, monkeypatch):
-    monkeypatch.setattr("prenorm_jax.attention.computing_device", lambda: H100)
+    monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda: H100)
     q, k, _ = two_byte_heads(34, 34, 64, G=G)
     with computing_on(jax.sharding.AbstractMesh((1, 1, tensor), MESH_AXES)):
         assert _cudnn_serves(q, *k.shape[1:3]) == served
@@ -235,7 +235,7 @@ def test_dropout_keeps_the_mean_and_needs_its_key(causal):
 def test_all_platforms_draw_the_same_dropout_masks(causal, platform, monkeypatch):
     inputs, results = random_heads(130), []
     for kind in ("cpu", platform):
-        monkeypatch.setattr("prenorm_jax.attention.computing_platform", lambda kind=kind: kind)
+        monkeypatch.setattr("prenorm_jax.models.attention.computing_platform", lambda kind=kind: kind)
 
         @jax.jit
         def derive(*inputs):

@@ -12,17 +12,22 @@ import pytest
 from common import random_inputs, random_params, relative
 from test_commands import command, error_of
 
-from prenorm_jax import benchmark, benchmark_report, sizes, topology
-from prenorm_jax.benchmark import ratios, real_batch
-from prenorm_jax.contenders import BASELINES, CONTENDERS, NoNorm, Setting, baseline_of
-from prenorm_jax.conversion import convert_params
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.models import build_model
-from prenorm_jax.sharding import computing_device, make_mesh
-from prenorm_jax.step import run_models
-from prenorm_jax.stream import COORDINATES, abstract_params
-from prenorm_jax.tasks import TASKS, contenders_of, make_task
+from prenorm_jax import sizes
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.bench import compiled as topology
+from prenorm_jax.bench import report as benchmark_report
+from prenorm_jax.bench import timing as benchmark
+from prenorm_jax.bench.contenders import BASELINES, CONTENDERS, NoNorm, Setting, baseline_of
+from prenorm_jax.bench.tasks import TASKS, contenders_of, make_task
+from prenorm_jax.bench.timing import ratios, real_batch
+from prenorm_jax.equivalence.convert import convert_params
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.coordinates import COORDINATES
+from prenorm_jax.models.placement import computing_device
+from prenorm_jax.models.registry import build_model
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.step import run_models
 
 SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
 

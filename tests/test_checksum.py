@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from prenorm_jax.checksum import _checksum, _factor, checksum, digest
+from prenorm_jax.train.checksum import _checksum, _factor, checksum, digest
 
 DTYPES = ["bool", "int8", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
 SHAPES = [(), (0,), (5,), (8, 16), (2, 0, 3), (4, 2, 8)]

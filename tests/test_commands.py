@@ -13,7 +13,7 @@ import pytest
 from conftest import QUICK_TO_COMPILE
 from PIL import Image
 
-from prenorm_jax.checkpoint import json_digest
+from prenorm_jax.train.checkpoint import json_digest
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

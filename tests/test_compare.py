@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from prenorm_jax.compare import compare, main
-from prenorm_jax.errors import PrenormError, run_command
+from prenorm_jax.base.console import run_command
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.compare import main
+from prenorm_jax.report.runs import compare
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns about what it cannot draw
 

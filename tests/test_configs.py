@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_commands import error_of
 
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.model_config import NORMS
-from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import count, init_state, make_train_step, run_models
-from prenorm_jax.stream import abstract_params
-from prenorm_jax.workdir import config_differences, literal_config
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.trees import count
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.step import init_state, make_train_step, run_models
+from prenorm_jax.train.workdir import config_differences, literal_config
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 

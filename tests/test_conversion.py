@@ -14,9 +14,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
 from prenorm_jax.config import base_config
-from prenorm_jax.conversion import center_heads, convert_leaves
-from prenorm_jax.model_config import NORMS, ModelConfig
-from prenorm_jax.stream import abstract_params, center, parameter_roles
+from prenorm_jax.equivalence.convert import convert_leaves
+from prenorm_jax.equivalence.roles import parameter_roles
+from prenorm_jax.equivalence.rules import center_heads
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.coordinates import center
 
 model_configs = st.one_of(gpt_configs(), vit_configs())
 # From each norm to each other one, both ways: six directions.

@@ -25,11 +25,13 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
-from prenorm_jax.data import batches, sources
-from prenorm_jax.data.batches import eval_batches, train_batch
-from prenorm_jax.data.text import TextData, load_text, load_tokenizer
-from prenorm_jax.errors import PrenormError
+from prenorm_jax.data import documents as sources
+from prenorm_jax.data import windows as batches
+from prenorm_jax.data.text import TextData, load_text
+from prenorm_jax.data.tokenizer import load_tokenizer
+from prenorm_jax.data.windows import eval_batches, train_batch
 
 settings.register_profile("no_deadline", deadline=None)  # machines that run tests are busy
 settings.load_profile("no_deadline")

@@ -16,11 +16,13 @@ from test_commands import SMALL, command, error_of, make_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
-from prenorm_jax import generate as generate_module
-from prenorm_jax.data.text import load_tokenizer
-from prenorm_jax.generate import NO_TOKEN, TextStream, decode_step, generate, main, prefill, write_texts
-from prenorm_jax.model_config import NORMS
-from prenorm_jax.sampling import Sampling, choice_logits, choose
+from prenorm_jax.data.tokenizer import load_tokenizer
+from prenorm_jax.generate import main
+from prenorm_jax.models import decoding as generate_module
+from prenorm_jax.models.config import NORMS
+from prenorm_jax.models.continuation import TextStream, write_texts
+from prenorm_jax.models.decoding import NO_TOKEN, decode_step, generate, prefill
+from prenorm_jax.models.sampling import Sampling, choice_logits, choose
 
 CONFIGS = {
     "learned, tied": {"depth": 2},

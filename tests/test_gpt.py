@@ -13,10 +13,11 @@ from oracle import numpy_gpt
 
 from prenorm_jax import PrenormError, build_model, convert_config
 from prenorm_jax.config import base_config
-from prenorm_jax.model_config import NORMS
-from prenorm_jax.sharding import computing_on, make_mesh
-from prenorm_jax.stream import abstract_params
-from prenorm_jax.transformer import with_statistics
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS
+from prenorm_jax.models.placement import computing_on
+from prenorm_jax.models.transformer import with_statistics
+from prenorm_jax.train.sharding import make_mesh
 
 
 @given(config=gpt_configs())
@@ -113,7 +114,7 @@ def test_what_tpus_alone_are_told_changes_no_number(monkeypatch):
     for train in (True, False):
         jaxpr = str(run(train).trace(params).jaxpr)
         assert "layout_constraint" not in jaxpr and "optimization_barrier" not in jaxpr
-    monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "tpu")
     in_training, otherwise = (str(run(train).trace(params).jaxpr) for train in (True, False))
     assert "layout_constraint" in in_training and "optimization_barrier" not in in_training
     assert "layout_constraint" not in otherwise and "optimization_barrier" in otherwise
@@ -151,7 +152,7 @@ def test_init_gives_plain_arrays_and_jits():
 
 
 def test_a_leaf_without_a_role_is_an_error(monkeypatch):
-    import prenorm_jax.stream as stream
+    import prenorm_jax.equivalence.roles as stream
 
     monkeypatch.setattr(stream, "OTHER_AXES", tuple(name for name in stream.OTHER_AXES if name != "mlp"))
     stream.parameter_roles.cache_clear()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from prenorm_jax import hlo
+from prenorm_jax.bench import hlo
 
 
 def test_operations_in_loops_count_as_often_as_they_are_done():

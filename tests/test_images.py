@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.data import images as images_module
-from prenorm_jax.data.examples import make_examples, mix, resized_crop, shifted_crop
+from prenorm_jax.data.augment import make_examples, mix, resized_crop, shifted_crop
 from prenorm_jax.data.images import load_images, square
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.step import rank_of_label
+from prenorm_jax.train.loss import rank_of_label
 
 
 def vit_config(**changes):

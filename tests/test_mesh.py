@@ -12,14 +12,15 @@ import pytest
 from common import tiny
 from ml_collections import ConfigDict
 
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.model_config import NORMS, ModelConfig
-from prenorm_jax.models import build_model
-from prenorm_jax.sharding import axes_spec, check_sharding, make_mesh, sharding_table, tree_sharding
-from prenorm_jax.stacking import stack_blocks, unstack_blocks
-from prenorm_jax.step import init_params, init_state, make_train_step, run_models, state_sharding
-from prenorm_jax.stream import abstract_params
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.placement import axes_spec
+from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
+from prenorm_jax.train.sharding import check_sharding, make_mesh, sharding_table, tree_sharding
+from prenorm_jax.train.step import init_params, init_state, make_train_step, run_models, state_sharding
 
 STEPS = 20
 # (data, fsdp, tensor) with a product of 1, 2, 4 or 8.
@@ -116,7 +117,7 @@ def test_some_meshes(family, norm, shape, layout):
 )
 def test_on_tpus_layouts_are_asked_for_and_no_number_changes(family, norm, shape, layout, monkeypatch):
     single_device(family, norm, "float64")  # as elsewhere
-    monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: "tpu")
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "tpu")
     check_same_curve(family, norm, shape, layout)
 
 

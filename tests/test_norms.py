@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prenorm_jax.linear import read as read_kernel
-from prenorm_jax.norms import CRMSNorm, LayerNorm, RMSNorm
-from prenorm_jax.stream import center, drop_last, restore_last
+from prenorm_jax.models.coordinates import center, drop_last, restore_last
+from prenorm_jax.models.linear import read as read_kernel
+from prenorm_jax.models.norms import CRMSNorm, LayerNorm, RMSNorm
 
 MODULES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "crmsnorm": CRMSNorm}
 WIDTHS = [2, 3, 4, 7, 16, 33]  # few: each is compiled anew

@@ -17,13 +17,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 from test_resume import damage, losses_of, steps_written, wait_until
 
-from prenorm_jax import distributed, signals
-from prenorm_jax.checkpoint import complete_steps
+from prenorm_jax.base import processes as distributed
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.processes import count_processes, initialize, lost_process
 from prenorm_jax.config import base_config
-from prenorm_jax.distributed import count_processes, global_batch, initialize, local_rows, lost_process, put_everywhere
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.sharding import make_mesh
-from prenorm_jax.signals import StopSignals
+from prenorm_jax.train import stop as signals
+from prenorm_jax.train.arrays import global_batch, local_rows, put_everywhere
+from prenorm_jax.train.checkpoint import complete_steps
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.stop import StopSignals
 
 DEVICES = 2  # of each process
 FLOAT64 = ["--config.model.dtype=float64", "--config.model.param_dtype=float64", "--config.batch_size=8"]
@@ -249,7 +251,7 @@ TPU_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM
 def test_a_launcher_counts_only_if_it_started_several_processes(monkeypatch):
     from jax._src.clusters import cloud_tpu_cluster
 
-    from prenorm_jax.distributed import _launcher
+    from prenorm_jax.base.processes import _launcher
 
     told = {"worker-network-endpoints": "a", "agent-worker-number": "0", "tpu-env": ""}  # by the machine's server
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (told[key], 200))

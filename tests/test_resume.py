@@ -17,22 +17,23 @@ from jax.experimental.layout import Format, Layout
 from ml_collections import ConfigDict
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 
-import prenorm_jax.sharding as sharding_module
-import prenorm_jax.step as step_module
-from prenorm_jax import loop
-from prenorm_jax.checkpoint import Checkpoints
-from prenorm_jax.checksum import digest
+import prenorm_jax.train.sharding as sharding_module
+import prenorm_jax.train.step as step_module
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
-from prenorm_jax.conversion import convert_config, convert_params, fit_params
 from prenorm_jax.data import load_data
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.evaluate import load_as, mesh_for
-from prenorm_jax.loop import train, worst_leaf
-from prenorm_jax.model_config import NORMS, ModelConfig
-from prenorm_jax.sharding import split_batch
-from prenorm_jax.step import init_state, make_eval_step, run_models
-from prenorm_jax.stream import abstract_params
-from prenorm_jax.workdir import MAY_CHANGE, config_differences, flat_config, literal_config
+from prenorm_jax.equivalence.convert import convert_config, convert_params
+from prenorm_jax.equivalence.fit import fit_params
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.train import loop
+from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.checksum import digest
+from prenorm_jax.train.evaluation import load_as, mesh_for
+from prenorm_jax.train.loop import train, worst_leaf
+from prenorm_jax.train.sharding import split_batch
+from prenorm_jax.train.step import init_state, make_eval_step, run_models
+from prenorm_jax.train.workdir import MAY_CHANGE, config_differences, flat_config, literal_config
 
 
 @pytest.fixture(scope="module")

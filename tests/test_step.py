@@ -12,18 +12,11 @@ from common import TINY, TINY_VIT
 from ml_collections import ConfigDict
 
 from prenorm_jax.config import base_config
-from prenorm_jax.model_config import NORMS
-from prenorm_jax.optim import make_optimizer, make_schedule
-from prenorm_jax.sharding import make_mesh
-from prenorm_jax.step import (
-    binary_cross_entropy,
-    cross_entropy,
-    init_state,
-    make_eval_step,
-    make_gradients,
-    make_train_step,
-    run_models,
-)
+from prenorm_jax.models.config import NORMS
+from prenorm_jax.train.loss import binary_cross_entropy, cross_entropy
+from prenorm_jax.train.optim import make_optimizer, make_schedule
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.step import init_state, make_eval_step, make_gradients, make_train_step, run_models
 
 STEPS = 100
 # name -> (peak learning rate, other settings): rates at which each of them learns something in 100 steps.
@@ -210,7 +203,7 @@ def test_an_unknown_optimizer_is_named():
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 def test_cross_entropy_is_that_of_optax(offset, platform, monkeypatch):
     """Its value and gradient; large logits cost it no digits, impossible classes no NaN; and nothing is scattered."""
-    monkeypatch.setattr("prenorm_jax.step.computing_platform", lambda: platform)
+    monkeypatch.setattr("prenorm_jax.train.step.computing_platform", lambda: platform)
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(4, 5, 7)) * 3 + offset).at[0, 0, 2].set(-jnp.inf)
     targets = jnp.asarray(rng.integers(7, size=(4, 5))).at[0, 0].set(1)
@@ -231,7 +224,7 @@ def test_cross_entropy_is_that_of_optax(offset, platform, monkeypatch):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_on_tpus_gradients_lie_as_the_state_does(platform, monkeypatch):
-    monkeypatch.setattr("prenorm_jax.sharding.computing_platform", lambda: platform)
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: platform)
     config = run_config("crmsnorm", "pre_ln")
     models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
     state = jax.eval_shape(lambda: init_state(config, models))

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_commands import ROOT, command
 
 from prenorm_jax import PrenormError, convert_config, convert_params
-from prenorm_jax.checkpoint import Checkpoints
-from prenorm_jax.leaves import NewLeaves
-from prenorm_jax.model_config import NORMS, ModelConfig
-from prenorm_jax.stream import abstract_params
-from prenorm_jax.streamed import convert_stored, tiles
+from prenorm_jax.equivalence.stored import convert_stored, tiles
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.leaves import NewLeaves
 
 
 def shapes(config: ModelConfig) -> dict:

@@ -11,17 +11,20 @@ from common import TINY, random_inputs
 from ml_collections import ConfigDict
 from test_commands import make_text
 
-from prenorm_jax import profiling, sizes, utilisation
+from prenorm_jax import sizes
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.bench.contenders import Setting
 from prenorm_jax.config import base_config
-from prenorm_jax.contenders import Setting
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.generate import prefill
-from prenorm_jax.loop import train
-from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.models import build_model
-from prenorm_jax.profiling import parse_steps, traced
-from prenorm_jax.stream import abstract_params
-from prenorm_jax.utilisation import Utilisation, mfu, model_flops
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.decoding import prefill
+from prenorm_jax.models.flops import model_flops
+from prenorm_jax.models.registry import build_model
+from prenorm_jax.train import tracing as profiling
+from prenorm_jax.train import utilisation
+from prenorm_jax.train.loop import train
+from prenorm_jax.train.tracing import parse_steps, traced
+from prenorm_jax.train.utilisation import Utilisation, mfu
 
 
 def test_flops_are_those_of_the_kernels_and_of_attention():

@@ -12,11 +12,12 @@ from oracle import numpy_vit
 
 from prenorm_jax import PrenormError, build_model, convert_config, sizes
 from prenorm_jax.config import base_config
-from prenorm_jax.conversion import convert_params
-from prenorm_jax.model_config import NORMS, ModelConfig
-from prenorm_jax.models.vit import PatchEmbedding, sincos2d_table
-from prenorm_jax.stream import abstract_params
-from prenorm_jax.transformer import activate
+from prenorm_jax.equivalence.convert import convert_params
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.positions import sincos2d_table
+from prenorm_jax.models.transformer import activate
+from prenorm_jax.models.vit import PatchEmbedding
 
 
 @given(config=vit_configs())

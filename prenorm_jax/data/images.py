@@ -21,9 +21,9 @@ import xxhash
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from prenorm_jax.data.batches import example_rows
+from prenorm_jax.base.errors import PrenormError, check_range, first_line
 from prenorm_jax.data.quiet import datasets
-from prenorm_jax.errors import PrenormError, check_range, first_line
+from prenorm_jax.data.windows import example_rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,9 +162,6 @@ def _read_digits() -> tuple[Images, None]:
     return _array_images(np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target), None
 
 
-# ---------------------------------------------------------------------------------------------------- IDX
-
-
 def _idx_files(folder: Path) -> dict[str, Path]:
     """The folder's {train images, train labels, eval images, eval labels}, as far as there are any."""
     found = {}
@@ -225,9 +222,6 @@ def read_idx(path: Path) -> np.ndarray:
     if len(content) - start != math.prod(shape) or max(shape, default=0) > len(content):
         raise PrenormError(f"{path} is cut short or too long: {len(content) - start} bytes of data for shape {shape}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-# ---------------------------------------------------------------------------------------------------- datasets
 
 
 def _stored_size(config: ConfigDict) -> int:

@@ -1,26 +1,4 @@
-"""What comes before and after the residual stream, one file per family of models."""
+"""The networks: norms, the residual stream and its coordinates, attention, blocks, and the families made of them.
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-from ml_collections import ConfigDict
-
-from prenorm_jax.model_config import ModelConfig
-from prenorm_jax.models.gpt import GPT
-from prenorm_jax.models.vit import ViT
-from prenorm_jax.transformer import StreamModel
-
-MODELS: dict[str, type[StreamModel]] = {"gpt": GPT, "vit": ViT}
-
-
-def build_model(config: ConfigDict | Mapping[str, Any] | ModelConfig) -> StreamModel:
-    """The Flax module that `config.model` describes. Raises PrenormError naming a key that is unknown or wrong.
-
-    `model.init(key, inputs)["params"]` is a nested dict of arrays, and `model.apply({"params": params}, inputs)` are
-    the logits: of a GPT's integer tokens (batch, length), in the shape (batch, length, vocab); of a ViT's images
-    (batch, side, side, channels), in the shape (batch, classes).
-    """
-    config = ModelConfig.create(config)
-    return MODELS[config.family](config)
+It imports `base`. Start with `norms.py`, then `coordinates.py` and `transformer.py`; the families are in `registry.py`.
+"""

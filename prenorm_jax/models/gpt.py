@@ -7,28 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.attention import CacheUse
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.linear import matmul, reader
-from prenorm_jax.model_config import GPTConfig
-from prenorm_jax.norms import Affine
-from prenorm_jax.sharding import apart
-from prenorm_jax.stream import COORDINATES
-from prenorm_jax.transformer import (
-    StreamModel,
-    blocks,
-    constant_table,
-    enter_stream,
-    make_norm,
-    table,
-)
-
-
-def sinusoidal_table(length: int, width: int) -> np.ndarray:
-    """(length, width) float64 position table (arXiv 1706.03762, section 3.5): sines first, then cosines."""
-    frequencies = 10000.0 ** (-np.arange(0, width, 2) / width)
-    angles = np.arange(length)[:, None] * frequencies
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width]
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.models.attention import CacheUse
+from prenorm_jax.models.config import GPTConfig
+from prenorm_jax.models.coordinates import COORDINATES
+from prenorm_jax.models.linear import matmul, reader
+from prenorm_jax.models.norms import Affine
+from prenorm_jax.models.placement import apart
+from prenorm_jax.models.positions import sinusoidal_table
+from prenorm_jax.models.transformer import StreamModel, blocks, constant_table, enter_stream, make_norm, table
 
 
 @jax.custom_jvp

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.errors import PrenormError
-from prenorm_jax.linear import Linear, apply_together, matmul, reader
-from prenorm_jax.model_config import ViTConfig
-from prenorm_jax.norms import LayerNorm, Scaled
-from prenorm_jax.transformer import (
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.models.config import ViTConfig
+from prenorm_jax.models.linear import Linear, apply_together, matmul, reader
+from prenorm_jax.models.norms import LayerNorm, Scaled
+from prenorm_jax.models.positions import sincos2d_table
+from prenorm_jax.models.transformer import (
     StreamModel,
     activate,
     blocks,
@@ -24,16 +25,6 @@ from prenorm_jax.transformer import (
     make_norm,
     table,
 )
-
-
-def sincos2d_table(side: int, width: int) -> np.ndarray:
-    """(side², width) float64 position table: sine and cosine of x, then of y (arXiv 2205.01580).
-
-    The frequencies run from 1 to 1/10000 in width/4 steps, both ends included.
-    """
-    frequencies = 10000.0 ** -np.linspace(0, 1, width // 4)
-    y, x = (place.reshape(-1, 1) * frequencies for place in np.mgrid[:side, :side])
-    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
 
 
 class PatchEmbedding(nn.Module):

@@ -1,0 +1,59 @@
+"""The one exception that users are meant to read, and the checks and commands that raise and print it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+class PrenormError(ValueError):
+    """Bad input: the message is one clear line that names the offending thing and the remedy.
+
+    Commands print it without a stack trace and exit with `status` (see `run_command`).
+    """
+
+    status = 2
+    shared = False  # whether all of many processes raise it: then the first alone prints it (`distributed.end`)
+
+
+class SharedError(PrenormError):
+    """One that all of many processes raise."""
+
+    shared = True
+
+
+class Interrupted(SharedError):
+    """A run was asked to stop and saved first: the same command goes on with it.
+
+    The status is 75 (EX_TEMPFAIL, "try again"), or 76 where there was no time to save.
+    """
+
+    status = 75
+    status_unsaved = 76
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises PrenormError naming `key` unless the value is one of the choices."""
+    if value not in choices:
+        raise PrenormError(f"{key}={value!r} is not one of {', '.join(choices)}")
+
+
+def check_range(key: str, value: float | None, at_least: float, below: float = float("inf")) -> None:
+    """Raises PrenormError naming `key` unless at_least <= value < below (or value is None)."""
+    if value is not None and not at_least <= value < below:
+        limit = f" and below {below}" if below < float("inf") else " and finite" if value == below else ""
+        raise PrenormError(f"{key}={value} must be at least {at_least}{limit}")
+
+
+def check_integer(key: str, value: Any) -> None:
+    """Raises PrenormError naming `key` unless the value is an integer, of Python, NumPy or JAX (or None)."""
+    try:
+        operator.index(0 if value is None else value)
+    except TypeError as error:
+        raise PrenormError(f"{key}={value!r} must be an integer") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none; 300 characters at most."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else line[:299] + "…"

@@ -1,0 +1,85 @@
+"""Files that are whole or not there, folders that one process has to itself or that can be written to. Needs no JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.processes import is_first
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file's content at once, and for good: after a crash or a power cut it is the old one or the new.
+
+    Of many processes only the first does. Raises OSError, naming the file, if it cannot be written; the old content is
+    then untouched.
+    """
+    if not is_first():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises PrenormError if nothing can be written into the folder, which need not be there. Leaves nothing."""
+    place = folder.absolute()
+    try:
+        there = next(path for path in (place, *place.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise PrenormError(f"cannot write into {folder} ({error.strerror}): choose another --out") from error
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """While entered, no other process can enter it with this folder; one that dies lets go of it.
+
+    Of many processes that train as one, the first stands for all. Raises PrenormError if another is there already.
+    """
+    if not is_first():
+        yield
+        return
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise PrenormError(f"{owner} is training in {folder}: wait for it, stop it, or name another one") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file. Raises PrenormError if it holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise PrenormError(f"{path} is damaged: {error}; restore it from a copy") from error
+    if not isinstance(value, dict):
+        raise PrenormError(f"{path} is damaged: it holds no JSON object; restore it from a copy")
+    return value

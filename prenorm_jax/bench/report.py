@@ -1,0 +1,154 @@
+"""The table, the JSON file and the picture of `benchmark`."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import write_whole
+from prenorm_jax.bench.contenders import BASELINES, BOUND
+from prenorm_jax.bench.tasks import TASKS
+from prenorm_jax.report.runs_figure import DPI, FONT, GREY
+
+Report = dict[str, Any]
+
+
+LEAST_ROUNDS = 10  # for a verdict: of fewer, resampled, an interval is too narrow; of one it has no width at all
+
+
+def table(report: Report) -> str:
+    """Markdown, with what it shows in words below it."""
+    title = f"{_setting(report)}, {TASKS[report['task']]}"
+    if "topology" in report:
+        devices = "one of its devices" if report["devices"] == 1 else f"{report['devices']} devices, batch per device"
+        title += f", for {report['topology']} ({devices}): the compiler's model"
+        rows = _cycle_rows(report)
+    else:
+        title += f"{_in_a_row(report)}, {report['rounds']} rounds on {report['device']}"
+        rows = _time_rows(report)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    lines = [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
+    versions = f"{report['date']}, jax {report['jax']}"
+    if "matmul_peak_gflops" in report:
+        versions += (
+            f"; peak: {report['matmul_peak_gflops']:.0f} GFLOP/s, measured on 2048 × 2048 matrices; "
+            f"{report['model_gflop']:.0f} GFLOP of matrix products in the task"
+        )
+    return "\n".join([title, versions, "", *lines, "", *_words(report)])
+
+
+def _in_a_row(report: Report) -> str:
+    return f", {report['in_a_row']} in a row" if report.get("in_a_row", 1) > 1 else ""
+
+
+def _setting(report: Report) -> str:
+    model = report["model"] + (f" with {report['depth']} blocks" if report["depth"] else "")
+    size = f"batch {report['batch']}" + (f" × {report['length']}" if report["length"] else "")
+    return f"{model}, {size}, {report['dtype']}"
+
+
+_RATIOS = (("ratio", "ratio_interval"), ("quiet_ratio", "quiet_interval"))
+
+
+def _time_rows(report: Report) -> list[list[str]]:
+    head = ["", "median ms", "quartiles", "ratio by rounds [95 %]", "undisturbed ratio [95 %]"]
+    head += ["share of the way [95 %]", f"{report['unit']}s/s", "of peak"]
+    rows = [[*head, "temporaries MiB", "compiled MiB", "process MiB"]]
+    for name, row in report["contenders"].items():
+        low, median, high = row["quartiles_ms"]
+        share = "" if row["share"] is None else f"{row['share']:.2f} [{_interval(row['share_interval'], 2)}]"
+        of_peak = "" if row["flops_share_of_peak"] is None else f"{row['flops_share_of_peak']:.0%}"
+        cells = [name + (" (baseline)" if name == report["baseline"] else ""), f"{median:.1f}", f"{low:.1f}–{high:.1f}"]
+        cells += [f"{row[key]:.3f} [{_interval(row[interval], 3)}]" for key, interval in _RATIOS]
+        cells += [share, f"{row['units_per_s']:,.0f}"]
+        memory = [row["temporaries_mib"], row["compiled_mib"], row["process_mib"]]
+        rows.append([*cells, of_peak, *("" if value is None else f"{value:.0f}" for value in memory)])
+    return rows
+
+
+def _cycle_rows(report: Report) -> list[list[str]]:
+    rows = [["", "estimated cycles", "ratio", "temporaries MiB"]]
+    for name, row in report["contenders"].items():
+        label = name + (" (baseline)" if name == report["baseline"] else "")
+        rows.append([label, f"{row['cycles']:,}", f"{row['ratio']:.4f}", f"{row['temporaries_mib']:.0f}"])
+    return rows
+
+
+def _interval(pair: list[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in pair)
+
+
+def _words(report: Report) -> list[str]:
+    if "topology" in report or report["task"] == "h":
+        return []
+    if report["rounds"] < LEAST_ROUNDS:
+        return [f"No verdict: it needs {LEAST_ROUNDS} rounds at least, not {report['rounds']}. More rounds."]
+    if report["baseline"] not in BASELINES:
+        return [f"No verdict: it needs a LayerNorm among the contenders: {', '.join(BASELINES)}."]
+    bound = report["contenders"].get(BOUND)
+    if bound is None:
+        return ["No verdict: `none`, the bound, is not among the contenders."]
+    cost, low, high = 1 - bound["quiet_ratio"], *(1 - value for value in reversed(bound["quiet_interval"]))
+    if low <= 0:
+        return [
+            f"No verdict: the norms of {report['baseline']} cost {cost:.1%} [{low:.1%}, {high:.1%}] of its time, which "
+            "is not more than the noise. More rounds, or a quieter machine."
+        ]
+    words = [f"The norms of {report['baseline']} cost {cost:.1%} [{low:.1%}, {high:.1%}] of its time."]
+    for name, row in report["contenders"].items():
+        if name.split("-")[0] in ("rmsnorm", "crmsnorm"):
+            low, high = row["share_interval"]
+            verdict = "at least .9 of it" if low >= 0.9 else "less than .9" if high < 0.9 else "too noisy to say"
+            words.append(f"{name} saves {row['share']:.0%} [{low:.0%}, {high:.0%}] of that: {verdict}.")
+    return words
+
+
+def figure(report: Report) -> bytes:
+    """The PNG: each contender's ratio to the baseline, undisturbed or of cycles, with its interval."""
+    key = "ratio" if "topology" in report else "quiet_ratio"
+    rows = list(reversed(report["contenders"].items()))
+    drawing = Figure(figsize=(7.2, 0.9 + 0.3 * len(rows)), dpi=DPI, facecolor="white", layout="constrained")
+    ax = drawing.subplots()
+    for place, (name, row) in enumerate(rows):
+        low, high = row.get("quiet_interval", [row[key]] * 2)
+        color = "#0072B2" if "rmsnorm" in name else "#D55E00" if name == "none" else GREY
+        ax.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="round")
+        ax.plot(row[key], place, "o", color=color, markersize=6)
+    for value, style in ((1.0, "-"), (report["contenders"].get("none", {}).get(key), (0, (3, 3)))):
+        if value is not None:
+            ax.axvline(value, color="#bbbbbb", linewidth=0.9, linestyle=style, zorder=0)
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=FONT)
+    what = "estimated cycles" if "topology" in report else "undisturbed time"
+    ax.set_xlabel(f"{what}, {TASKS[report['task']]}, relative to {report['baseline']}", fontsize=FONT)
+    where = report["topology"] if "topology" in report else report["device"]
+    ax.set_title(f"{_setting(report)}{_in_a_row(report)}, {where}", fontsize=FONT, loc="left")
+    ax.tick_params(labelsize=FONT, color=GREY)
+    ax.grid(axis="x", color="#e6e6e6", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    file = io.BytesIO()
+    FigureCanvasAgg(drawing).print_png(file)
+    return file.getvalue()
+
+
+def write(report: Report, folder: Path, stem: str) -> list[Path]:
+    """Writes `stem`.json and .png into the folder; their paths. Raises PrenormError if it cannot."""
+    files = {
+        folder / f"{stem}.json": (json.dumps(report, indent=1) + "\n").encode(),
+        folder / f"{stem}.png": figure(report),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in files.items():
+            write_whole(path, content)
+    except OSError as error:
+        raise PrenormError(f"cannot write {error.filename} ({error.strerror}): choose another --out") from error
+    return list(files)

@@ -1,0 +1,91 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from prenorm_jax.base.errors import PrenormError, first_line
+
+EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTokenizer:
+    """Text to ids without special tokens: `encode` gives each text a 1-D array of unsigned integers.
+
+    `decode` is the way back. Bytes that are no UTF-8 become U+FFFD, so the last one may stand for a character whose end
+    is still to come; special and unknown ids become nothing.
+    """
+
+    encode: Callable[[list[str]], list[np.ndarray]]
+    decode: Callable[[Sequence[int]], str]
+    vocab_size: int
+    eot: int
+    digest: str  # of all that decides the ids, so that other tokenizers have others
+
+
+def check_vocab_size(needed: int, config: ConfigDict) -> None:
+    """Raises PrenormError, naming the key to change, if the model of a run has fewer ids than its tokenizer.
+
+    It may have more: a vocabulary that is padded, to divide over devices, has rows that no text asks for.
+    """
+    if needed > config.model.vocab_size:
+        raise PrenormError(
+            f"model.vocab_size={config.model.vocab_size} is too small for the tokenizer {config.data.tokenizer!r}: "
+            f"it needs {needed}"
+        )
+
+
+def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
+    """The tokenizer `name`: "bytes" (end-of-text is 256), a `tokenizers` .json file, or a name on the hub.
+
+    Raises PrenormError if it cannot be loaded or does not know `eot_token` (None: any of EOT_TOKENS).
+    """
+    if name == "bytes":
+        if eot_token:
+            raise PrenormError("data.eot_token has no use with data.tokenizer='bytes': unset it")
+        return TextTokenizer(_encode_bytes, _decode_bytes, vocab_size=257, eot=256, digest="bytes")
+    path = Path(name).expanduser()
+    local = path.exists() or path.suffix == ".json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path)) if local else Tokenizer.from_pretrained(name)
+    except Exception as error:  # `tokenizers` raises plain Exception
+        problem = f"data.tokenizer={name!r} cannot be loaded: {first_line(error)}; "
+        remedy = "give a valid" if local else "it needs network access, or give a local"
+        raise PrenormError(f"{problem}{remedy} tokenizers .json file, or 'bytes'") from error
+    # Files made for short contexts may ask for both, which would silently drop or add tokens.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    candidates = [eot_token] if eot_token else EOT_TOKENS
+    eots = [i for token in candidates if (i := tokenizer.token_to_id(token)) is not None]
+    if not eots:
+        raise PrenormError(
+            f"data.tokenizer={name!r} knows no {' or '.join(candidates)}: "
+            "set data.eot_token to the token that ends its texts"
+        )
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # not their count: ids may have gaps
+    dtype = np.min_scalar_type(vocab_size - 1)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode([int(i) for i in ids])
+
+    digest = xxhash.xxh3_128_hexdigest(f"{eots[0]} {tokenizer.to_str()}".encode())
+    return TextTokenizer(encode, decode, vocab_size, eots[0], digest)
+
+
+def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+def _decode_bytes(ids: Sequence[int]) -> str:
+    return bytes(i for i in ids if i < 256).decode(errors="replace")

@@ -1,0 +1,70 @@
+"""A tree as the one that another config of the same network describes: what `init_from` needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.equivalence.convert import check_tree, convert_config, convert_params
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import EXECUTION, ModelConfig
+from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
+
+
+def model_differences(config: ModelConfig, other: ModelConfig, ignored: Collection[str] = ()) -> list[str]:
+    """ "model.key: value -> other value" for each key in which they differ, but for the `ignored`."""
+    one, two = vars(config), vars(other)
+    return [
+        f"model.{key}: {one.get(key)!r} -> {two.get(key)!r}"
+        for key in dict.fromkeys([*one, *two])
+        if key not in ignored and one.get(key) != two.get(key)
+    ]
+
+
+def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelConfig) -> dict[str, Any]:
+    """`params`, which `config` describes, as the tree that `to_config` describes: the same function.
+
+    A norm's affine or a LayerScale that only `to_config` has becomes the identity, a bias that only it has zero. Raises
+    PrenormError if the tree has a leaf, or a shape, that `to_config` has no place for, or if what its fields say of the
+    function (heads, activation, ε, ...) differs.
+    """
+    layout = {"norm", "reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
+    layout |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
+    rates = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout"}
+    training = {"stochastic_depth", "stochastic_depth_schedule", "init", "dtype", "param_dtype", *EXECUTION}
+    if differences := model_differences(config, to_config, ignored=layout | rates | training):
+        raise PrenormError(
+            f"the checkpoint is of another network ({'; '.join(differences)}): change the config to match"
+        )
+
+    if config.scan != to_config.scan:
+        params = (stack_blocks if to_config.scan else unstack_blocks)(params)
+        config = dataclasses.replace(config, scan=to_config.scan)
+
+    def is_raw(config: ModelConfig) -> tuple[bool, bool]:
+        return config.raw_embedding, config.raw_branches
+
+    if config.norm != to_config.norm or is_raw(config) != is_raw(to_config):
+        # By way of the Pre-LN tree, which alone is the same whether there is dropout on what is written or not.
+        if config.norm != "layernorm":
+            params, config = convert_params(params, config, "layernorm"), convert_config(config, "layernorm")
+        config = dataclasses.replace(config, **{rate: getattr(to_config, rate) for rate in rates})
+        if to_config.norm != "layernorm":
+            params, config = convert_params(params, config, to_config.norm), convert_config(config, to_config.norm)
+    flat, fitted = flatten_dict(dict(params)), {}
+    for path, leaf in abstract_params(to_config).items():
+        if path in flat:
+            fitted[path] = flat.pop(path).astype(leaf.value.dtype)
+        elif path[-1].endswith(("scale", "bias")):
+            fitted[path] = jnp.full(leaf.value.shape, path[-1].endswith("scale"), leaf.value.dtype)
+    left = ["/".join(path) for path in flat]
+    if left:
+        raise PrenormError(
+            f"the config has no place for {', '.join(left[:5])}: set model.use_bias, head_bias, ... to keep them"
+        )
+    return unflatten_dict(check_tree(unflatten_dict(fitted), to_config))

@@ -1,0 +1,91 @@
+"""Conversion of a stored tree in parts: it needs the memory of some parts, whatever the size of the tree."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from prenorm_jax.base.trees import Path
+from prenorm_jax.equivalence.convert import convert_config, convert_leaves, modules
+from prenorm_jax.equivalence.roles import NORMED_AXES, STREAM_AXES, parameter_roles
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import ModelConfig
+
+PART = 2**22  # entries of the largest leaf that are converted at once
+
+
+Part = tuple[slice, ...]  # an index of a leaf: a slice for each axis
+
+
+class Readable(Protocol):
+    """Leaves that are read in parts, such as those of a checkpoint (`train/leaves.py`)."""
+
+    def read(self, path: Path, part: Part = ()) -> np.ndarray:
+        """Part of the leaf; of (), all of it."""
+
+
+class Writable(Protocol):
+    """Leaves that are written in parts."""
+
+    def write(self, path: Path, part: Part, array: np.ndarray) -> None:
+        """Writes part of the leaf, once."""
+
+
+# Logical axis name -> what of it is in a part; the whole of those that are not named.
+Tile = dict[str, slice]
+
+
+def convert_stored(stored: Readable, new: Writable, source: ModelConfig, to: str, part_size: int = PART) -> None:
+    """Writes `convert_params` of the stored tree, of a model `source`, to `new`, reading each leaf once.
+
+    A QK-norm's means that have to be zero are measured by the largest heads of a part. Raises what `convert_params`
+    does of the leaves' values, NotRead and NotWritten.
+    """
+    old_names = {path: leaf.names for path, leaf in abstract_params(source).items()}
+    new_names = {path: leaf.names for path, leaf in abstract_params(convert_config(source, to)).items()}
+    sizes = {path: leaf.value.shape for path, leaf in abstract_params(source).items()}
+    roles = parameter_roles(source)
+    shared = {path: stored.read(path) for path, role in roles.items() if role.kind in ("norm", "layer_scale")}  # small
+    for paths in modules(source).values():
+        axes = {path: list(zip(old_names[path], sizes[path], strict=True)) for path in paths}
+        for tile in tiles(axes, source.head_dim, part_size):
+            parts = {path: part(old_names[path], tile) for path in paths}
+            flat = {
+                path: shared[path][index] if path in shared else stored.read(path, index)
+                for path, index in parts.items()
+            }
+            for path, leaf in convert_leaves(flat, source, to).items():
+                new.write(path, part(new_names[path], tile), leaf)
+
+
+def tiles(leaves: Mapping[object, list[tuple[str, int]]], head_dim: int, part_size: int) -> Iterator[Tile]:
+    """Divides a module's leaves, each given as its axes' (name, size), along axes on which entries do not depend.
+
+    Each tile has at most `part_size` entries of the largest leaf, if there are axes enough to divide.
+    """
+    largest = max(leaves.values(), key=lambda axes: math.prod(size for _, size in axes))
+    sizes, steps = dict(largest), dict(largest)
+    whole = {*STREAM_AXES, "raw"} | {name for axes in leaves.values() for name, _ in set(axes) if _repeats(name, axes)}
+    for name, size in largest:
+        entries = math.prod(steps[name] for name, _ in largest)
+        if entries > part_size and name not in whole:
+            unit = head_dim if name in NORMED_AXES else 1
+            units = -(-size // unit)
+            parts = -(-units // max(part_size // (entries // size) // unit, 1))
+            steps[name] = -(-units // parts) * unit  # of about one size
+    starts = {name: range(0, size, steps[name]) for name, size in largest if steps[name] < size}
+    for tile in itertools.product(*starts.values()):
+        yield {name: slice(i, min(i + steps[name], sizes[name])) for name, i in zip(starts, tile, strict=True)}
+
+
+def part(names: tuple[str, ...], tile: Tile) -> Part:
+    """The index of a leaf with axes of these names for a tile."""
+    return tuple(tile.get(name, slice(None)) for name in names)
+
+
+def _repeats(name: str, axes: list[tuple[str, int]]) -> bool:
+    return sum(other == name for other, _ in axes) > 1

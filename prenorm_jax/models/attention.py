@@ -1,0 +1,180 @@
+"""Softmax attention that computes what the causal mask leaves, and stores no attention matrix for the backward pass.
+
+The queries go in blocks, each against the keys that it may see: with 4 blocks, 5/8 of the full product. Each block is
+under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
+its sum after the product with the values, which is the smaller. On TPUs that sum is a column of the product.
+
+On NVIDIA GPUs cuDNN's kernel, which writes no attention matrix at all, does the same for numbers of two bytes. Of its
+derivatives JAX has the first alone, and only in reverse mode.
+
+Shape suffixes as in `transformer.py`, and
+    L batch and key heads: one axis of B·G, or the two axes B and G (see `_leading`)   M query rows of a key head, R·T
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from prenorm_jax.models.placement import computing_device, computing_platform, is_split_by, parts_by
+
+CAUSAL_BLOCKS = 4
+
+
+SMALLEST_BLOCK = 32  # queries
+
+
+TPU_COLUMNS = 128  # that a TPU multiplies at once
+
+
+class CacheUse(NamedTuple):
+    """What a call does with the collection "cache", which holds the keys and values of a sequence's tokens.
+
+    Attributes:
+      size: S, for how many tokens to make it, where they begin a sequence; None: it is there, and they go on with it.
+      position: of the first token given, a scalar that may be traced; 0 where a sequence begins.
+    """
+
+    size: int | None
+    position: jax.Array | int = 0
+
+
+def attend(
+    q_BxTxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxK: jax.Array,
+    causal: bool,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    kernel: str = "auto",
+) -> jax.Array:
+    """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
+
+    Scores and softmax are in float32 at least, but that its sum, on TPUs, is that of the numbers which are multiplied
+    with the values, so in v's dtype. With a `dropout_key`, each probability is dropped with `dropout_rate`.
+    `kernel` is `ModelConfig.attention_kernel`.
+    """
+    B, T, _, K = q_BxTxHxK.shape
+    S, G = k_BxSxGxK.shape[1:3]
+    if kernel == "auto" and dropout_key is None and (T == S or not causal) and _cudnn_serves(q_BxTxHxK, S, G):
+        qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
+        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, -1)
+    q_LxRxTxK = _group(q_BxTxHxK, G)
+    k_LxSxK, v_LxSxK = (x.transpose(0, 2, 1, 3).reshape(*_leading(B, G), S, K) for x in (k_BxSxGxK, v_BxSxGxK))
+    if dropout_key is None and computing_platform() == "tpu" and K % TPU_COLUMNS:
+        # The sum then costs nothing, and a pass over the scores is saved. On CPUs 65 columns take longer than 64.
+        v_LxSxK = jnp.concatenate([v_LxSxK, jnp.ones_like(v_LxSxK[..., :1])], axis=-1)
+    size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal else T
+    blocks = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        # The T queries are the last of S.
+        seen, position = (S - T + end, S - T + start) if causal else (S, None)
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
+
+        # Around the slices, so that all blocks keep the same arrays. (Merged with the forward pass it would be slower.)
+        @jax.checkpoint
+        def block(q, k, v, key, start=start, end=end, seen=seen, position=position):  # bound now: the loop goes on
+            seen_kv = (x[..., :seen, :] for x in (k, v))
+            return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate)
+
+        blocks.append(block(q_LxRxTxK, k_LxSxK, v_LxSxK, key))
+    return _ungroup(jnp.concatenate(blocks, axis=-2), B)
+
+
+def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, position: jax.Array | int) -> jax.Array:
+    """`attend` of queries from `position` on, each of which sees the entries of a cache up to its own: (B, T, H·K).
+
+    The cache's first axis, N, is B·G.
+    """
+    B, (N, S, K) = len(q_BxTxHxK), k_NxSxK.shape
+    q_LxRxTxK = _group(q_BxTxHxK, N // B)
+    k_LxSxK, v_LxSxK = (x.reshape(*_leading(B, N // B), S, K) for x in (k_NxSxK, v_NxSxK))
+    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B)
+
+
+def _cudnn_serves(q_BxTxHxK: jax.Array, S: int, G: int) -> bool:
+    """Whether cuDNN's kernel takes these queries with S keys of G heads: NVIDIA's GPUs from the A100's time on have it.
+
+    It takes numbers of two bytes and heads of up to 128 (Hopper's up to 256). JAX gives it no odd number of tokens in
+    training, and splits it over devices by whole heads, alike in queries and keys.
+    (To be asked because JAX's own choice of an implementation, None, never is cuDNN's.)
+    """
+    device, (_, T, _, K) = computing_device(), q_BxTxHxK.shape
+    if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA"):
+        return False
+    fits = q_BxTxHxK.dtype.itemsize == 2 and K <= 128 and K % 8 == 0 and T % 2 == S % 2 == 0
+    return fits and G % parts_by("tensor") == 0 and float(device.compute_capability) >= 8
+
+
+def _leading(B: int, G: int) -> tuple[int, ...]:
+    """L, the axes of batch and key heads in which products are the fastest: one on CPUs, else two.
+
+    One of both would be gathered where `tensor` splits G and other axes of the mesh B.
+    """
+    return (B * G,) if computing_platform() == "cpu" and not is_split_by("tensor") else (B, G)
+
+
+def _group(q_BxTxHxK: jax.Array, G: int) -> jax.Array:
+    """Queries / √K, those of one key head together: (L, R, T, K)."""
+    B, T, H, K = q_BxTxHxK.shape
+    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    return q_BxGxRxTxK.reshape(*_leading(B, G), H // G, T, K)
+
+
+def _ungroup(x_LxRxTxK: jax.Array, B: int) -> jax.Array:
+    R, T, K = x_LxRxTxK.shape[-3:]
+    return x_LxRxTxK.reshape(B, -1, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+
+def _attend_block(
+    q_LxRxTxK: jax.Array,
+    k_LxSxK: jax.Array,
+    v_LxSxK: jax.Array,
+    key: jax.Array | None,
+    position: jax.Array | int | None,
+    dropout_rate: float,
+) -> jax.Array:
+    """`attend` of T queries, of which the first stands at key `position`; None: each sees all keys. (L, R, T, K).
+
+    Without dropout the values may have a further column, of ones, whose product with the weights is their sum.
+    """
+    *leading, R, T, K = q_LxRxTxK.shape
+    S = k_LxSxK.shape[-2]
+    # Query heads of one key head are further rows of one product. In between they stay so where L is one axis: CPUs
+    # are the faster with three axes all through, TPUs with five.
+    queries = (R * T,) if len(leading) == 1 else (R, T)
+    scores = jnp.einsum("...mk,...sk->...ms", q_LxRxTxK.reshape(*leading, R * T, K), k_LxSxK)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(*leading, *queries, S)
+    if position is not None:
+        last_seen = position + jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
+        scores = jnp.where(jnp.arange(S) <= last_seen, scores, -jnp.inf)
+    # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True) if v_LxSxK.shape[-1] == K else None
+    if key is not None:
+        kept = jax.random.bernoulli(key, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
+    weights = weights.astype(v_LxSxK.dtype).reshape(*leading, R * T, S)
+    values = _weigh(weights, v_LxSxK).reshape(*leading, *queries, -1)
+    if total is None:
+        total = values[..., K:]
+    return (values[..., :K] / total).astype(q_LxRxTxK.dtype).reshape(*leading, R, T, K)
+
+
+@jax.custom_jvp
+def _weigh(weights_LxMxS: jax.Array, v_LxSxK: jax.Array) -> jax.Array:
+    """Their product, (L, M, K), in float32 at least: sums of many values that are not divided overflow float16."""
+    dtype = jnp.promote_types(v_LxSxK.dtype, jnp.float32)
+    return jnp.einsum("...ms,...sk->...mk", weights_LxMxS, v_LxSxK, preferred_element_type=dtype)
+
+
+# Derived by JAX, the backward pass would multiply float32 by a narrower dtype, which GPUs do in float32.
+@_weigh.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (weights, v), (dweights, dv) = primals, tangents
+    product = _weigh(weights, v)
+    tangent = jnp.einsum("...ms,...sk->...mk", dweights, v) + jnp.einsum("...ms,...sk->...mk", weights, dv)
+    return product, tangent.astype(product.dtype)

@@ -1,0 +1,266 @@
+"""The residual stream: how a model enters it, attention, MLP and block. Each is written once for all three norms.
+
+Shape suffixes, here and in `models/`:
+    B batch   T sequence (queries)   S sequence (keys)   D stream width (d, or d-1 under crmsnorm)   W model width d
+    H heads   G key/value heads   R query heads per key/value head (H = G·R)   K head width   F MLP width
+    V vocabulary or classes   P patch size   C channels   N any width or, first, B·G of a cache
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.models.attention import CacheUse, attend, attend_cached
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.coordinates import COORDINATES
+from prenorm_jax.models.linear import apply_together, computed_anew, reader, write
+from prenorm_jax.models.norms import LayerNorm, Norm, RMSNorm, Scaled
+from prenorm_jax.models.placement import apart, constrain
+from prenorm_jax.models.positions import rotate
+from prenorm_jax.models.stacking import LAYER, STACKED
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x), arXiv 1606.08415. By erf, in float32 at least: the erfc of `nn.gelu` takes CPUs twice as long.
+
+    Where x < -5.5, that is 0 in float32, and off by 2e-7.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
+_ACTIVATIONS = {
+    "gelu": _gelu,
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+_REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """The nonlinearity of the config's MLPs. The backward pass computes it anew: cheaper than keeping what it made."""
+    return computed_anew(config, _ACTIVATIONS[config.activation])(x)
+
+
+class StreamModel(nn.Module):
+    """What the models share: `init` gives plain arrays, `annotated_init` the axis names that conversion reads."""
+
+    @nn.nowrap
+    def annotated_init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """`init` whose leaves carry their logical axis names (`nn.LogicallyPartitioned`)."""
+        return super().init(*args, **kwargs)
+
+    @nn.nowrap
+    def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Variables as `nn.Module.init` makes them, with plain arrays as leaves."""
+        return nn.unbox(self.annotated_init(*args, **kwargs))
+
+
+def make_norm(config: ModelConfig, name: str, affine: bool) -> Norm:
+    """The config's norm, for values in stream coordinates."""
+    return COORDINATES[config.norm].norm(
+        epsilon=config.epsilon,
+        use_scale=affine,
+        use_bias=affine and config.norm_bias,
+        param_dtype=config.param_dtype,
+        name=name,
+    )
+
+
+def with_statistics(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Scaled:
+    """The stream, and what the norm that reads it next needs of it, where that is known without the norm's parameters.
+
+    So the sums over x are taken by what makes x: in a scan over blocks, the next block would have to read x for them.
+    (A LayerNorm's are not: it would hand on x a second time, centred.) Without them the root is None, and the norm is
+    still to come.
+    """
+    # In training TPUs would choose another order for the next block's attention, and copy x for all else.
+    x_BxTxD = constrain(x_BxTxD, "batch", None, None, in_order=train)
+    if config.norm == "layernorm" or config.norm_affine or config.post_norm:
+        return Scaled(x_BxTxD)
+    with jax.named_scope("norm"):
+        return COORDINATES[config.norm].norm.scaled(x_BxTxD, config.epsilon)
+
+
+def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
+    """A norm outside the stream: its affine stays where it is in all variants."""
+    affine = config.kept_norm_affine
+    bias = affine and config.norm_bias
+    return norm(config.epsilon, affine, bias, param_dtype=config.param_dtype, axis=axis, name=name)
+
+
+def embedding_axis(config: ModelConfig) -> tuple[int, str]:
+    """Width and logical name of the last axis of a table or kernel whose rows are the first to enter the stream."""
+    return (config.d_model, "raw") if config.raw_embedding else (config.stream_width, "write")
+
+
+def table(module: nn.Module, config: ModelConfig, name: str, rows: int, axis: str) -> jax.Array:
+    """A learned parameter (rows, D or W) of `module`, added to the stream before the first block, in config.dtype."""
+    width, stream_axis = embedding_axis(config)
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, stream_axis))
+    value = module.param(name, init, (rows, width), config.param_dtype).astype(config.dtype)
+    return constrain(value, axis, stream_axis)
+
+
+def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
+    """The same of a table that is computed: (T, W) -> (T, D or W)."""
+    table_TxW = jnp.asarray(values_TxW, jnp.promote_types(config.dtype, jnp.float32))
+    return (table_TxW if config.raw_embedding else COORDINATES[config.norm].enter(table_TxW)).astype(config.dtype)
+
+
+def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
+    """The embedding's norm and dropout, if it has them, and what they make necessary: (B, T, D or W) -> (B, T, D)."""
+    if config.embed_norm:
+        x_BxTxW = kept_norm(config, "embedding_norm", LayerNorm, axis="raw")(x_BxTxW)
+    x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+    return COORDINATES[config.norm].enter(x_BxTxW) if config.raw_embedding else x_BxTxW
+
+
+def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
+    """All of the model's blocks: (B, T, D) -> (B, T, D)."""
+
+    def apply(block: Block, stream_BxTxD: Scaled) -> Scaled:
+        return block(stream_BxTxD, train, cache)
+
+    if train and config.remat != "none":
+        apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
+    stream_BxTxD = with_statistics(config, x_BxTxD, train)
+    if config.scan:
+        scanned = nn.scan(
+            lambda block, stream_BxTxD, _: (apply(block, stream_BxTxD), None),
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=config.depth,
+            metadata_params={nn.PARTITION_NAME: LAYER},
+        )
+        return scanned(Block(config, config.stochastic_depth, name=STACKED), stream_BxTxD, None)[0].x
+    for i in range(config.depth):
+        rate = config.stochastic_depth
+        if config.stochastic_depth_schedule == "linear":
+            rate *= i / max(config.depth - 1, 1)
+        stream_BxTxD = apply(Block(config, rate, name=f"block_{i}"), stream_BxTxD)
+    return stream_BxTxD.x
+
+
+class Attention(nn.Module):
+    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, normed: Scaled, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
+        config = self.config
+        B, T, _ = normed.x.shape
+        H, G, K = config.heads, config.kv_heads, config.head_dim
+
+        prefix = "normed_" if config.qk_norm else ""
+        projections = [
+            reader(config, name, heads * K, axis, config.qkv_bias)
+            for name, heads, axis in (
+                ("query", H, f"{prefix}heads"),
+                ("key", G, f"{prefix}kv_heads"),
+                ("value", G, "kv_heads"),
+            )
+        ]
+        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_together(projections, normed))
+        if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
+            norm = LayerNorm if config.norm == "layernorm" else RMSNorm
+            q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
+            k_BxSxGxK = kept_norm(config, "key_norm", norm, axis="head_dim")(k_BxSxGxK)
+        if config.rotary:
+            position = 0 if cache is None else cache.position
+            q_BxTxHxK, k_BxSxGxK = (rotate(x, config.rotary_base, position) for x in (q_BxTxHxK, k_BxSxGxK))
+
+        if cache is not None:
+            k_NxSxK = self._remember("keys", k_BxSxGxK, cache)
+            v_NxSxK = self._remember("values", v_BxSxGxK, cache)
+        if cache is not None and cache.size is None:
+            heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, cache.position)
+        else:
+            key = self.make_rng("dropout") if train and config.attention_dropout else None
+            options = config.causal, config.attention_dropout, key, config.attention_kernel
+            heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
+        return write(self, config, "out", "heads", heads_BxTxN, train)
+
+    def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:
+        """Writes the tokens' keys or values into the cache, and returns all of it: (B·G, S, K).
+
+        In which XLA:CPU multiplies: of four axes each step would copy it, several times.
+        """
+        B, T, G, K = x_BxTxGxK.shape
+        stored = self.variable("cache", name, jnp.zeros, (B * G, cache.size, K), x_BxTxGxK.dtype)
+        x_NxTxK = x_BxTxGxK.swapaxes(1, 2).reshape(B * G, T, K)
+        stored.value = jax.lax.dynamic_update_slice_in_dim(stored.value, x_NxTxK, cache.position, axis=1)
+        return stored.value
+
+
+class Mlp(nn.Module):
+    """Two linear maps around a nonlinearity, gated or not: normalised (B, T, D) -> update (B, T, D)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, normed: Scaled, train: bool = False) -> jax.Array:
+        config = self.config
+        names = ["gate", "up"] if config.gated_mlp else ["up"]
+        readers = [reader(config, name, config.mlp_dim, "mlp", config.reader_bias) for name in names]
+        h_BxTxF, *gated_BxTxF = apply_together(readers, normed)
+        h_BxTxF = activate(config, h_BxTxF)
+        if config.gated_mlp:
+            h_BxTxF *= gated_BxTxF[0]
+        if not train:  # one operation of both products takes longer
+            h_BxTxF = apart(h_BxTxF)
+        return write(self, config, "down", "mlp", h_BxTxF, train)
+
+
+class Block(nn.Module):
+    """Attention and MLP on the residual stream, (B, T, D), as `with_statistics` gives it: -> the same.
+
+    The norm beside branch `X` is called `X_norm`, one that feeds both `norm`: conversion finds it by that name.
+
+    Attributes:
+      drop_rate: of stochastic depth (arXiv 1603.09382): in training each branch is left out for this share of the
+        examples, and is the larger for the others. One factor for all coordinates keeps a zero mean.
+    """
+
+    config: ModelConfig
+    drop_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, stream_BxTxD: Scaled, train: bool = False, cache: CacheUse | None = None) -> Scaled:
+        config = self.config
+        attention = functools.partial(Attention(config, name="attention"), cache=cache)
+        branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
+
+        def normalise(name: str, stream_BxTxD: Scaled) -> Scaled:
+            if stream_BxTxD.root is not None:
+                return stream_BxTxD
+            return make_norm(config, name, config.norm_affine).for_readers(stream_BxTxD.x)
+
+        def update(name: str, normed: Scaled) -> jax.Array:
+            drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), name=f"{name}_drop")
+            return drop(branches[name](normed, train), deterministic=not train)
+
+        if config.parallel:
+            names = {branch: "norm" if config.shared_norm else f"{branch}_norm" for branch in branches}
+            normed = {name: normalise(name, stream_BxTxD) for name in dict.fromkeys(names.values())}
+            x_BxTxD = stream_BxTxD.x + sum(update(branch, normed[name]) for branch, name in names.items())
+            return with_statistics(config, x_BxTxD, train)
+        for name in branches:
+            if config.post_norm:
+                x_BxTxD = stream_BxTxD.x + update(name, Scaled(stream_BxTxD.x))
+                x_BxTxD = make_norm(config, f"{name}_norm", config.norm_affine)(x_BxTxD)
+            else:
+                x_BxTxD = stream_BxTxD.x + update(name, normalise(f"{name}_norm", stream_BxTxD))
+            stream_BxTxD = with_statistics(config, x_BxTxD, train)
+        return stream_BxTxD

@@ -1,0 +1,283 @@
+"""What `compare` reads of finished runs, and the numbers of its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import write_whole
+from prenorm_jax.report import runs_figure as compare_figure
+from prenorm_jax.report import runs_words as compare_page
+
+# These may differ: they are what is compared, and what a native run's own parameters need.
+COMPARED_KEYS = {"model.norm", "parameterization", "model.norm_affine", "model.final_norm_affine"}
+
+
+COMPARED_KEYS |= {"model.reader_bias", "model.qkv_bias", "model.head_bias", "model.layer_scale"}
+
+
+SETTING_KEYS = ("model.depth", "model.d_model", "batch_size", "data.seq_len", "seed", "model.dtype")
+
+
+FINAL_STEPS = 20  # the final training loss is the mean over the last so many steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the files of a workdir say. `config` and `info` (run.json) are flat: {"model.norm": ...}."""
+
+    name: str
+    workdir: Path
+    config: dict[str, Any]
+    info: dict[str, Any]
+    losses: dict[int, float]  # by step; NaN or infinite where training diverged
+    evals: dict[int, float]
+    top1s: dict[int, float]  # of images: the share classified correctly
+    rates: dict[int, float]  # units per second
+
+    @property
+    def unit(self) -> str:
+        """What a loss is the mean over, and speed counts."""
+        return "image" if self.config.get("model.family") == "vit" else "token"
+
+
+def compare(
+    workdirs: Sequence[str | Path],
+    out: str | Path,
+    title: str | None = None,
+    reference: str | Path | None = None,
+) -> dict[str, Any]:
+    """Writes report.html, report.png and report.json into the folder `out` (X.html, ... for out="X.html").
+
+    `reference` is one of `workdirs`; by default the first run with LayerNorm, else the first run. Returns
+    what report.json holds and, under "files", the paths written. Raises PrenormError for a workdir that is
+    missing, named twice or holds no readable training, for a reference that is not among them or shares no
+    step with one of them, and where the report cannot be written.
+    """
+    runs = _read_runs([Path(workdir) for workdir in workdirs])
+    base = _reference(runs, reference)
+    report = {
+        "title": title or "Training loss of " + ", ".join(run.name for run in runs),
+        "reference": base.name,
+        "unit": base.unit,
+        "final_loss_steps": FINAL_STEPS,
+        "runs": [_row(run, base) for run in runs],
+        "setting": {key: _text(base.config[key]) for key in SETTING_KEYS if key in base.config},
+        "config_differences": _config_differences(runs),
+        "curves": {run.name: _curves(run, base) for run in runs},
+    }
+    report = compare_page.with_words(report)
+    png = compare_figure.figure(report)
+    contents = {
+        "json": (json.dumps(report, indent=1) + "\n").encode(),
+        "png": png,
+        "html": compare_page.page(report, png).encode(errors="replace"),
+    }
+    out = Path(out)
+    folder, stem = (out.parent, out.stem) if out.suffix == ".html" else (out, "report")
+    files = {suffix: folder / f"{stem}.{suffix}" for suffix in contents}
+    for suffix, path in files.items():
+        _write(path, contents[suffix])
+    return {**report, "files": {suffix: str(path) for suffix, path in files.items()}}
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise PrenormError(f"cannot write {path} ({error.strerror}): choose another --out") from error
+
+
+def _read_runs(workdirs: list[Path]) -> list[Run]:
+    if not workdirs:
+        raise PrenormError("no run to compare: name at least one workdir")
+    for index, workdir in enumerate(workdirs):
+        if workdir.resolve() in [earlier.resolve() for earlier in workdirs[:index]]:
+            raise PrenormError(f"{workdir} is named twice: name each workdir once")
+    names = [Path(os.path.abspath(workdir)).name for workdir in workdirs]
+    if len(set(names)) < len(names):
+        names = [str(workdir) for workdir in workdirs]
+    return [_read_run(workdir, name) for workdir, name in zip(workdirs, names, strict=True)]
+
+
+def _read_run(workdir: Path, name: str) -> Run:
+    if not workdir.is_dir():
+        raise PrenormError(f"{workdir} is not a folder: name the workdir of a run")
+    if not (workdir / "config.json").is_file():
+        raise PrenormError(f"{workdir} has no config.json: name the workdir of a run")
+    config = _read_flat(workdir / "config.json")
+    info = _read_flat(workdir / "run.json") if (workdir / "run.json").is_file() else {}
+    if not (workdir / "metrics.jsonl").is_file():
+        raise PrenormError(f"{workdir} holds no training (no metrics.jsonl): train in it, or leave it out")
+    return Run(name, workdir, config, info, *_read_metrics(workdir / "metrics.jsonl"))
+
+
+def _read_flat(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read(path))
+    except ValueError as error:
+        raise PrenormError(f"{path} is not valid JSON ({error}): repair it, or leave this run out") from error
+    if not isinstance(value, dict):
+        raise PrenormError(f"{path} holds no JSON object: repair it, or leave this run out")
+    return _flatten(value)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PrenormError(f"cannot read {path} ({error.strerror}): leave this run out") from error
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _read_metrics(path: Path) -> list[dict[int, float]]:
+    """Losses, evaluation losses, top-1 and units/s by step; a resumed run's last line of a step wins."""
+    series: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "eval_top1": {}, "units_per_s": {}}
+    names = {name: name for name in series} | {f"{unit}s_per_s": "units_per_s" for unit in ("token", "image")}
+    lines = _read(path).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode())
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise ValueError("not an object with a whole number as step")
+            for key in names.keys() & entry.keys():
+                series[names[key]][entry["step"]] = _number(entry[key])
+        except ValueError as error:
+            if number == len(lines):  # no newline follows: a crash cut this line short
+                break
+            raise PrenormError(f"{path}, line {number}: {error}; repair or delete this line") from error
+    if not series["loss"]:
+        raise PrenormError(f"{path} holds no training line: train in {path.parent}, or leave it out")
+    return [dict(sorted(values.items())) for values in series.values()]
+
+
+def _number(value: Any) -> float:
+    if value is None:  # how strict JSON writes NaN
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
+def _reference(runs: list[Run], reference: str | Path | None) -> Run:
+    if reference is None:
+        return next((run for run in runs if run.config.get("model.norm") == "layernorm"), runs[0])
+    for run in runs:
+        if run.workdir.resolve() == Path(reference).resolve():
+            return run
+    raise PrenormError(f"the reference {reference} is not among the runs: name its workdir with the others too")
+
+
+def _row(run: Run, base: Run) -> dict[str, Any]:
+    """A run's numbers. None: unknown, not finite, or a difference of the reference from itself."""
+    last = list(run.losses.values())[-FINAL_STEPS:]
+    final_eval = max(run.evals, default=None)
+    finite_evals = {step: loss for step, loss in run.evals.items() if math.isfinite(loss)}
+    best_eval = min(finite_evals, key=finite_evals.__getitem__, default=None)
+    rates = list(run.rates.values())[len(run.rates) // 10 :]  # compilation slows the first ones
+    units_per_s = _median(filter(math.isfinite, rates))
+    seq_len = 1 if run.unit == "image" else run.config.get("data.seq_len") or 0
+    units_per_step = (run.config.get("batch_size") or 0) * seq_len
+    nonfinite = [step for step, loss in run.losses.items() if not math.isfinite(loss)]
+    changes = [abs(after - before) for before, after in itertools.pairwise(run.losses.values())]
+    deltas = {} if run is base else _deltas(run.losses, base.losses)
+    if run is not base and not run.losses.keys() & base.losses.keys():
+        raise PrenormError(f"{run.workdir} has no step in common with the reference {base.workdir}: leave it out")
+    largest = max(deltas, key=lambda step: abs(deltas[step]), default=None)
+    eval_deltas = {} if run is base else _deltas(run.evals, base.evals)
+    eval_step = max(eval_deltas, default=None)
+    return {
+        "name": run.name,
+        "workdir": str(run.workdir),
+        "norm": str(run.config.get("model.norm", "–")),
+        "switches": _switches(run),
+        "parameterization": str(run.config.get("parameterization", "–")),
+        "dtype": str(run.config.get("model.dtype", "–")),
+        "parameters_trained": run.info.get("parameters.trained"),
+        "parameters_computed": run.info.get("parameters.computed"),
+        "device": run.info.get("device"),
+        "versions": {key[9:]: version for key, version in run.info.items() if key.startswith("versions.")},
+        "last_step": max(run.losses),
+        "final_loss": _finite(math.fsum(last) / len(last)) if all(map(math.isfinite, last)) else None,
+        "final_eval_loss": None if final_eval is None else _finite(run.evals[final_eval]),
+        "final_eval_step": final_eval,
+        "best_eval_loss": None if best_eval is None else run.evals[best_eval],
+        "best_eval_step": best_eval,
+        "nonfinite_losses": len(nonfinite),
+        "first_nonfinite_step": nonfinite[0] if nonfinite else None,
+        "change_per_step": _median(filter(math.isfinite, changes)),
+        "common_steps": len(deltas),
+        "first_abs_delta": abs(next(iter(deltas.values()))) if deltas else None,
+        "median_abs_delta": _median(map(abs, deltas.values())),
+        "max_abs_delta": None if largest is None else abs(deltas[largest]),
+        "max_abs_delta_step": largest,
+        "final_eval_abs_delta": None if eval_step is None else abs(eval_deltas[eval_step]),
+        "final_eval_abs_delta_step": eval_step,
+        "final_eval_top1": _finite(run.top1s[max(run.top1s)]) if run.top1s else None,
+        "units_per_s": units_per_s,
+        "steps_per_s": units_per_s / units_per_step if units_per_s and units_per_step else None,
+    }
+
+
+def _switches(run: Run) -> list[dict[str, Any]]:
+    """The steps at which training went on with another norm."""
+    kept: list[dict[str, Any]] = []
+    for session in run.info.get("sessions") or []:
+        # A session has overwritten what those that started no earlier had trained.
+        kept = [earlier for earlier in kept if earlier["step"] < session["step"]] + [session]
+    return [
+        {"step": after["step"], "from": before["norm"], "to": after["norm"]}
+        for before, after in itertools.pairwise(kept)
+        if after["norm"] != before["norm"]
+    ]
+
+
+def _deltas(values: dict[int, float], reference: dict[int, float]) -> dict[int, float]:
+    """The differences by step, where both are finite."""
+    deltas = {step: value - reference[step] for step, value in values.items() if step in reference}
+    return {step: delta for step, delta in deltas.items() if math.isfinite(delta)}
+
+
+def _median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return statistics.median(values) if values else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _curves(run: Run, base: Run) -> dict[str, list[list[Any]]]:
+    """All that the figure shows, as pairs of step and value."""
+    curves = {"loss": run.losses, "eval_loss": run.evals}
+    if run is not base:
+        curves["delta_loss"] = _deltas(run.losses, base.losses)
+        curves["delta_eval_loss"] = _deltas(run.evals, base.evals)
+    return {key: [[step, _finite(value)] for step, value in values.items()] for key, values in curves.items()}
+
+
+def _config_differences(runs: list[Run]) -> dict[str, dict[str, str]]:
+    keys = sorted(set().union(*(run.config for run in runs)) - COMPARED_KEYS)
+    texts = {key: {run.name: _text(run.config.get(key, "–")) for run in runs} for key in keys}
+    return {key: values for key, values in texts.items() if len(set(values.values())) > 1}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

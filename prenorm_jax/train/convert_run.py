@@ -1,0 +1,137 @@
+"""A run's checkpoint as a workdir of another norm."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import write_json
+from prenorm_jax.base.trees import Path as LeafPath
+from prenorm_jax.base.trees import count
+from prenorm_jax.equivalence.convert import convert_config
+from prenorm_jax.equivalence.stored import convert_stored
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.registry import build_model
+from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.workdir import configure_jax, load_config
+
+COMPARED_BYTES = 2**29  # the parameters of two models and their logits, computed in one process
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    step: int | None = None,
+    materialize: bool = False,
+    reset_optimizer: bool = False,
+) -> None:
+    """Writes folder `target` with the checkpoint of run `source` as the parameters of norm `to`; prints what it did.
+
+    `target` is a workdir that eval.py and train.py accept: it trains the converted parameters themselves
+    (parameterization native). With `materialize` a run may also be "converted" to the norm that it computes, which
+    writes the parameters that its Pre-LN ones stand for. Parameters are read, converted and written in parts, so that
+    they may be larger than memory.
+
+    The optimizer state is carried over, exactly, where the stored tree is: a pre_ln run to layernorm. Elsewhere its
+    moments, being those of other parameters, have no exact equivalent: the optimizer starts anew, which for a native
+    run has to be asked for with `reset_optimizer`. Raises PrenormError; `target` is then not made.
+    """
+    target = Path(target)
+    if to not in NORMS:
+        raise PrenormError(f"--to={to} is not one of {', '.join(NORMS)}")
+    config = load_config(source)
+    if target.exists():
+        raise PrenormError(f"{target} exists: name a new folder")
+    configure_jax(config)
+    with Checkpoints(source, read_only=True) as checkpoints:
+        step = checkpoints.resolve(step)
+        model, metadata = checkpoints.model(step), checkpoints.metadata(step)
+        if to == config.model.norm and not (materialize and to != model.norm):
+            why = (
+                f"it trains its Pre-LN parameters; add --materialize to write the {to} parameters that they stand for"
+                if to != model.norm
+                else "there is nothing to convert"
+            )
+            raise PrenormError(f"{source} is {to} already: {why}")
+        has_optimizer = "optimizer" in metadata["digests"]
+        if has_optimizer and to != model.norm and config.parameterization == "native" and not reset_optimizer:
+            raise PrenormError(
+                f"the optimizer state of {source} belongs to its {model.norm} parameters and has no exact equivalent "
+                f"for {to}: add --reset-optimizer to start it anew"
+            )
+        new_model = model if to == model.norm else convert_config(model, to)
+        new_config = config.copy_and_resolve_references()
+        with new_config.unlocked():
+            new_config.model = ConfigDict(dataclasses.asdict(new_model))
+            new_config.parameterization = "pre_ln" if to == "layernorm" else "native"
+
+        with _in_the_making(target) as folder:
+            if to == model.norm:
+                checkpoints.copy(step, folder)
+                print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
+            else:
+                shapes = _shapes(new_model)
+                with (
+                    Checkpoints(folder) as made,
+                    made.save_leaves(step, shapes, new_model, metadata["nonfinite"], metadata["data"]) as new,
+                    checkpoints.leaves(step) as stored,
+                ):
+                    convert_stored(stored, new, model, to)
+                print(f"{source} at step {step}: {model.norm}, {count(_shapes(model)):,} parameters")
+                print(f"{target}: {to}, {count(shapes):,} parameters")
+                _compare(checkpoints, folder, step)
+                if has_optimizer:
+                    print("the optimizer state is not carried over: its moments are the old parameters' and start anew")
+            write_json(folder / "config.json", new_config.to_dict())
+            counts = dict.fromkeys(("trained", "computed"), count(_shapes(new_model)))
+            record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []}
+            write_json(folder / "run.json", record)
+    print(f"evaluate: python eval.py --workdir={target}")
+    print(f"train on: python train.py --workdir={target} --config.steps=N   (now at step {step} of {config.steps})")
+
+
+def _shapes(model: ModelConfig) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+    return {path: leaf.value for path, leaf in abstract_params(model).items()}
+
+
+def _compare(source: Checkpoints, target: Path, step: int) -> None:
+    """Prints how far the logits of two checkpoints are apart, if they are small enough to be held in memory."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in _shapes(source.model(step)).values())
+    if size > COMPARED_BYTES:
+        print(f"their logits are not compared, for that takes all of the {size / 1e9:.1f} GB at once: eval.py does")
+        return
+    with Checkpoints(target, read_only=True) as converted:
+        one, other = source.params(step), converted.params(step)
+    difference = relative_difference(one, other)
+    print(f"largest difference of their logits on random inputs: {difference:.1e} of the largest ({one[0].dtype})")
+
+
+def relative_difference(one: tuple[ModelConfig, Any], other: tuple[ModelConfig, Any]) -> float:
+    """Largest |difference| of two models' logits on random inputs, as a fraction of the largest |logit|."""
+    inputs = build_model(one[0]).example(batch=2, seed=0)
+    logits = [jax.jit(build_model(model).apply)({"params": params}, inputs) for model, params in (one, other)]
+    return float(jnp.abs(logits[0] - logits[1]).max() / jnp.abs(logits[0]).max())
+
+
+@contextlib.contextmanager
+def _in_the_making(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, moved there on leaving, or removed after an error: it is never seen half-written."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,62 @@
+"""Loss over every token or image of the held-out split."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from prenorm_jax.data import Data
+from prenorm_jax.equivalence.convert import convert_config, convert_params
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.train.arrays import global_batch, local_rows, put_everywhere
+from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.sharding import lay_out, make_mesh, params_format, params_sharding
+
+
+def evaluate(
+    eval_step: Callable[..., Any], params: Any, data: Data, config: ConfigDict, sharding: jax.sharding.Sharding
+) -> dict[str, float]:
+    """What `data.summarize` says of the whole evaluation split: every token or image counts once."""
+    batches = data.eval_batches(config, local_rows(sharding, config.batch_size))
+    sums = [eval_step(params, global_batch(batch, sharding, config.batch_size)) for batch in batches]
+    sums = jax.device_get(sums)
+    return data.summarize({key: float(np.sum([batch[key] for batch in sums], dtype=np.float64)) for key in sums[0]})
+
+
+def load_as(
+    workdir: str | Path, norm: str, step: int | None, mesh: Mesh | None = None
+) -> tuple[int, ModelConfig, dict[str, Any]]:
+    """The step of a run's checkpoint (None: the latest), and what it holds as the model and parameters of `norm`.
+
+    With a mesh the parameters are split over it, and so is Pre-LN's conversion; that of others, whose equivalents need
+    not exist, is done whole. Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
+    """
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.resolve(step)
+        stored = checkpoints.model(step)
+        model = stored if norm == stored.norm else convert_config(stored, to=norm)
+        split = mesh is not None and stored.norm in (norm, "layernorm")
+        _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
+    formats = None if mesh is None else params_format(model, mesh)
+    if norm != stored.norm:
+        convert = functools.partial(convert_params, config=stored, to=norm)
+        params = (jax.jit(convert, out_shardings=formats) if split else convert)(params)
+    if mesh is not None:
+        params = (lay_out if split else put_everywhere)(params, formats)
+    return step, model, params
+
+
+def mesh_for(config: ConfigDict) -> Mesh:
+    """The run's mesh, if there are devices for it; else one of those there are. Changes `config` to what fits it."""
+    count, config.accumulate = jax.device_count(), 1
+    if count % (config.mesh.fsdp * config.mesh.tensor):
+        config.mesh.fsdp, config.mesh.tensor = count, 1
+    config.batch_size += -config.batch_size % (count // config.mesh.tensor)  # what is missing weighs nothing
+    return make_mesh(config)

@@ -1,0 +1,109 @@
+"""The state a run starts with: its last good checkpoint, another run's parameters, or step 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from prenorm_jax.base.console import say
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.data import Data
+from prenorm_jax.equivalence.fit import fit_params, model_differences
+from prenorm_jax.models.config import EXECUTION
+from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
+from prenorm_jax.train.arrays import put_everywhere
+from prenorm_jax.train.checkpoint import Checkpoints, Damaged
+from prenorm_jax.train.optim import make_optimizer
+from prenorm_jax.train.sharding import lay_out, params_sharding, tree_sharding
+from prenorm_jax.train.step import RunModels, TrainState, init_state, run_models, state_sharding
+
+
+def start_state(
+    config: ConfigDict,
+    models: RunModels,
+    checkpoints: Checkpoints,
+    data: Data,
+    mesh: Mesh,
+    given: Any = None,
+) -> TrainState:
+    """The state of the last checkpoint that can be read; only if there is none at all, step 0.
+
+    Checkpoints that cannot be read are moved aside, unless no other is left: then PrenormError, and nothing changes.
+    For a checkpoint of another model, or of a run on other data: PrenormError too. `given` are parameters to start with
+    at step 0 (`load_init_from`); None: the seed's.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(checkpoints.steps()):
+        try:
+            state = _load(step, config, models, checkpoints, data, mesh)
+        except Damaged as error:
+            damaged[step] = str(error)
+            continue
+        for bad, why in damaged.items():
+            place = checkpoints.set_aside(bad)
+            say(f"warning: {why}; moved to {place}")
+        if damaged:
+            say(f"warning: falling back to step {step}")
+        return state
+    if damaged:
+        raise PrenormError(
+            f"no checkpoint in {checkpoints.directory} can be read: {'; '.join(damaged.values())}; nothing changed: "
+            "restore them from a copy, or start anew in another workdir"
+        )
+    sharding = state_sharding(config, models, mesh)
+    if given is None:
+        return jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
+    return _fresh(0, config, put_everywhere(given, sharding.params), sharding)
+
+
+def _load(
+    step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, data: Data, mesh: Mesh
+) -> TrainState:
+    metadata = checkpoints.metadata(step)
+    place = checkpoints.directory / str(step)
+    if metadata["data"] not in (None, data.digest):
+        raise PrenormError(
+            f"the data are not those that {place} was trained on, but {data.description}: that would be another run; "
+            f"restore them, or start one in another workdir with --config.init_from={checkpoints.directory.parent}"
+        )
+    model = checkpoints.model(step)
+    if differences := model_differences(models.trained, model, ignored=EXECUTION):
+        raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
+    sharding = state_sharding(config, models, mesh)
+    _, params = checkpoints.params(step, params_sharding(model, mesh))
+    stored_config = config.copy_and_resolve_references()
+    stored_config.model.scan = model.scan
+    abstract = jax.eval_shape(lambda: init_state(stored_config, run_models(stored_config)).opt_state)
+    opt_state = checkpoints.optimizer(step, abstract, tree_sharding(abstract, model, mesh))
+    if model.scan != models.trained.scan:
+        restack = stack_blocks if models.trained.scan else unstack_blocks
+        params = jax.jit(restack, out_shardings=sharding.params)(params)
+        if opt_state is not None:
+            opt_state = jax.jit(restack, out_shardings=sharding.opt_state)(opt_state)
+    if opt_state is None:
+        say("this checkpoint was converted and carries no optimizer state: its moments start anew")
+        return _fresh(step, config, params, sharding)
+    counts = np.int32(step), np.int32(metadata["nonfinite"])
+    counts = put_everywhere(counts, (sharding.step, sharding.nonfinite))
+    return lay_out(TrainState(*counts, params, opt_state), sharding)
+
+
+def _fresh(step: int, config: ConfigDict, params: Any, sharding: TrainState) -> TrainState:
+    """The state at `step` with these parameters and a new optimizer."""
+    params = lay_out(params, sharding.params)
+    opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding.opt_state)(params)
+    counts = put_everywhere((np.int32(step), np.int32(0)), (sharding.step, sharding.nonfinite))
+    return TrainState(*counts, params, opt_state)
+
+
+def load_init_from(config: ConfigDict, models: RunModels) -> Any:
+    """The parameters of the last checkpoint of `config.init_from`, whatever its norm, as those of the trained model."""
+    with Checkpoints(config.init_from, read_only=True) as source:
+        step = source.resolve(None)
+        model, params = source.params(step)
+    say(f"parameters from {config.init_from} at step {step} ({model.norm})")
+    return fit_params(params, model, models.trained)
