@@ -28,6 +28,7 @@ from prenorm_jax.models.placement import computing_device
 from prenorm_jax.models.registry import build_model
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import run_models
+from prenorm_jax.models.registry import model_config
 
 SETTING = Setting("gpt:2x64", batch=2, length=16, dtype="float64")
 
@@ -137,7 +138,7 @@ def test_batches_are_real():
 def test_sizes_by_name():
     counts = {"Small": 125e6, "Medium": 350e6, "175B": 175e9}
     for name, count in counts.items():
-        leaves = abstract_params(ModelConfig.create(sizes.model(f"gpt3:{name}")))
+        leaves = abstract_params(model_config(sizes.model(f"gpt3:{name}")))
         assert sum(leaf.value.size for leaf in leaves.values()) == pytest.approx(count, rel=0.02)
 
 

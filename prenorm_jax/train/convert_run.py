@@ -15,11 +15,10 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import write_json
-from prenorm_jax.base.trees import Path as LeafPath
 from prenorm_jax.base.trees import count
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import convert_stored
-from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.registry import build_model
 from prenorm_jax.train.checkpoint import Checkpoints
@@ -81,33 +80,29 @@ def convert(
                 checkpoints.copy(step, folder)
                 print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
             else:
-                shapes = _shapes(new_model)
+                shapes = param_shapes(new_model)
                 with (
                     Checkpoints(folder) as made,
                     made.save_leaves(step, shapes, new_model, metadata["nonfinite"], metadata["data"]) as new,
                     checkpoints.leaves(step) as stored,
                 ):
                     convert_stored(stored, new, model, to)
-                print(f"{source} at step {step}: {model.norm}, {count(_shapes(model)):,} parameters")
+                print(f"{source} at step {step}: {model.norm}, {count(param_shapes(model)):,} parameters")
                 print(f"{target}: {to}, {count(shapes):,} parameters")
                 _compare(checkpoints, folder, step)
                 if has_optimizer:
                     print("the optimizer state is not carried over: its moments are the old parameters' and start anew")
             write_json(folder / "config.json", new_config.to_dict())
-            counts = dict.fromkeys(("trained", "computed"), count(_shapes(new_model)))
+            counts = dict.fromkeys(("trained", "computed"), count(param_shapes(new_model)))
             record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []}
             write_json(folder / "run.json", record)
     print(f"evaluate: python eval.py --workdir={target}")
     print(f"train on: python train.py --workdir={target} --config.steps=N   (now at step {step} of {config.steps})")
 
 
-def _shapes(model: ModelConfig) -> dict[LeafPath, jax.ShapeDtypeStruct]:
-    return {path: leaf.value for path, leaf in abstract_params(model).items()}
-
-
 def _compare(source: Checkpoints, target: Path, step: int) -> None:
     """Prints how far the logits of two checkpoints are apart, if they are small enough to be held in memory."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in _shapes(source.model(step)).values())
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in param_shapes(source.model(step)).values())
     if size > COMPARED_BYTES:
         print(f"their logits are not compared, for that takes all of the {size / 1e9:.1f} GB at once: eval.py does")
         return
