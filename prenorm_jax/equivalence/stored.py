@@ -18,8 +18,6 @@ from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.parameters import HEAD_AXES, STREAM_AXES
 
 PART = 2**22  # entries of the largest leaf that are converted at once
-
-
 Part = tuple[slice, ...]  # an index of a leaf: a slice for each axis
 
 

@@ -21,8 +21,6 @@ import jax.numpy as jnp
 from prenorm_jax.models.placement import computing_device, mesh_axis_size, platform
 
 CAUSAL_BLOCKS = 4
-
-
 SMALLEST_BLOCK = 32  # queries
 
 

@@ -43,8 +43,6 @@ _ACTIVATIONS = {
     "silu": nn.silu,
     "tanh": jnp.tanh,
 }
-
-
 _REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 

@@ -23,8 +23,6 @@ _TPU = {
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 918.0),
     **dict.fromkeys(("TPU7x",), 2307.0 / 2),
 }
-
-
 _GPU = {
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312.0),
     **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312.0),
@@ -33,8 +31,6 @@ _GPU = {
     **dict.fromkeys(("NVIDIA H100 PCIe",), 756.0),
     **dict.fromkeys(("NVIDIA B200",), 2250.0),
 }
-
-
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     kind: {"bfloat16": peak, "float32": peak} for kind, peak in _TPU.items()
 } | {kind: {"bfloat16": peak, "float16": peak, "float32": peak / 2} for kind, peak in _GPU.items()}
