@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import Array, Flat, Path
-from prenorm_jax.equivalence.roles import Roles, check_roles, parameter_roles
+from prenorm_jax.equivalence.roles import Roles, check_roles, parameter_roles, with_biases
 from prenorm_jax.equivalence.rules import center_heads, change_coordinates, fold_layer_scales, fold_norms, split_heads
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
@@ -153,9 +153,9 @@ def convert_leaves(flat: Flat, roles: Roles, norm: str, to: str, biases: Collect
     if not traced:
         check_zero_mean(flat, roles, norm, to)
     changed = fold_layer_scales(fold_norms(_widened(flat, roles, traced), roles), roles)
-    changed = change_coordinates(changed, roles, norm, to)
+    changed = change_coordinates(changed, with_biases(roles), norm, to)
     if norm == "layernorm":
-        changed = center_heads(changed, roles)
+        changed = center_heads(changed, with_biases(roles))
     kernels = {role.bias: path for path, role in roles.items() if role.bias is not None and path in flat}
     for bias in [bias for bias in kernels if bias in biases and bias not in changed]:
         shape = list(flat[kernels[bias]].shape)

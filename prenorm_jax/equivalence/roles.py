@@ -89,6 +89,21 @@ def _role(path: Path, leaf: Parameter, leaves: Mapping[Path, Any]) -> Role:
     return dataclasses.replace(role, scales=tuple((leaf, -1) for leaf in scaled if leaf in leaves))
 
 
+def with_biases(roles: Roles) -> dict[Path, Role]:
+    """The roles, and those of the biases that folding may give to readers which have none."""
+    new = {
+        role.bias: Role(
+            writes=None if role.writes is None else -1,
+            stream=role.stream,
+            heads=None if role.heads is None else -1,
+            head_dim=role.head_dim,
+        )
+        for role in roles.values()
+        if role.bias is not None and role.bias not in roles
+    }
+    return {**roles, **new}
+
+
 def check_roles(roles: Roles) -> None:
     """Raises PrenormError for a γ or β that no reader would take up, and for a λ that multiplies nothing."""
     feeding = {role.norm for role in roles.values() if role.reads is not None}

@@ -48,10 +48,8 @@ def center_heads(flat: Flat, roles: Roles) -> Flat:
     """Removes the mean over each head from what a norm over each head takes."""
     centered = dict(flat)
     for path, role in roles.items():
-        # A bias may be new, made by folding: its one axis is the reader's.
-        for leaf, axis in {path: role.heads, role.bias: -1}.items() if role.heads is not None else ():
-            if leaf in flat:
-                centered[leaf] = map_heads(center, flat[leaf], axis, role.head_dim)
+        if role.heads is not None and path in flat:
+            centered[path] = map_heads(center, flat[path], role.heads, role.head_dim)
     return centered
 
 

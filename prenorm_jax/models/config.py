@@ -7,7 +7,9 @@ the questions that several keys decide together.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import jax
@@ -92,11 +94,11 @@ class ModelConfig:
     @classmethod
     def resolve(cls, values: Mapping[str, Any]) -> ModelConfig:
         """The checked config of these values, with defaults for None. Raises PrenormError naming the wrong key."""
-        fields = {field.name: str(field.type).split(" |")[0] for field in dataclasses.fields(cls)}
-        if unknown := [key for key in values if key not in fields]:
-            raise PrenormError(f"unknown key model.{unknown[0]}; the keys are {', '.join(fields)}")
+        types = cls.value_types()
+        if unknown := [key for key in values if key not in types]:
+            raise PrenormError(f"unknown key model.{unknown[0]}; the keys are {', '.join(types)}")
         given = {key: value for key, value in values.items() if value is not None}
-        raw = cls(**{key: _typed(f"model.{key}", value, fields[key]) for key, value in given.items()})
+        raw = cls(**{key: _typed(f"model.{key}", value, types[key]) for key, value in given.items()})
         raw._check_values()
         reader_bias = _default(raw.reader_bias, raw.use_bias)
         resolved = dataclasses.replace(
@@ -112,6 +114,12 @@ class ModelConfig:
         )
         resolved.check()
         return resolved
+
+    @classmethod
+    def value_types(cls) -> dict[str, type]:
+        """Field -> the type of its values other than None."""
+        hints = typing.get_type_hints(cls)
+        return {field.name: (*typing.get_args(hints[field.name]), hints[field.name])[0] for field in fields(cls)}
 
     def _check_values(self) -> None:
         """Raises PrenormError for a value that is wrong by itself, or for heads."""
@@ -192,9 +200,9 @@ def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _typed(key: str, value: Any, type_name: str) -> Any:
-    if type_name == "float" and isinstance(value, int) and not isinstance(value, bool):
+def _typed(key: str, value: Any, wanted: type) -> Any:
+    if wanted is float and type(value) is int:
         return float(value)
-    if type(value).__name__ != type_name:
-        raise PrenormError(f"{key}={value!r} must be of type {type_name}, not {type(value).__name__}")
+    if type(value) is not wanted:
+        raise PrenormError(f"{key}={value!r} must be of type {wanted.__name__}, not {type(value).__name__}")
     return value

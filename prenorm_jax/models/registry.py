@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -32,14 +32,10 @@ def model_config(config: ModelConfig | Mapping[str, Any] | ConfigDict) -> ModelC
 
 def model_defaults(name: str) -> ConfigDict:
     """`config.model` with the defaults of the family's dataclass. Raises PrenormError for an unknown family."""
-    placeholders = {"int | None": int, "float | None": float, "bool | None": bool}
+    config_class = family(name).config_class
+    types, defaults = config_class.value_types(), {field.name: field.default for field in fields(config_class)}
     return ConfigDict(
-        {
-            field.name: config_dict.placeholder(placeholders[str(field.type)])
-            if field.default is None
-            else field.default
-            for field in dataclasses.fields(family(name).config_class)
-        }
+        {key: config_dict.placeholder(types[key]) if value is None else value for key, value in defaults.items()}
     )
 
 
