@@ -1,6 +1,7 @@
 """Runs over many processes: real ones, with two devices each, that meet on this machine."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from many_processes import DEVICES, run_config
 from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 from test_resume import losses_of, steps_written, wait_until
@@ -24,7 +24,6 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.processes import initialize, lost_process
 from prenorm_jax.config import base_config
 from prenorm_jax.train import stop as signals
-from prenorm_jax.train.arrays import global_batch, local_rows, put_everywhere
 from prenorm_jax.train.checkpoint import complete_steps
 from prenorm_jax.train.loop import train
 from prenorm_jax.train.sharding import make_mesh
@@ -42,11 +41,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(*arguments: object, x64: bool = False, **variables: object) -> subprocess.Popen:
+def start(*arguments: object, **variables: object) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=clean_environment(DEVICES, x64) | {name: str(value) for name, value in variables.items()},
+        env=clean_environment(DEVICES) | {name: str(value) for name, value in variables.items()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -83,7 +82,6 @@ def check_lost(status: int, errors: str) -> None:
 
 
 def compare_runs(actual: Path, expected: Path) -> None:
-    assert list(losses_of(actual)) == list(losses_of(expected))
     numbers = [
         [(line["step"], line[name]) for line in lines_of(run) for name in ("loss", "eval_loss") if name in line]
         for run in (actual, expected)
@@ -100,7 +98,7 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
     train(run_config(text, stop_at=3), alone)
     shutil.copytree(alone, run)
     arguments = ["tests/many_processes.py", f"127.0.0.1:{free_port()}"]
-    pair = [start(*arguments, i, text, tmp_path, x64=True, PYTHONPATH=ROOT) for i in range(2)]
+    pair = [start(*arguments, i, text, tmp_path, JAX_ENABLE_X64=1, PYTHONPATH=ROOT) for i in range(2)]
     statuses, outputs, errors = finish(pair)
     stages = [[json.loads(line) for line in output.splitlines()] for output in outputs]
     assert [len(stage) for stage in stages] == [4, 4], (outputs, errors)
@@ -175,7 +173,7 @@ def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line():
     try:
         waiting = starts["interrupted"].stderr.readline()
         starts["interrupted"].send_signal(signal.SIGINT)
-        _, interrupted = starts["interrupted"].communicate(timeout=10)
+        _, interrupted = starts["interrupted"].communicate(timeout=60)
         assert waiting == f"waiting for 2 processes at {nobody}, for at most 300 s\n"
         assert interrupted.startswith("error: interrupted") and starts.pop("interrupted").returncode == 130
     finally:
@@ -186,9 +184,9 @@ def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line():
     assert "the devices here are part of a machine of 2 processes, and this one was told of 3" in said["told of 3"]
     assert "processes differ in their numbers" in said["pair 0"]
     for name, address in {"the first": nobody, "another": other}.items():
-        assert f"error: 2 processes did not meet at {address} (TimeoutError): start all within 5 s" in said[name]
+        assert f"error: 2 processes did not meet at {address} (TimeoutError): start all within 5 s, " in said[name]
     assert "4 processes did not meet at the first host that Open MPI names (" in said["launched"]
-    assert all("with --coordinator=HOST:PORT" in said[name] for name in ("the first", "another", "launched"))
+    assert all("host as --coordinator, --processes=" in said[name] for name in ("the first", "another", "launched"))
     assert all("\n" not in line for line in said.values())
     ended = dict(zip(starts, statuses, strict=True))
     check_lost(ended.pop("told of 2"), f"waiting for 2 processes at {differing}, for at most 120 s\n{told}")
@@ -298,10 +296,9 @@ def test_flags_that_do_not_fit_are_refused_at_once(monkeypatch, given, message):
     ],
 )
 def test_a_launcher_counts_only_if_it_started_several_processes(monkeypatch, told, launcher, count):
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "MEGASCALE_", "TPU_")):
+            monkeypatch.delenv(name)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert processes._launcher() == (launcher, count)
@@ -375,37 +372,3 @@ def test_the_error_that_tells_of_a_lost_process_is_said_in_full(monkeypatch, cap
     console.end_for_lost_process(JaxRuntimeError(GLOO + "x" * 500 + "\nmore"))
     said = capsys.readouterr().out
     assert f"({GLOO}{'x' * 500}): the same command" in said and said.count("\n") == 1
-
-
-# --- Rows, in one process that has all devices. ---
-
-
-@pytest.mark.parametrize("axes", ["data", ("data", "fsdp")])
-def test_a_global_batch_is_what_its_rows_were(axes):
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    sharding = NamedSharding(mesh, PartitionSpec(axes))
-    assert local_rows(sharding, 8) == slice(0, 8)
-    rows = {"tokens": np.arange(24).reshape(8, 3), "labels": np.arange(8)}
-    batch = global_batch(rows, sharding, 8)
-    for name, array in batch.items():
-        assert array.sharding.is_equivalent_to(sharding, array.ndim)
-        np.testing.assert_array_equal(array, rows[name])
-
-
-def test_rows_are_those_of_the_devices_of_the_process():
-    class Elsewhere:
-        """A sharding of which this process has two of eight devices."""
-
-        def addressable_devices_indices_map(self, shape):
-            width = shape[0] // 8
-            return {i: (slice(i * width, (i + 1) * width),) for i in (4, 5)}
-
-    assert local_rows(Elsewhere(), 16) == slice(8, 12)
-
-
-def test_placed_arrays_are_whole_everywhere():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    tree = {"a": np.arange(16.0), "b": np.int32(3)}
-    placed = put_everywhere(tree, {name: NamedSharding(mesh, PartitionSpec()) for name in tree})
-    jax.tree.map(np.testing.assert_array_equal, placed, tree)
-    assert placed["b"].dtype == np.int32 and placed["b"].shape == ()

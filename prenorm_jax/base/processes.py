@@ -21,9 +21,7 @@ import xxhash
 
 from prenorm_jax.base.errors import PrenormError, SharedError, check_range, first_line
 
-# A process that gives no sign of life for so long is dead: JAX ends the others, by a message of its own and status 134,
-# unless a collective has raised before that (`lost_process`).
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 30  # after so long without a sign of life from one process JAX ends the others, with status 134
 
 _process, _processes = 0, 1
 
@@ -67,26 +65,23 @@ def initialize(
     _set_stdout_apart()
     try:
         # In a thread: it waits in C++, which hears no Ctrl-C and, when its own time is up, aborts with a stack trace.
-        _process = ThreadPoolExecutor(1).submit(_join, *given, 2 * timeout).result(timeout)
+        _process = ThreadPoolExecutor(1).submit(_join, given, 2 * timeout).result(timeout)
     except Exception as error:  # of many kinds: whatever JAX stumbles over in what a launcher says, a port in use, ...
         raise PrenormError(
-            f"{count} processes did not meet at {where} ({first_line(error)}): start all within {timeout} s of each "
-            f"other, with --coordinator=HOST:PORT, a free port of the first one's host that all reach, "
-            f"--processes={count} and --process=0 to {count - 1}"
+            f"{count} processes did not meet at {where} ({first_line(error)}): start all within {timeout} s, with a "
+            f"free port of the first one's host as --coordinator, --processes={count} and --process=0 to {count - 1}"
         ) from error
 
 
-def _join(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> int:
-    """Joins the others by JAX; the number of this process."""
+def _join(given: tuple[str | None, int | None, int | None], timeout: int) -> int:
+    """Joins the others, as `initialize` is told; the number of this process."""
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for `StopSignals`
     jax.distributed.initialize(
-        coordinator,
-        processes,
-        process,
+        *given,
         # What a launcher says is JAX's to read; it also says which devices are ours.
-        cluster_detection_method="deactivate" if coordinator else None,
+        cluster_detection_method="deactivate" if given[0] else None,
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
@@ -121,8 +116,7 @@ def _set_stdout_apart() -> None:
     """Leaves stdout to Python: gloo, which is C++, announces there how many it is connected to, each time."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def check_joined() -> None:
@@ -201,5 +195,5 @@ def lost_process(error: BaseException | None) -> bool:
     """Whether this, or what it was raised from, is an error of JAX's runtime that says that another process is gone."""
     if _processes == 1 or error is None:
         return False
-    of_runtime = isinstance(error, RuntimeError | ValueError)  # JaxRuntimeError is one of the first
+    of_runtime = isinstance(error, RuntimeError | ValueError)  # a JaxRuntimeError is one of the first
     return bool(of_runtime and _LOST.match(str(error))) or lost_process(error.__cause__)
