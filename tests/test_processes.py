@@ -143,7 +143,7 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
 
 
 JOIN = """
-import sys
+import signal, sys
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.processes import check_joined, check_same, initialize
 
@@ -152,6 +152,7 @@ def main():
     check_joined()
     check_same("their numbers", sys.argv[4])
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
 run_command(main)
 """
 
