@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import run_command, say
@@ -20,11 +22,11 @@ from prenorm_jax.train.sharding import sharding_table
 from prenorm_jax.train.step import run_models
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Compiles and prints, for each norm that is named."""
-    del argv
-    logging.set_verbosity(logging.FATAL)
-    args, config = flags.FLAGS, flags.FLAGS.config
+    args = _parse(argv)
+    logging.disable(logging.ERROR)  # jax tells of what is installed and found
+    config = args.config
     devices, reports = None, []
     if args.out:
         if Path(args.out).is_dir():
@@ -48,17 +50,21 @@ def main(argv: list[str]) -> None:
         write_whole(Path(args.out), (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _parse(argv: list[str]) -> list[str]:
-    flags.DEFINE_string("topology", "v5p:2x2x1", "TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8")
-    flags.DEFINE_string("norm", None, "norms to compile, with commas between them (default: the config's)")
-    flags.DEFINE_bool("parameters", False, "only print how each parameter is split; needs no libtpu")
-    flags.DEFINE_string("out", None, "a JSON file for all figures")
+def _parse(argv: Sequence[str] | None) -> flags.FlagValues:
+    args = flags.FlagValues()
+    flags.DEFINE_string("topology", "v5p:2x2x1", "TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8", flag_values=args)
+    flags.DEFINE_string(
+        "norm", None, "norms to compile, with commas between them (default: the config's)", flag_values=args
+    )
+    flags.DEFINE_bool("parameters", False, "only print how each parameter is split; needs no libtpu", flag_values=args)
+    flags.DEFINE_string("out", None, "a JSON file for all figures", flag_values=args)
 
     def default(given: dict[str, str]) -> ConfigDict:
         raise PrenormError("--config is missing: name a config file, such as --config=configs/gpt3_175b.py")
 
-    return parse_flags(argv, ("topology", "norm", "out"), default)
+    parse_flags(args, argv, default, __doc__)
+    return args
 
 
 if __name__ == "__main__":
-    run_command(lambda: app.run(lambda argv: run_command(lambda: main(argv)), flags_parser=_parse))
+    run_command(main)
