@@ -269,11 +269,11 @@ def test_output_replaces_an_older_report_and_leaves_nothing_else(tmp_path: Path)
         (["ln", "converted"], "converted holds no training (no metrics.jsonl)"),
         (["empty"], "empty/metrics.jsonl holds no training line"),
         (["evals"], "evals/metrics.jsonl holds no training line"),
-        (["broken"], "broken/config.json is not valid JSON"),
+        (["broken"], "broken/config.json is damaged: "),
         (["ln", "later"], "later has no step in common with the reference ln"),
         (["ln", "./ln/"], "ln is named twice"),
         (["ln", "--reference=later"], "the reference later is not among the runs"),
-        (["ln", "--out=ln/config.json"], "cannot write ln/config.json/report.json"),
+        (["ln", "--out=ln/config.json"], "cannot write ln/config.json (File exists)"),
     ],
 )
 def test_errors_are_one_line_and_exit_status_2(
