@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from prenorm_jax.base.console import run_command
@@ -126,13 +127,13 @@ The curves: {workdir / "report" / "report.html"}   (and .png, .json beside it)""
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m prenorm_jax.demo", description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps: about two minutes")
     parser.add_argument("--switch", action="store_true", help="instead: the norm switched every 25 steps of one run")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.switch:
         switch_demo(args.workdir)
     else:

@@ -7,10 +7,9 @@ the installed jax: `pip install "jax[tpu]"`.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,8 +22,6 @@ from prenorm_jax.bench.tasks import SPLIT, make_task
 from prenorm_jax.train.sharding import make_mesh
 
 _NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-
-
 _NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
 
 
@@ -57,13 +54,27 @@ def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
 
 
-def cycles(program: jax.stages.Compiled) -> int:
-    """The sum of the compiler's estimated cycles, one device's, over all operations of the program that state them."""
-    return sum(operation.times * operation.cycles for operation in hlo.operations(program.as_text()))
+class Memory(NamedTuple):
+    """Bytes that the compiler plans for on each device. The peak is at most that: not all temporaries live at once."""
+
+    arguments: int
+    temporaries: int
+    peak: int
+
+
+def planned_memory(program: jax.stages.Compiled) -> Memory:
+    """Of one run of the program."""
+    found = program.memory_analysis()
+    arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(arguments, temporaries, arguments + temporaries + results + found.generated_code_size_in_bytes)
 
 
 def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
-    """What the JSON file holds, for the setting's batch on each device. Raises PrenormError."""
+    """What the JSON file holds, for the setting's batch on each device. Raises PrenormError.
+
+    Cycles are the sum of the compiler's estimates, one device's, over all operations of the program that state them.
+    """
     devices = topology_devices(name)
     devices = devices if task in SPLIT else devices[:1]
     config = dataclasses.replace(setting, batch=setting.batch * len(devices)).run_config()
@@ -71,13 +82,13 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
     rows = {}
     for contender in names:
         start = time.monotonic()
-        work = make_task(task, CONTENDERS[contender], config, make_mesh(config, devices))
-        program = work.compile(abstract_batch(config))
-        analysis = program.memory_analysis()
+        program = make_task(task, CONTENDERS[contender], config, make_mesh(config, devices)).compile(
+            abstract_batch(config)
+        )
         rows[contender] = {
             "about": CONTENDERS[contender].about,
-            "cycles": cycles(program),
-            "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
+            "cycles": sum(operation.all_cycles for operation in hlo.operations(program.as_text())),
+            "temporaries_mib": planned_memory(program).temporaries / 2**20,
             "compile_s": time.monotonic() - start,
         }
         say(f"{contender}: compiled in {rows[contender]['compile_s']:.0f} s")
@@ -88,14 +99,9 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
     baseline = baseline_of({name: row["cycles"] for name, row in rows.items()})
     for row in rows.values():
         row["ratio"] = row["cycles"] / rows[baseline]["cycles"]
-    return {
-        **dataclasses.asdict(setting),
-        "task": task,
-        "length": setting.length if config.model.family == "gpt" else None,
+    return setting.header(task) | {
         "topology": name,
         "devices": len(devices),
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
         "baseline": baseline,
         "contenders": rows,
     }

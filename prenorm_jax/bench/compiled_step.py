@@ -1,9 +1,6 @@
-"""Compiles the real training step for TPUs that need not be there, and says what it would need and do.
+"""The real training step compiled for TPUs that need not be there: what it would need and do. For `aot`.
 
-    python -m prenorm_jax.aot --config=configs/gpt3_175b.py --topology=v5p:4x4x8 --norm=rmsnorm
-
-Memory, collectives and cycles are the TPU compiler's figures, not measurements. It needs libtpu, of the version that
-belongs to the installed jax: `pip install "jax[tpu]"`.
+Memory, collectives and cycles are the TPU compiler's figures, not measurements (`compiled.py`).
 """
 
 from __future__ import annotations
@@ -19,17 +16,14 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.trees import count
 from prenorm_jax.bench import hlo
-from prenorm_jax.bench.compiled import abstract_batch
+from prenorm_jax.bench.compiled import abstract_batch, planned_memory
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import H_SCOPE, OPTIMIZER_SCOPE, init_state, make_train_step, run_models
 
 GIB = 2**30
-
-
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a chip: cloud.google.com/tpu/docs/system-architecture-tpu-vm
-
 
 # Parts of a step, by the name of an operation in the source; the first that is found counts. XLA fuses operations and
 # names the fusion after one of them.
@@ -64,25 +58,20 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
             f"the step of {models.computed.norm} does not fit: {first_line(error)}; take more devices, a larger "
             "mesh.fsdp or accumulate, or model.remat=full"
         ) from error
-    memory = program.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    others = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes
     parts: dict[str, int] = collections.Counter()
     collectives: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for operation in hlo.operations(program.as_text()):
+        parts[part_of(operation)] += operation.all_cycles
         if operation.collective:
             collectives[operation.collective][0] += operation.times
             collectives[operation.collective][1] += operation.times * operation.size
-        parts[part_of(operation)] += operation.times * operation.cycles
-    length = config.data.seq_len if config.model.family == "gpt" else 0
+    length = config.data.get("seq_len", 0)  # images have their own
     return {
         "norm": models.computed.norm,
         "parameters": count(state.params),
         "devices": len(devices),
         "mesh": dict(mesh.shape),
-        "arguments": arguments,
-        "temporaries": temporaries,
-        "peak": arguments + temporaries + others,  # at most: not all of the temporaries need live at once
+        **planned_memory(program)._asdict(),
         "model_flops": model_flops(ModelConfig.create(config.model), config.batch_size, length, training=True),
         "collectives": {kind: tuple(value) for kind, value in sorted(collectives.items())},
         "cycles": {part: parts[part] for part in [*_PARTS, "other"]},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -109,8 +110,6 @@ class Contender:
 
 # The fastest is the baseline.
 BASELINES = ("layernorm", "layernorm-folded", "flax-one-pass", "flax-one-pass-folded", "flax-two-pass")
-
-
 BOUND = "none"
 
 
@@ -160,6 +159,12 @@ class Setting:
         config.model.update(keys)
         config.model.dtype = self.dtype
         config.model.depth = self.depth or config.model.depth
-        if keys["family"] == "gpt":
+        if "seq_len" in config.data:
             config.data.seq_len, config.model.max_len = self.length, max(self.length, keys.get("max_len", 0))
         return config
+
+    def header(self, task: str) -> dict[str, Any]:
+        """What the JSON file says of every measurement; the length is None for images, which have their own."""
+        length = self.run_config().data.get("seq_len")
+        when = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+        return dataclasses.asdict(self) | {"task": task, "length": length} | when

@@ -11,37 +11,16 @@ import re
 from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-
-
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
-
-
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-
-
 _CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=(\{.*?\}|\S+)")
-
-
 _NAME = re.compile(r"[\w.\-]+")
-
-
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-
-
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
-
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-
-
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-
-
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-
-
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -63,6 +42,11 @@ class Operation:
     times: int
     cycles: int
     size: int
+
+    @property
+    def all_cycles(self) -> int:
+        """Of all the times that it is done."""
+        return self.times * self.cycles
 
     @property
     def collective(self) -> str | None:

@@ -34,8 +34,6 @@ TASKS = {  # name -> what it is
     "decode": "one token after half a sequence of them",
     "h": "the conversion h and its derivative alone",
 }
-
-
 SPLIT = ("step", "forward")  # among the devices of a mesh; of the others each device does all
 
 
@@ -86,7 +84,7 @@ def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -
     elif name == "h":
         function, carried = _jit(_conversion(models), mesh), None
     else:
-        if config.model.family != "gpt":
+        if not models.computed.causal:
             raise PrenormError(f"--task={name} needs a model of text, such as --model=gpt:6x384")
         function = _generation(name, models.computed, config.data.seq_len, mesh)
         carried = None if name == "prefill" else 1

@@ -11,8 +11,6 @@ at all it goes, undisturbed. Where the noise is larger than the way, there is no
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import math
 import time
 from collections.abc import Callable
@@ -26,8 +24,9 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.allocator import release_freed_memory
 from prenorm_jax.base.console import say
-from prenorm_jax.bench import report as benchmark_report
+from prenorm_jax.bench.compiled import planned_memory
 from prenorm_jax.bench.contenders import BASELINES, BOUND, CONTENDERS, Setting, baseline_of
+from prenorm_jax.bench.report import LEAST_ROUNDS
 from prenorm_jax.bench.tasks import Task, make_task
 from prenorm_jax.data import load_data
 from prenorm_jax.models.config import ModelConfig
@@ -37,11 +36,7 @@ from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.workdir import configure_jax
 
 WARM_UP = 2  # rounds
-
-
 LEAST_CALL = 0.01  # seconds, of products whose speed counts as the peak
-
-
 QUIET = 0.1  # the quantile of a contender's times that counts as undisturbed
 
 
@@ -112,12 +107,10 @@ def peak_flops(dtype: str, size: int = 2048) -> float:
 
 def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
     """MiB: what the compiler plans for, and what the process's peak rises by when it runs (Linux, CPU), if known."""
-    analysis = program.memory_analysis()
-    planned = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-    planned -= analysis.alias_size_in_bytes
+    planned = planned_memory(program)
     return {
-        "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
-        "compiled_mib": planned / 2**20,
+        "temporaries_mib": planned.temporaries / 2**20,
+        "compiled_mib": planned.peak / 2**20,
         "process_mib": _process_memory(call),
     }
 
@@ -153,7 +146,7 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str
     floors = {name: np.quantile(values, QUIET) for name, values in times.items()}
     resampled = {name: np.quantile(values[samples], QUIET, axis=1) for name, values in times.items()}
     quiet = {name: floor / resampled[baseline] for name, floor in resampled.items()}
-    enough = rounds >= benchmark_report.LEAST_ROUNDS
+    enough = rounds >= LEAST_ROUNDS
     a_way = baseline in BASELINES and BOUND in times
     measurable = enough and a_way and np.quantile(quiet[BOUND], 0.975) < 1
     result = {}
@@ -192,11 +185,11 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
         say(f"{name}: compiled in {time.monotonic() - start:.0f} s")
     seconds = measure(calls, rounds, in_a_row)
     baseline = baseline_of({name: float(np.quantile(times, QUIET)) for name, times in seconds.items()})
-    logits = 1 if task == "prefill" else None
-    flops = model_flops(ModelConfig.create(config.model), setting.batch, setting.length, task == "step", logits)
+    header, logits = setting.header(task), 1 if task == "prefill" else None
+    length = header["length"] or 1  # tokens, or an image
+    flops = model_flops(ModelConfig.create(config.model), setting.batch, length, task == "step", logits)
     peak = peak_flops(setting.dtype)
-    is_text = config.model.family == "gpt"
-    units = setting.batch * (setting.length if is_text and task != "decode" else 1)
+    units = setting.batch * (length if task != "decode" else 1)
     compared = ratios(seconds, baseline)
     for name, row in rows.items():
         quartiles = np.quantile(seconds[name], (0.25, 0.5, 0.75))
@@ -204,16 +197,11 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
         row["units_per_s"] = units / float(quartiles[1])
         of_peak = flops / float(quartiles[1]) / peak
         row["flops_share_of_peak"] = of_peak if task in ("step", "forward", "prefill") else None
-    return {
-        **dataclasses.asdict(setting),
-        "task": task,
-        "length": setting.length if is_text else None,
-        "unit": "token" if is_text else "image",
+    return header | {
+        "unit": "token" if header["length"] else "image",
         "rounds": rounds,
         "in_a_row": in_a_row,
-        "date": datetime.date.today().isoformat(),
         "device": device_name(),
-        "jax": jax.__version__,
         "matmul_peak_gflops": peak / 1e9,
         "model_gflop": flops / 1e9,
         "baseline": baseline,

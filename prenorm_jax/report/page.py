@@ -59,7 +59,7 @@ figcaption { max-width: 720px; margin-top: .5rem; }
 figure img { display: block; width: 720px; max-width: 100%; background: #fff; border-radius: 4px; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .35rem 1rem .35rem 0;
+th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0;
          border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; vertical-align: bottom; }
 th span, td:first-child { white-space: nowrap; }

@@ -162,7 +162,11 @@ def _results(report: Report, for_terminal: bool = False) -> table.Rows:
         ("final top-1", True, lambda row: _number(row["final_eval_top1"], ".2%")),
         (f"largest |Δ{NBSP}loss|", True, lambda row: _delta(row, "max_abs_delta", reference)),
         (f"final |Δ{NBSP}eval{NBSP}loss|", False, lambda row: _delta(row, "final_eval_abs_delta", reference)),
-        ("steps/s", True, lambda row: _number(row["steps_per_s"], ".3g" if (row["steps_per_s"] or 0) < 100 else ",.0f")),
+        (
+            "steps/s",
+            True,
+            lambda row: _number(row["steps_per_s"], ".3g" if (row["steps_per_s"] or 0) < 100 else ",.0f"),
+        ),
         (f"{report['unit']}s/s", False, lambda row: _number(row["units_per_s"], ",.0f")),
     ]
     if all(row["final_eval_top1"] is None for row in report["runs"]):
