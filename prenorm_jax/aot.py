@@ -14,8 +14,7 @@ from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import check_folder, json_bytes, write_results
 from prenorm_jax.base.flags import parse_flags
-from prenorm_jax.bench.compiled import topology_devices
-from prenorm_jax.bench.compiled_step import HBM_GIB, compile_step, report_text
+from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
 from prenorm_jax.models.placement import MESH_AXES
 from prenorm_jax.train.sharding import sharding_table
 from prenorm_jax.train.step import run_models

@@ -7,7 +7,7 @@ import pytest
 from test_commands import command, error_of
 from test_mesh import batch_of, run_config
 
-from prenorm_jax.bench import compiled_step as aot
+from prenorm_jax.bench import compiled as aot
 from prenorm_jax.bench import hlo
 from prenorm_jax.bench.compiled import abstract_batch
 from prenorm_jax.train.sharding import make_mesh

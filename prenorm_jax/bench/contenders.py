@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,16 +31,9 @@ class NoNorm(Norm):
     scaled = staticmethod(lambda x, epsilon: Scaled(x))
 
 
-def _flax_layer_norm(one_pass: bool) -> Callable[..., nn.Module]:
-    """Flax's own LayerNorm, called with the arguments of ours."""
+class FlaxLayerNorm(Norm):
+    """Flax's own LayerNorm. `one_pass`: its variance is E[x²] - E[x]²."""
 
-    def make(epsilon: float, use_scale: bool, use_bias: bool, param_dtype: Any, name: str) -> nn.Module:
-        return _FlaxLayerNorm(epsilon, use_scale, use_bias, param_dtype=param_dtype, one_pass=one_pass, name=name)
-
-    return make
-
-
-class _FlaxLayerNorm(Norm):
     one_pass: bool = True
 
     @nn.compact
@@ -119,19 +113,13 @@ def baseline_of(costs: dict[str, float]) -> str:
     return min([name for name in BASELINES if name in costs] or others or costs, key=costs.__getitem__)
 
 
+ONE_PASS, TWO_PASS = (functools.partial(FlaxLayerNorm, one_pass=one_pass) for one_pass in (True, False))
 CONTENDERS = {
     "layernorm": Contender("layernorm", "ours"),
     "layernorm-folded": Contender("layernorm", "ours, affine folded into the readers", folded=True),
-    "flax-one-pass": Contender("layernorm", "Flax's, E[x²] - E[x]²", stand_in=_flax_layer_norm(one_pass=True)),
-    "flax-one-pass-folded": Contender(
-        "layernorm",
-        "the same, affine folded into the readers",
-        folded=True,
-        stand_in=_flax_layer_norm(one_pass=True),
-    ),
-    "flax-two-pass": Contender(
-        "layernorm", "Flax's, use_fast_variance=False", stand_in=_flax_layer_norm(one_pass=False)
-    ),
+    "flax-one-pass": Contender("layernorm", "Flax's, E[x²] - E[x]²", stand_in=ONE_PASS),
+    "flax-one-pass-folded": Contender("layernorm", "the same, folded into the readers", folded=True, stand_in=ONE_PASS),
+    "flax-two-pass": Contender("layernorm", "Flax's, use_fast_variance=False", stand_in=TWO_PASS),
     "rmsnorm": Contender("rmsnorm", "its own parameters"),
     "rmsnorm-pre_ln": Contender("rmsnorm", "from Pre-LN parameters, h in the step", "pre_ln"),
     "crmsnorm": Contender("crmsnorm", "its own parameters, d-1 wide"),

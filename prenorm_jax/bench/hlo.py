@@ -7,6 +7,7 @@ counts are known (tests/test_hlo.py).
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -113,10 +114,5 @@ def _trips(computations: dict[str, list[str]], line: str) -> int:
 
 def _size(shape: str) -> int:
     """Bytes of a result: of a tuple, all of its parts."""
-    total = 0
-    for name, bits, dimensions in _SHAPE.findall(shape):
-        count = 1
-        for dimension in dimensions.split(","):
-            count *= int(dimension) if dimension else 1
-        total += count * (1 if name == "pred" else max(int(bits) // 8, 1))
-    return total
+    sizes = ((1 if name == "pred" else max(int(bits) // 8, 1), axes) for name, bits, axes in _SHAPE.findall(shape))
+    return sum(size * math.prod(int(axis) for axis in axes.split(",") if axis) for size, axes in sizes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -78,70 +77,54 @@ def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
     ax.legend(fontsize=FONT, edgecolor="none", framealpha=0.85, handlelength=3.2)
 
 
-class _Decades:
-    """A log axis for sizes of differences. Zero has no place on it: a curve has a gap there, and its run a row below.
-
-    Heights are powers of ten; `step` is a sixteenth of the axis's.
-    """
-
-    def __init__(self, sizes: Iterable[float], names: Iterable[str]) -> None:
-        sizes, names = list(sizes), list(names)
-        self.lowest = math.floor(math.log10(min(filter(None, sizes), default=1e-7)))
-        self.highest = max(math.log10(max(sizes, default=0) or 1e-7), self.lowest + 1)
-        self.step = (self.highest - self.lowest) / 16
-        self.rows = {name: 10 ** (self.lowest - self.step * (1.5 + index)) for index, name in enumerate(names)}
-        self.empty, self.any_zero, self.any_size = not sizes, 0 in sizes, any(sizes)
-
-    def set_up(self, ax: Axes) -> None:
-        """Scale, limits and ticks."""
-        depth = self.step * (1 + len(self.rows)) if self.any_zero else 0
-        ax.set_yscale("log")
-        ax.set_ylim(10 ** (self.lowest - depth - self.step / 4), 10 ** (self.highest + self.step / 2))
-        every = 1 + int(self.highest - self.lowest) // 8
-        decades = range(self.lowest, math.floor(self.highest) + 1, every) if self.any_size else ()
-        ticks = {10.0**decade: f"$10^{{{decade}}}$" for decade in decades}
-        if self.any_zero:
-            ax.axhline(10 ** (self.lowest - self.step * 0.75), color=GREY, linewidth=0.8)
-            ticks[10 ** (self.lowest - self.step * (1 + len(self.rows) / 2))] = "exactly 0"
-        ax.set_yticks(list(ticks), list(ticks.values()))
-        ax.minorticks_off()
-        if not self.empty and not self.any_size:
-            note = {"transform": ax.transAxes, "ha": "center", "color": GREY, "fontsize": FONT}
-            ax.text(0.5, 0.5, "no difference at any common step", **note)
-
-    def apart(self, ends: dict[str, float]) -> dict[str, float]:
-        """These heights, in their order, far enough apart for a line of text each, within the axis if there is room."""
-        names = sorted(ends, key=ends.__getitem__)
-        placed, floor, ceiling = {}, -math.inf, self.highest
-        for name in names:
-            floor = placed[name] = max(ends[name], floor + 2 * self.step)
-        for name in reversed(names):
-            placed[name] = min(placed[name], ceiling)
-            ceiling = placed[name] - 2 * self.step
-        return placed
-
-
 def _draw_differences(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
     curves = {name: _columns(report["curves"][name]["delta_loss"]) for name in styles}
     evals = {name: _columns(report["curves"][name]["delta_eval_loss"]) for name in styles}
-    axis = _Decades((abs(delta) for _, deltas in [*curves.values(), *evals.values()] for delta in deltas), styles)
+    sizes = [abs(delta) for _, deltas in [*curves.values(), *evals.values()] for delta in deltas]
+    lowest = math.floor(math.log10(min(filter(None, sizes), default=1e-7)))  # heights are powers of ten
+    highest = max(math.log10(max(sizes, default=0) or 1e-7), lowest + 1)
+    # Zero has no place on a log axis: there a curve has a gap, and a tick in its run's row below the axis.
+    step = (highest - lowest) / 16
+    rows = {name: 10 ** (lowest - step * (1.5 + index)) for index, name in enumerate(styles)}
     ends = {}
     for name, style in styles.items():
-        color, (steps, deltas), row = style["color"], curves[name], axis.rows[name]
+        color, (steps, deltas), (eval_steps, eval_deltas) = style["color"], curves[name], evals[name]
         values = [abs(delta) or math.nan for delta in deltas]
         ax.plot(steps, values, color=color, linewidth=0.6, alpha=0.85, marker=".", markersize=2)
         zeros = [step for step, delta in zip(steps, deltas, strict=True) if delta == 0]
-        ax.plot(zeros, [row] * len(zeros), linestyle="", marker="|", markersize=5, color=color)
-        eval_steps, eval_deltas = evals[name]
-        ax.plot(eval_steps, [abs(delta) or row for delta in eval_deltas], **diamonds(color, 5, len(eval_steps)))
+        ax.plot(zeros, [rows[name]] * len(zeros), linestyle="", marker="|", markersize=5, color=color)
+        ax.plot(eval_steps, [abs(delta) or rows[name] for delta in eval_deltas], **diamonds(color, 5, len(eval_steps)))
         last = [value for value in values[-20:] if value > 0]
         if values:
-            ends[name] = math.log10(statistics.median(last) if last else row)
-    axis.set_up(ax)
-    for name, height in axis.apart(ends).items():
+            ends[name] = math.log10(statistics.median(last) if last else rows[name])
+    bottom = lowest - step * (1 + len(styles)) if 0 in sizes else lowest
+    ax.set_yscale("log")
+    ax.set_ylim(10 ** (bottom - step / 4), 10 ** (highest + step / 2))
+    decades = range(lowest, math.floor(highest) + 1, 1 + int(highest - lowest) // 8) if any(sizes) else ()
+    ticks = {10.0**decade: f"$10^{{{decade}}}$" for decade in decades}
+    if 0 in sizes:
+        ax.axhline(10 ** (lowest - step * 0.75), color=GREY, linewidth=0.8)
+        ticks[10 ** (lowest - step * (1 + len(styles) / 2))] = "exactly 0"
+    ax.set_yticks(list(ticks), list(ticks.values()))
+    ax.minorticks_off()
+    if sizes and not any(sizes):
+        note = {"transform": ax.transAxes, "ha": "center", "color": GREY, "fontsize": FONT}
+        ax.text(0.5, 0.5, "no difference at any common step", **note)
+    for name, height in _apart(ends, 2 * step, highest).items():
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
         ax.annotate(label(name, 16), (1, 10**height), (4, 0), color=styles[name]["color"], fontsize=FONT, **place)
     ax.set_ylabel(f"|loss − loss of {label(report['reference'], 16)}|\n(nats per {report['unit']})", fontsize=FONT)
+
+
+def _apart(heights: dict[str, float], gap: float, ceiling: float) -> dict[str, float]:
+    """Heights for names in the order of these, so far apart that all can be read, and none above the ceiling."""
+    placed, names, floor = {}, sorted(heights, key=heights.__getitem__), -math.inf
+    for name in names:
+        floor = placed[name] = max(heights[name], floor + gap)
+    for name in reversed(names):
+        placed[name] = min(placed[name], ceiling)
+        ceiling = placed[name] - gap
+    return placed
 
 
 def _draw_switches(axes: list[Axes], rows: list[Report]) -> None:
