@@ -80,7 +80,7 @@ def demo(workdir: Path, quick: bool) -> None:
     losses |= {target: evaluate(workdir / target) for _, target, _ in CONVERSIONS}
     worst = max(abs(loss - expected) / expected for loss in losses.values())
 
-    _conclude(workdir / "report" / "report.html", compare(workdir, NORMS), expected, worst, time.monotonic() - start)
+    conclude(workdir / "report" / "report.html", compare(workdir, NORMS), expected, worst, time.monotonic() - start)
 
 
 def switch_demo(workdir: Path) -> None:
@@ -99,7 +99,7 @@ def switch_demo(workdir: Path) -> None:
         raise PrenormError("the switched run departs further than rounding: something is broken")
 
 
-def _conclude(page: Path, rows: dict[str, dict], expected: float, worst: float, seconds: float) -> None:
+def conclude(page: Path, rows: dict[str, dict], expected: float, worst: float, seconds: float) -> None:
     """Says what was shown; raises PrenormError if it is not what ought to be."""
     if worst > SAME_LOSS:
         raise PrenormError(

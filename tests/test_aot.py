@@ -1,15 +1,15 @@
 """What `aot` says of a training step. Here for eight CPU devices; .ci/run compiles one for TPUs with their compiler."""
 
 import re
+from unittest import mock
 
 import jax
 import pytest
-from test_commands import command, error_of
+from commands import command, error_of, here
 from test_mesh import batch_of, run_config
 
-from prenorm_jax.bench import compiled as aot
 from prenorm_jax.bench import hlo
-from prenorm_jax.bench.compiled import abstract_batch
+from prenorm_jax.bench.compiled import abstract_batch, compile_step, part_of, report_text
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import init_state, make_train_step, run_models, state_sharding
 
@@ -22,7 +22,15 @@ def config():
     return config
 
 
-def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config):
+@pytest.fixture(scope="module")
+def compiled(config):
+    """(what is said of the config's step, the program's text)."""
+    texts, operations = [], hlo.operations
+    with mock.patch.object(hlo, "operations", lambda text: texts.append(text) or operations(text)):
+        return compile_step(config, jax.devices()), texts[0]
+
+
+def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config, compiled):
     models, mesh = run_models(config), make_mesh(config)
     sharding = state_sharding(config, models, mesh)
     state = jax.device_put(jax.jit(lambda: init_state(config, models))(), sharding)
@@ -32,7 +40,7 @@ def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config):
         name: (leaf.shape, leaf.dtype) for name, leaf in abstract_batch(config).items()
     }
     held += sum(leaf.nbytes for leaf in batch.values()) // 4  # data 2 × fsdp 2
-    report = aot.compile_step(config, jax.devices())
+    report, _ = compiled
     assert report["arguments"] == pytest.approx(held, rel=0.01)  # XLA aligns them
     assert report["peak"] >= report["arguments"] + report["temporaries"] > report["arguments"]
     assert report["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -44,7 +52,7 @@ def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config):
 def test_one_device_needs_no_collectives(config):
     alone = config.copy_and_resolve_references()
     alone.mesh.fsdp = alone.mesh.tensor = 1
-    assert aot.compile_step(alone, jax.devices()[:1])["collectives"] == {}
+    assert compile_step(alone, jax.devices()[:1])["collectives"] == {}
 
 
 def test_no_device_holds_a_whole_gradient_or_batch_where_layouts_are_asked_for(config, monkeypatch):
@@ -59,29 +67,25 @@ def test_no_device_holds_a_whole_gradient_or_batch_where_layouts_are_asked_for(c
     assert "[4,8,15]" in shapes and "[16,8,15]" not in shapes  # (B, T, D): the batch by 4 devices
 
 
-def test_every_part_of_a_step_is_found(config):
+def test_every_part_of_a_step_is_found(compiled):
     """By the names in the program: if one is changed, its operations would silently count as another part's."""
-    models, mesh = run_models(config), make_mesh(config)
-    state = jax.eval_shape(lambda: init_state(config, models))
-    text = make_train_step(config, models, mesh).lower(state, abstract_batch(config)).compile().as_text()
     found = {}
-    for operation in hlo.operations(text):
-        found.setdefault(aot.part_of(operation), []).append(operation)
+    for operation in hlo.operations(compiled[1]):
+        found.setdefault(part_of(operation), []).append(operation)
     assert {"conversion h", "optimizer", "norms", "attention", "MLP", "embedding, head and loss"} <= set(found)
     assert all("mlp/" in operation.scope for operation in found["MLP"])
     assert not any(re.search("attention/|mlp/", operation.scope) for operation in found["norms"])
 
 
-def test_the_report_says_what_fits(config):
-    report = aot.compile_step(config, jax.devices()) | {"cycles": {"norms": 3_000_000, "MLP": 1_000_000}}
-    text = aot.report_text(report, hbm_gib=95)
+def test_the_report_says_what_fits(compiled):
+    text = report_text(compiled[0] | {"cycles": {"norms": 3_000_000, "MLP": 1_000_000}}, hbm_gib=95)
     assert "GiB of the chip's 95, so it fits" in text and "norms 3.0 M (75.0%)" in text and "all-gather" in text
     assert "data 2 × fsdp 2 × tensor 2" in text
 
 
 def test_how_parameters_are_split_is_said_without_libtpu():
     flags = ["--config=configs/gpt_stdlib.py", "--parameters", "--config.mesh.fsdp=2", "--config.mesh.tensor=4"]
-    rows = command("-m", "prenorm_jax.aot", *flags).stdout.splitlines()
+    rows = here("-m", "prenorm_jax.aot", *flags).stdout.splitlines()
     up = next(row for row in rows if "block_0/mlp/up/kernel" in row)
     assert "128×512" in up and "-, tensor+fsdp" in up and up.endswith("8,192")
 
@@ -92,14 +96,16 @@ def test_rematerialisation_keeps_less(config):
     for remat in ("none", "dots", "full"):
         changed = config.copy_and_resolve_references()
         changed.model.remat, changed.batch_size, changed.model.depth = remat, 256, 8
-        kept[remat] = aot.compile_step(changed, jax.devices())["temporaries"]
+        kept[remat] = compile_step(changed, jax.devices())["temporaries"]
     assert kept["full"] < 0.9 * kept["dots"] < 0.9 * 0.95 * kept["none"]
 
 
 def test_bad_flags_are_refused(tmp_path):
+    abacus = ["--config=configs/gpt_stdlib.py", "--topology=abacus:2x2"]
+    lines = command("-m", "prenorm_jax.aot", *abacus, status=2).stderr.strip().splitlines()  # here it would load libtpu
+    assert lines[-1].startswith("error: --topology=abacus:2x2 is not to be had")
     for flags, line in (
         (["--topology=v5e:2x2"], "--config is missing"),
-        (["--config=configs/gpt_stdlib.py", "--topology=abacus:2x2"], "--topology=abacus:2x2 is not to be had"),
         (["--config=configs/gpt_stdlib.py", f"--out={tmp_path}"], "is a folder: name a file in it"),
         (["--config=configs/gpt_stdlib.py", "--out=/proc/figures/aot.json"], "cannot write into /proc/figures"),
     ):

@@ -50,7 +50,7 @@ def with_words(report: Report) -> Report:
     for dtype in dict.fromkeys(row["dtype"] for row in report["runs"]):
         if others and dtype in ROUNDING:
             words["notes"].append(
-                f"In {dtype} (relative rounding {_small(ROUNDING[dtype])}) runs whose arithmetic differs only in "
+                f"In {dtype} (relative rounding {two_digits(ROUNDING[dtype])}) runs whose arithmetic differs only in "
                 "rounding drift apart slowly: training amplifies the differences of the first steps."
             )
     return report | words
@@ -79,12 +79,12 @@ def _verdict(row: Report, base: Report, unit: str) -> str:
     else:
         text = (
             f"{claim}: over {steps} the training losses differ by at most "
-            f"{_small(largest)} nats per {unit} (at step {row['max_abs_delta_step']:,}; at first "
-            f"{_small(row['first_abs_delta'])}, in the median {_small(row['median_abs_delta'])})."
+            f"{two_digits(largest)} nats per {unit} (at step {row['max_abs_delta_step']:,}; at first "
+            f"{two_digits(row['first_abs_delta'])}, in the median {two_digits(row['median_abs_delta'])})."
         )
         if change:
             text += (
-                f" The largest is {_small(largest / change)} times the {_small(change)} by which the loss of "
+                f" The largest is {two_digits(largest / change)} times the {two_digits(change)} by which the loss of "
                 f"{base['name']} itself typically changes from one step to the next."
             )
     native = [one["name"] for one in (base, row) if one["parameterization"] == "native" and one["norm"] != "layernorm"]
@@ -185,7 +185,7 @@ def _parameters(row: Report) -> str:
 
 
 def _delta(row: Report, key: str, reference: str) -> str:
-    return "reference" if row["name"] == reference else _at_step(row, key, f"{key}_step", _small)
+    return "reference" if row["name"] == reference else _at_step(row, key, f"{key}_step", two_digits)
 
 
 def _at_step(row: Report, key: str, step: str, text: Callable[[Any], str]) -> str:
@@ -200,7 +200,7 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "–"
 
 
-def _small(value: float) -> str:
+def two_digits(value: float) -> str:
     """Two digits, such as 0.030 or 2.1×10⁻⁵."""
     if value == 0:
         return "0"
