@@ -34,10 +34,10 @@ def compiled(config):
 def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config, compiled):
     models, mesh = run_models(config), make_mesh(config)
     state = jax.eval_shape(lambda: init_state(config, models))
-    leaves, shardings = jax.tree.leaves(state), jax.tree.leaves(state_sharding(config, models, mesh))
+    places = jax.tree.leaves(state_sharding(config, models, mesh))  # shardings, or formats with one
     held = sum(
-        leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape))
-        for leaf, sharding in zip(leaves, shardings, strict=True)
+        leaf.dtype.itemsize * math.prod(getattr(place, "sharding", place).shard_shape(leaf.shape))
+        for leaf, place in zip(jax.tree.leaves(state), places, strict=True)
     )
     batch = batch_of(0, config)
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == {

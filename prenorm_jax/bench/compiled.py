@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,20 +76,15 @@ def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
 
 
-class Memory(NamedTuple):
-    """Bytes that the compiler plans for on each device. The peak is at most that: not all temporaries live at once."""
+def planned_memory(program: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes that the compiler plans for on each device: arguments, temporaries, and the peak, which is at most this.
 
-    arguments: int
-    temporaries: int
-    peak: int
-
-
-def planned_memory(program: jax.stages.Compiled) -> Memory:
-    """Of one run of the program."""
+    (Not all of the temporaries need live at once.)
+    """
     found = program.memory_analysis()
     arguments, temporaries = found.argument_size_in_bytes, found.temp_size_in_bytes
-    results = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Memory(arguments, temporaries, arguments + temporaries + results + found.generated_code_size_in_bytes)
+    others = found.output_size_in_bytes - found.alias_size_in_bytes + found.generated_code_size_in_bytes
+    return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries + others}
 
 
 def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
@@ -109,7 +104,7 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
         rows[contender] = {
             "about": CONTENDERS[contender].about,
             "cycles": sum(operation.all_cycles for operation in hlo.operations(program.as_text())),
-            "temporaries_mib": planned_memory(program).temporaries / 2**20,
+            "temporaries_mib": planned_memory(program)["temporaries"] / 2**20,
             "compile_s": time.monotonic() - start,
         }
         say(f"{contender}: compiled in {rows[contender]['compile_s']:.0f} s")
@@ -156,7 +151,7 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
         "parameters": count(state.params),
         "devices": len(devices),
         "mesh": dict(mesh.shape),
-        **planned_memory(program)._asdict(),
+        **planned_memory(program),
         "model_flops": model_flops(ModelConfig.create(config.model), config.batch_size, length, training=True),
         "collectives": {kind: tuple(value) for kind, value in sorted(collectives.items())},
         "cycles": {part: parts[part] for part in [*_PARTS, "other"]},

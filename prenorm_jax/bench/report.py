@@ -45,22 +45,20 @@ def _setting(report: Report) -> str:
     return f"{model}, {size}, {report['dtype']}"
 
 
-_RATIOS = (("ratio", "ratio_interval"), ("quiet_ratio", "quiet_interval"))
-
-
 def _time_rows(report: Report) -> Rows:
     head = ["", "median ms", "quartiles", "ratio by rounds [95 %]", "undisturbed ratio [95 %]"]
     head += ["share of the way [95 %]", f"{report['unit']}s/s", "of peak"]
     rows = [[*head, "temporaries MiB", "compiled MiB", "process MiB"]]
     for name, row in report["contenders"].items():
         low, median, high = row["quartiles_ms"]
-        share = "" if row["share"] is None else f"{row['share']:.2f} [{_interval(row['share_interval'], 2)}]"
-        of_peak = "" if row["flops_share_of_peak"] is None else f"{row['flops_share_of_peak']:.0%}"
         cells = [_name(name, report), f"{median:.1f}", f"{low:.1f}–{high:.1f}"]
-        cells += [f"{row[key]:.3f} [{_interval(row[interval], 3)}]" for key, interval in _RATIOS]
-        cells += [share, f"{row['units_per_s']:,.0f}"]
-        memory = [row["temporaries_mib"], row["compiled_mib"], row["process_mib"]]
-        rows.append([*cells, of_peak, *("" if value is None else f"{value:.0f}" for value in memory)])
+        cells += [
+            _with_interval(row, "ratio", 3),
+            _with_interval(row, "quiet_ratio", 3),
+            _with_interval(row, "share", 2),
+        ]
+        cells += [f"{row['units_per_s']:,.0f}", _known(row["flops_share_of_peak"], ".0%")]
+        rows.append([*cells, *(_known(row[f"{which}_mib"], ".0f") for which in ("temporaries", "compiled", "process"))])
     return rows
 
 
@@ -76,8 +74,15 @@ def _name(name: str, report: Report) -> str:
     return name + (" (baseline)" if name == report["baseline"] else "")
 
 
-def _interval(pair: list[float], digits: int) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in pair)
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _with_interval(row: Report, key: str, digits: int) -> str:
+    interval = row[f"{key.removesuffix('_ratio')}_interval"]
+    if row[key] is None:
+        return ""
+    return f"{row[key]:.{digits}f} [{', '.join(f'{value:.{digits}f}' for value in interval)}]"
 
 
 def _words(report: Report) -> list[str]:
@@ -107,7 +112,8 @@ def _words(report: Report) -> list[str]:
 
 def figure(report: Report) -> bytes:
     """The PNG: each contender's ratio to the baseline, undisturbed or of cycles, with its interval."""
-    key = "ratio" if "topology" in report else "quiet_ratio"
+    estimated = "topology" in report
+    key = "ratio" if estimated else "quiet_ratio"
     rows = list(reversed(report["contenders"].items()))
     drawing, (ax,) = new_figure([0.3 * len(rows)], margin=0.9, grid="x")
     for place, (name, row) in enumerate(rows):
@@ -119,9 +125,9 @@ def figure(report: Report) -> bytes:
         if value is not None:
             ax.axvline(value, color=LIGHT_GREY, linewidth=0.9, linestyle=style, zorder=0)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=FONT)
-    what = "estimated cycles" if "topology" in report else "undisturbed time"
+    what = "estimated cycles" if estimated else "undisturbed time with 95 % intervals"
     ax.set_xlabel(f"{what}, {TASKS[report['task']]}, relative to {report['baseline']}", fontsize=FONT)
-    where = report["topology"] if "topology" in report else report["device"]
+    where = report["topology"] if estimated else report["device"]
     ax.set_title(f"{_setting(report)}{_in_a_row(report)}, {where}", fontsize=FONT, loc="left")
     return png(drawing)
 

@@ -1,6 +1,4 @@
-"""Times the norms against each other, against Flax's LayerNorm and against no norm at all.
-
-    python -m prenorm_jax.benchmark --model=gpt:6x384 --batch=8 --length=256
+"""How `benchmark` times the norms against each other, against Flax's LayerNorm and against no norm at all.
 
 One process runs all contenders in turn, in a new random order each round, each call waited for (`--in-a-row`: that many
 at once, as training runs ahead of an accelerator, which would else idle while it is being started). Two ratios are
@@ -11,6 +9,7 @@ at all it goes, undisturbed. Where the noise is larger than the way, there is no
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -107,25 +106,19 @@ def peak_flops(dtype: str, size: int = 2048) -> float:
 
 def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
     """MiB: what the compiler plans for, and what the process's peak rises by when it runs (Linux, CPU), if known."""
-    planned = planned_memory(program)
+    planned, risen = planned_memory(program), None
+    if jax.default_backend() == "cpu":  # elsewhere what a program uses is not the process's
+        with contextlib.suppress(OSError):
+            release_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = _status("VmRSS")
+            jax.block_until_ready(call())
+            risen = (_status("VmHWM") - before) / 1024
     return {
-        "temporaries_mib": planned.temporaries / 2**20,
-        "compiled_mib": planned.peak / 2**20,
-        "process_mib": _process_memory(call),
+        "temporaries_mib": planned["temporaries"] / 2**20,
+        "compiled_mib": planned["peak"] / 2**20,
+        "process_mib": risen,
     }
-
-
-def _process_memory(call: Callable[[], Any]) -> float | None:
-    if jax.default_backend() != "cpu":  # what a program uses is not the process's
-        return None
-    try:
-        release_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _status("VmRSS")
-        jax.block_until_ready(call())
-        return (_status("VmHWM") - before) / 1024
-    except OSError:
-        return None
 
 
 def _status(key: str) -> int:
