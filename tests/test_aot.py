@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -10,7 +11,7 @@ from commands import command, error_of, here
 from test_mesh import batch_of, run_config
 
 from prenorm_jax.bench import hlo
-from prenorm_jax.bench.compiled import abstract_batch, compile_step, part_of, report_text
+from prenorm_jax.bench.compiled import abstract_batch, compile_step, part_of, planned_memory, report_text
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import init_state, make_train_step, run_models, state_sharding
 
@@ -51,6 +52,13 @@ def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config, co
     assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2} and report["devices"] == 8
     gathered = report["collectives"]["all-gather"]
     assert gathered[0] > config.model.depth and gathered[1] > 0  # in a loop: as often as there are blocks
+
+
+def test_planned_memory_counts_what_is_donated_once():
+    sizes = {"argument": 100, "output": 70, "alias": 60, "temp": 5, "generated_code": 2}
+    analysis = SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+    found = planned_memory(SimpleNamespace(memory_analysis=lambda: analysis))
+    assert found == {"arguments": 100, "temporaries": 5, "peak": 117}
 
 
 def test_one_device_needs_no_collectives(config):

@@ -46,7 +46,7 @@ def write_run(
     if info is not None:
         (workdir / "run.json").write_text(json.dumps(info))
     steps = losses if isinstance(losses, dict) else dict(enumerate(losses, 1))
-    rates = {"model_flops_per_s": 1e9, f"{unit}s_per_s": 100.0}
+    rates = {f"{unit}s_per_s": 100.0, "model_flops_per_s": 1e9}
     lines = [
         {"step": step, "loss": loss} | {key: step * rate for key, rate in rates.items()} for step, loss in steps.items()
     ]
@@ -210,7 +210,7 @@ def test_nonfinite_losses_are_reported(tmp_path: Path) -> None:
 def test_page_escapes_what_comes_from_files_and_fetches_nothing(tmp_path: Path) -> None:
     info = {"device": "<i>gpu</i>", "versions": {"<u>": "<s>"}, "sessions": []}
     bold = write_run(tmp_path / "<b>", [3.0, 2.0], "<em>$x$</em>", info=info, seed="<q>")
-    other = write_run(tmp_path / "$a$_{", [3.0, 2.0], parameterization="<tt>")
+    other = write_run(tmp_path / r"$\frac$_{", [3.0, 2.0], parameterization="<tt>")
     compare([bold, other], tmp_path / "report", title="<script>$table & http://x.org")
     page = (tmp_path / "report" / "report.html").read_text()
     for tag in ("<b>", "<em>", "<i>", "<u>", "<s>", "<q>", "<tt>", "<script"):

@@ -34,6 +34,7 @@ from prenorm_jax.train.loop import train, worst_leaf
 from prenorm_jax.train.sharding import split_batch
 from prenorm_jax.train.step import init_state, make_eval_step, run_models
 from prenorm_jax.train.workdir import MAY_CHANGE, config_differences, flat_config, literal_config
+from prenorm_jax.models.registry import model_config
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
 def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path, how):
     run = small_run(saved)
-    config, models = ModelConfig.create(run.model), run_models(run)
+    config, models = model_config(run.model), run_models(run)
     abstract = jax.eval_shape(lambda: init_state(run, models).opt_state)
     files = [path.relative_to(saved) for path in (saved / "checkpoints" / "6").rglob("*") if path.is_file()]
     files = [path for path in files if (saved / path).stat().st_size]
@@ -557,7 +558,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text,
     good = max(losses_of(tmp_path / "run"), default=0)
     assert f"step {good + 1} is not finite" in message
     assert f"examples {good * 8} to {good * 8 + 7}" in message
-    leaves = abstract_params(ModelConfig.create(config.model))  # the worst gradient's, or where none is finite:
+    leaves = abstract_params(model_config(config.model))  # the worst gradient's, or where none is finite:
     assert any(f"{what} in {'/'.join(path)}" in message for path in leaves for what in ("gradient", "parameter is"))
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert checkpoints.steps() == [good]

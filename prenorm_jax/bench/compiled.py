@@ -23,8 +23,8 @@ from prenorm_jax.base.trees import count
 from prenorm_jax.bench import hlo
 from prenorm_jax.bench.contenders import CONTENDERS, Setting, baseline_of
 from prenorm_jax.bench.tasks import SPLIT, make_task
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import H_SCOPE, OPTIMIZER_SCOPE, init_state, make_train_step, run_models
 
@@ -152,7 +152,7 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
         "devices": len(devices),
         "mesh": dict(mesh.shape),
         **planned_memory(program),
-        "model_flops": model_flops(ModelConfig.create(config.model), config.batch_size, length, training=True),
+        "model_flops": model_flops(model_config(config.model), config.batch_size, length, training=True),
         "collectives": {kind: tuple(value) for kind, value in sorted(collectives.items())},
         "cycles": {part: parts[part] for part in [*_PARTS, "other"]},
         "trace_s": traced - start,

@@ -28,8 +28,8 @@ from prenorm_jax.bench.contenders import BASELINES, BOUND, CONTENDERS, Setting, 
 from prenorm_jax.bench.report import LEAST_ROUNDS
 from prenorm_jax.bench.tasks import Task, make_task
 from prenorm_jax.data import load_data
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.record import device_name
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.workdir import configure_jax
@@ -180,7 +180,7 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
     baseline = baseline_of({name: float(np.quantile(times, QUIET)) for name, times in seconds.items()})
     header, logits = setting.header(task), 1 if task == "prefill" else None
     length = header["length"] or 1  # tokens, or an image
-    flops = model_flops(ModelConfig.create(config.model), setting.batch, length, task == "step", logits)
+    flops = model_flops(model_config(config.model), setting.batch, length, task == "step", logits)
     peak = peak_flops(setting.dtype)
     units = setting.batch * (length if task != "decode" else 1)
     compared = ratios(seconds, baseline)
