@@ -16,8 +16,8 @@ from prenorm_jax.base.files import check_folder, json_bytes, write_results
 from prenorm_jax.base.flags import parse_flags
 from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
 from prenorm_jax.models.placement import MESH_AXES
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import sharding_table
-from prenorm_jax.train.step import run_models
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.model.norm = norm
         if args.parameters:  # no devices are needed to say how they are split
             shape = (1, config.mesh.fsdp, config.mesh.tensor)
-            print(sharding_table(run_models(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))
+            print(sharding_table(Run.create(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))
             continue
         devices = devices or topology_devices(args.topology)
         say(f"compiling {norm} for {args.topology}")

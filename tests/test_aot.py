@@ -8,18 +8,21 @@ from unittest import mock
 import jax
 import pytest
 from commands import command, error_of, here
-from test_mesh import batch_of, run_config
 
 from prenorm_jax.bench import hlo
-from prenorm_jax.bench.compiled import abstract_batch, compile_step, part_of, planned_memory, report_text
+from prenorm_jax.bench.compiled import compile_step, part_of, planned_memory, report_text
+from prenorm_jax.config import base_config
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.step import init_state, make_train_step, run_models, state_sharding
+from prenorm_jax.train.step import init_state, make_train_step, state_sharding
 
 
 @pytest.fixture(scope="module")
 def config():
-    config = run_config("gpt", "crmsnorm", "float32")
+    config = base_config()
     config.data.seq_len = 8
+    config.model.update({"depth": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp_dim": 32})
+    config.model.update({"vocab_size": 16, "max_len": 8, "norm": "crmsnorm"})
     config.mesh.fsdp, config.mesh.tensor, config.model.scan = 2, 2, True
     return config
 
@@ -33,18 +36,15 @@ def compiled(config):
 
 
 def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config, compiled):
-    models, mesh = run_models(config), make_mesh(config)
-    state = jax.eval_shape(lambda: init_state(config, models))
-    places = jax.tree.leaves(state_sharding(config, models, mesh))  # shardings, or formats with one
+    run = Run.create(config, make_mesh(config))
+    state = jax.eval_shape(lambda: init_state(run))
+    places = jax.tree.leaves(state_sharding(run))  # shardings, or formats with one
     held = sum(
         leaf.dtype.itemsize * math.prod(getattr(place, "sharding", place).shard_shape(leaf.shape))
         for leaf, place in zip(jax.tree.leaves(state), places, strict=True)
     )
-    batch = batch_of(0, config)
-    assert {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()} == {
-        name: (leaf.shape, leaf.dtype) for name, leaf in abstract_batch(config).items()
-    }
-    held += sum(leaf.nbytes for leaf in batch.values()) // 4  # data 2 × fsdp 2
+    batch = run.kind.batch_shapes(config).values()
+    held += sum(leaf.size * leaf.dtype.itemsize for leaf in batch) // 4  # data 2 × fsdp 2
     report, _ = compiled
     assert report["arguments"] == pytest.approx(held, rel=0.01)  # XLA aligns them
     assert report["peak"] >= report["arguments"] + report["temporaries"] > report["arguments"]
@@ -71,9 +71,8 @@ def test_one_device_needs_no_collectives(config):
 def test_no_device_holds_a_whole_gradient_or_batch_where_layouts_are_asked_for(config, monkeypatch):
     """As on TPUs. XLA's partitioner made whole arrays of what such a constraint was put on."""
     monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "tpu")
-    models, mesh = run_models(config), make_mesh(config)
-    state = jax.eval_shape(lambda: init_state(config, models))
-    lowered = make_train_step(config, models, mesh).lower(state, abstract_batch(config))
+    run = Run.create(config, make_mesh(config))
+    lowered = make_train_step(run).lower(jax.eval_shape(lambda: init_state(run)), run.kind.batch_shapes(config))
     assert "LayoutConstraint" in lowered.as_text()
     shapes = set(re.findall(r"f32(\[[\d,]+\])", lowered.compile().as_text()))
     assert "[2,8,16]" in shapes and "[2,32,16]" not in shapes  # (blocks, MLP width, d): the width by 4 devices

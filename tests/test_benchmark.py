@@ -16,14 +16,15 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.bench import compiled, report, timing
 from prenorm_jax.bench.contenders import BASELINES, CONTENDERS, NoNorm, Setting, baseline_of
 from prenorm_jax.bench.tasks import TASKS, contenders_of, make_task
-from prenorm_jax.bench.timing import ratios, real_batch
+from prenorm_jax.bench.timing import ratios
+from prenorm_jax.config import data_kind
 from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models import placement
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.coordinates import COORDINATES
 from prenorm_jax.models.registry import build_model, model_config
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.step import run_models
 
 SETTING = Setting("gpt:1x64", batch=2, length=16, dtype="float64")
 
@@ -31,13 +32,13 @@ SETTING = Setting("gpt:1x64", batch=2, length=16, dtype="float64")
 def test_all_contenders_but_none_compute_one_function():
     config = SETTING.run_config()
     config.model.param_dtype = "float64"
-    pre_ln = run_models(CONTENDERS["layernorm"].config(config)).computed
+    pre_ln = Run.create(CONTENDERS["layernorm"].config(config)).computed
     params, tokens = random_params(pre_ln, 0), random_inputs(pre_ln)
     expected = jax.jit(build_model(pre_ln).apply)({"params": params}, tokens)
     variants = {"layernorm": params}
     variants |= {norm: convert_params(params, pre_ln, norm) for norm in ("rmsnorm", "crmsnorm")}
     for name, contender in CONTENDERS.items():
-        model = run_models(contender.config(config)).computed
+        model = Run.create(contender.config(config)).computed
         if contender.wider:
             assert model.stream_width == pre_ln.d_model and model.head_dim == pre_ln.head_dim
             continue
@@ -116,9 +117,16 @@ def test_decoding_is_timed_as_generate_does_it():
 
 
 def test_batches_are_real():
-    text = real_batch(SETTING.run_config())["tokens"]
-    assert text.shape == (2, 17)
-    images = real_batch(Setting("vit:Ti/16", 3, 0, "float32").run_config())
+    """And those of the shapes that programs are compiled for."""
+    batches = []
+    for config in (SETTING.run_config(), Setting("vit:Ti/16", 3, 0, "float32").run_config()):
+        batches.append(data_kind(config).sample(config))
+        found = {name: (leaf.shape, leaf.dtype) for name, leaf in batches[-1].items()}
+        assert found == {
+            name: (leaf.shape, leaf.dtype) for name, leaf in data_kind(config).batch_shapes(config).items()
+        }
+    text, images = batches
+    assert text["tokens"].shape == (2, 17) and len(np.unique(text["tokens"])) > 5
     assert images["images"].shape == (3, 224, 224, 3) and images["images"].std() > 20
 
 
@@ -226,7 +234,7 @@ def test_programs_are_compiled_for_the_devices_of_the_mesh(task, monkeypatch):
     shapes = jax.eval_shape(work.arguments)
     ask = placement.computing_device
     monkeypatch.setattr(placement, "computing_device", lambda: asked.add(ask()) or ask())
-    program = work.function.lower(*shapes, compiled.abstract_batch(config)).compile()
+    program = work.function.lower(*shapes, data_kind(config).batch_shapes(config)).compile()
     assert asked == (set() if task == "h" else {device})
     # Of inputs that a program does not read it knows none.
     devices = {d for leaf in jax.tree.leaves(program.input_shardings[0]) if leaf for d in leaf.device_set}

@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import say
@@ -23,10 +22,12 @@ from prenorm_jax.base.trees import count
 from prenorm_jax.bench import hlo
 from prenorm_jax.bench.contenders import CONTENDERS, Setting, baseline_of
 from prenorm_jax.bench.tasks import SPLIT, make_task
+from prenorm_jax.config import data_kind
 from prenorm_jax.models.flops import model_flops
 from prenorm_jax.models.registry import model_config
+from prenorm_jax.train.run import H_SCOPE, Run
 from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.step import H_SCOPE, OPTIMIZER_SCOPE, init_state, make_train_step, run_models
+from prenorm_jax.train.step import OPTIMIZER_SCOPE, init_state, make_train_step
 
 _NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 _NO_TPU |= {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
@@ -63,19 +64,6 @@ def topology_devices(name: str) -> list[Any]:
         ) from error
 
 
-def abstract_batch(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a training batch."""
-    B = config.batch_size
-    if config.model.family == "gpt":
-        T = config.data.seq_len
-        shapes = {"tokens": ((B, T + 1), np.int32), "weights": ((B, T), np.float32)}
-    else:
-        side, channels = config.model.image_size, config.model.channels
-        shapes = {"images": ((B, side, side, channels), np.uint8), "labels": ((B,), np.int32)}
-        shapes["weights"] = ((B,), np.float32)
-    return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
-
-
 def planned_memory(program: jax.stages.Compiled) -> dict[str, int]:
     """Bytes that the compiler plans for on each device: arguments, temporaries, and the peak, which is at most this.
 
@@ -100,7 +88,7 @@ def estimate(name: str, setting: Setting, task: str, names: list[str]) -> dict:
     for contender in names:
         start = time.monotonic()
         work = make_task(task, CONTENDERS[contender], config, make_mesh(config, devices))
-        program = work.compile(abstract_batch(config))
+        program = work.compile(data_kind(config).batch_shapes(config))
         rows[contender] = {
             "about": CONTENDERS[contender].about,
             "cycles": sum(operation.all_cycles for operation in hlo.operations(program.as_text())),
@@ -124,10 +112,10 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
 
     Raises PrenormError if the mesh, the batch or the model does not fit the devices.
     """
-    models, mesh = run_models(config), make_mesh(config, devices)
-    state = jax.eval_shape(lambda: init_state(config, models))
+    run = Run.create(config, make_mesh(config, devices))
+    state = jax.eval_shape(lambda: init_state(run))
     start = time.monotonic()
-    lowered = make_train_step(config, models, mesh).lower(state, abstract_batch(config))
+    lowered = make_train_step(run).lower(state, run.kind.batch_shapes(config))
     traced = time.monotonic()
     try:
         program = lowered.compile()
@@ -135,7 +123,7 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise PrenormError(
-            f"the step of {models.computed.norm} does not fit: {first_line(error)}; take more devices, a larger "
+            f"the step of {run.computed.norm} does not fit: {first_line(error)}; take more devices, a larger "
             "mesh.fsdp or accumulate, or model.remat=full"
         ) from error
     parts: dict[str, int] = collections.Counter()
@@ -145,12 +133,12 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
         if operation.collective:
             collectives[operation.collective][0] += operation.times
             collectives[operation.collective][1] += operation.times * operation.size
-    length = config.data.get("seq_len", 0)  # images have their own
+    length = run.kind.length(config)
     return {
-        "norm": models.computed.norm,
+        "norm": run.computed.norm,
         "parameters": count(state.params),
         "devices": len(devices),
-        "mesh": dict(mesh.shape),
+        "mesh": dict(run.mesh.shape),
         **planned_memory(program),
         "model_flops": model_flops(model_config(config.model), config.batch_size, length, training=True),
         "collectives": {kind: tuple(value) for kind, value in sorted(collectives.items())},

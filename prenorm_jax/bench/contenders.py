@@ -18,17 +18,18 @@ import jax
 from ml_collections import ConfigDict
 
 from prenorm_jax import sizes
-from prenorm_jax.config import base_config
+from prenorm_jax.config import base_config, data_kind
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.models.coordinates import COORDINATES
-from prenorm_jax.models.norms import Norm, Scaled
+from prenorm_jax.models.norms import Norm, Normed
+from prenorm_jax.models.parameters import annotated
 from prenorm_jax.models.registry import model_config
 
 
 class NoNorm(Norm):
     """Leaves its input as it is."""
 
-    scaled = staticmethod(lambda x, epsilon: Scaled(x))
+    normalise = staticmethod(lambda x, epsilon: Normed(x))
 
 
 class FlaxLayerNorm(Norm):
@@ -44,15 +45,15 @@ class FlaxLayerNorm(Norm):
             param_dtype=self.param_dtype,
             use_bias=self.use_bias,
             use_scale=self.use_scale,
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,)),
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)),
+            bias_init=annotated(nn.initializers.zeros_init(), self.axis, norm=self.site),
+            scale_init=annotated(nn.initializers.ones_init(), self.axis, norm=self.site),
             use_fast_variance=self.one_pass,
         )
         nn.share_scope(self, norm)
         return norm(x)
 
-    def for_readers(self, x: jax.Array) -> Scaled:
-        return Scaled(self(x))
+    def for_readers(self, x: jax.Array) -> Normed:
+        return Normed(self(x), site=self.site)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,7 @@ class Setting:
 
     def header(self, task: str) -> dict[str, Any]:
         """What the JSON file says of every measurement; the length is None for images, which have their own."""
-        length = self.run_config().data.get("seq_len")
+        config = self.run_config()
+        length = data_kind(config).length(config) or None
         when = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
         return dataclasses.asdict(self) | {"task": task, "length": length} | when

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from prenorm_jax.base.allocator import release_freed_memory
 from prenorm_jax.base.console import say
@@ -27,7 +26,7 @@ from prenorm_jax.bench.compiled import planned_memory
 from prenorm_jax.bench.contenders import BASELINES, BOUND, CONTENDERS, Setting, baseline_of
 from prenorm_jax.bench.report import LEAST_ROUNDS
 from prenorm_jax.bench.tasks import Task, make_task
-from prenorm_jax.data import load_data
+from prenorm_jax.config import data_kind
 from prenorm_jax.models.flops import model_flops
 from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.record import device_name
@@ -37,21 +36,6 @@ from prenorm_jax.train.workdir import configure_jax
 WARM_UP = 2  # rounds
 LEAST_CALL = 0.01  # seconds, of products whose speed counts as the peak
 QUIET = 0.1  # the quantile of a contender's times that counts as undisturbed
-
-
-def real_batch(config: ConfigDict) -> dict[str, np.ndarray]:
-    """The standard library's text, by bytes; or crops of scikit-learn's two photographs, their labels random."""
-    if config.model.family == "gpt":
-        return load_data(config).train_batch(config, 0)
-    from sklearn.datasets import load_sample_images
-
-    rng, side, images = np.random.default_rng(0), config.model.image_size, []
-    for photo in load_sample_images().images * -(-config.batch_size // 2):
-        top, left = (rng.integers(1 + size - side) for size in photo.shape[:2])
-        images.append(photo[top : top + side, left : left + side])
-    labels = rng.integers(config.model.classes, size=config.batch_size).astype(np.int32)
-    weights = np.ones(config.batch_size, np.float32)
-    return {"images": np.stack(images[: config.batch_size]), "labels": labels, "weights": weights}
 
 
 def prepare(task: Task, batch: Any) -> tuple[Callable[[], Any], jax.stages.Compiled]:
@@ -168,7 +152,8 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
     """What the JSON file holds. Raises PrenormError for an unknown model or task."""
     config = setting.run_config()
     configure_jax(config)
-    data = real_batch(config)
+    kind = data_kind(config)
+    data = kind.sample(config)
     calls, rows = {}, {}
     for name in names:
         start = time.monotonic()
@@ -191,7 +176,7 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
         of_peak = flops / float(quartiles[1]) / peak
         row["flops_share_of_peak"] = of_peak if task in ("step", "forward", "prefill") else None
     return header | {
-        "unit": "token" if header["length"] else "image",
+        "unit": kind.unit,
         "rounds": rounds,
         "in_a_row": in_a_row,
         "device": device_name(),
