@@ -4,7 +4,10 @@ Called again with the same arguments it goes on from the last checkpoint. Withou
 configuration that the workdir holds. Every key of the configuration is a flag, such as --config.steps=100.
 """
 
-from absl import app, flags, logging
+import logging
+from collections.abc import Sequence
+
+from absl import flags
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import run_command
@@ -13,44 +16,38 @@ from prenorm_jax.base.flags import parse_flags
 from prenorm_jax.base.processes import initialize
 from prenorm_jax.train.workdir import configure_jax, load_config
 
-flags.DEFINE_string("workdir", None, "folder of the run: made if new, gone on with if not")
-flags.DEFINE_string("coordinator", None, "of many processes: HOST:PORT of the first, for them to meet at")
-flags.DEFINE_integer("processes", None, "how many processes train as one")
-flags.DEFINE_integer("process", None, "the number of this one, from 0")
 
-
-def parse(argv: list[str]) -> list[str]:
-    """Parses the flags. Raises PrenormError."""
+def parse(argv: Sequence[str] | None) -> flags.FlagValues:
+    """The command line's flags. Raises PrenormError."""
+    given = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of the run: made if new, gone on with if not", given)
+    flags.DEFINE_string("coordinator", None, "of many processes: HOST:PORT of the first, for them to meet at", given)
+    flags.DEFINE_integer("processes", None, "how many processes train as one", flag_values=given)
+    flags.DEFINE_integer("process", None, "the number of this one, from 0", flag_values=given)
     missing = PrenormError("--workdir is missing: name the folder of the run, such as --workdir=runs/ln")
 
-    def held(given: dict[str, str]) -> ConfigDict:
+    def held(written: dict[str, str]) -> ConfigDict:
         """The configuration that the workdir holds."""
-        if not given.get("workdir"):
+        if not written.get("workdir"):
             raise missing
-        return load_config(given["workdir"])
+        return load_config(written["workdir"])
 
-    rest = parse_flags(argv, ("workdir",), held)
-    if not flags.FLAGS.workdir:
+    parse_flags(given, argv, held, __doc__)
+    if not given.workdir:
         raise missing
-    return rest
+    return given
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.FATAL)  # jax, datasets and orbax tell of what is installed, found and saved
-    from prenorm_jax.train.loop import (
-        train,  # here, because its imports take seconds and the flags are known to be right
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains as the command line says; None: that of this process. Raises PrenormError."""
+    given = parse(argv)
+    logging.disable(logging.ERROR)  # jax, datasets and orbax tell of what is installed, found and saved
+    from prenorm_jax.train.loop import train  # here: its imports take seconds, and the flags are known to be right
 
-    given = flags.FLAGS
     configure_jax(given.config)
-
-    def run() -> None:
-        initialize(given.coordinator, given.processes, given.process)
-        train(given.config, given.workdir)
-
-    run_command(run)
+    initialize(given.coordinator, given.processes, given.process)
+    train(given.config, given.workdir)
 
 
 if __name__ == "__main__":
-    run_command(lambda: app.run(main, flags_parser=parse))
+    run_command(main)

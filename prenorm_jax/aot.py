@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.base.files import check_folder, write_whole
+from prenorm_jax.base.files import check_folder, json_bytes, write_results
 from prenorm_jax.base.flags import parse_flags
-from prenorm_jax.bench.compiled import topology_devices
-from prenorm_jax.bench.compiled_step import HBM_GIB, compile_step, report_text
+from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
 from prenorm_jax.models.placement import MESH_AXES
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import sharding_table
-from prenorm_jax.train.step import run_models
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Compiles and prints, for each norm that is named."""
-    del argv
-    logging.set_verbosity(logging.FATAL)
-    args, config = flags.FLAGS, flags.FLAGS.config
+    args = _parse(argv)
+    logging.disable(logging.ERROR)  # jax tells of what is installed and found
+    config = args.config
     devices, reports = None, []
     if args.out:
         if Path(args.out).is_dir():
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         config.model.norm = norm
         if args.parameters:  # no devices are needed to say how they are split
             shape = (1, config.mesh.fsdp, config.mesh.tensor)
-            print(sharding_table(run_models(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))
+            print(sharding_table(Run.create(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))
             continue
         devices = devices or topology_devices(args.topology)
         say(f"compiling {norm} for {args.topology}")
@@ -44,21 +44,24 @@ def main(argv: list[str]) -> None:
         print("memory, collectives and cycles: the TPU compiler's own figures, nothing was measured")
     if args.out:
         content = {"topology": args.topology, "jax": jax.__version__, "reports": reports}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(args.out), (json.dumps(content, indent=1) + "\n").encode())
+        write_results({Path(args.out): json_bytes(content)})
 
 
-def _parse(argv: list[str]) -> list[str]:
-    flags.DEFINE_string("topology", "v5p:2x2x1", "TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8")
-    flags.DEFINE_string("norm", None, "norms to compile, with commas between them (default: the config's)")
-    flags.DEFINE_bool("parameters", False, "only print how each parameter is split; needs no libtpu")
-    flags.DEFINE_string("out", None, "a JSON file for all figures")
+def _parse(argv: Sequence[str] | None) -> flags.FlagValues:
+    args = flags.FlagValues()
+    flags.DEFINE_string("topology", "v5p:2x2x1", "TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8", flag_values=args)
+    flags.DEFINE_string(
+        "norm", None, "norms to compile, with commas between them (default: the config's)", flag_values=args
+    )
+    flags.DEFINE_bool("parameters", False, "only print how each parameter is split; needs no libtpu", flag_values=args)
+    flags.DEFINE_string("out", None, "a JSON file for all figures", flag_values=args)
 
     def default(given: dict[str, str]) -> ConfigDict:
         raise PrenormError("--config is missing: name a config file, such as --config=configs/gpt3_175b.py")
 
-    return parse_flags(argv, ("topology", "norm", "out"), default)
+    parse_flags(args, argv, default, __doc__)
+    return args
 
 
 if __name__ == "__main__":
-    run_command(lambda: app.run(lambda argv: run_command(lambda: main(argv)), flags_parser=_parse))
+    run_command(main)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command
 from prenorm_jax.models.config import NORMS
 from prenorm_jax.train.convert_run import convert
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m prenorm_jax.convert", description=__doc__)
     parser.add_argument("source", help="folder of a run, or of a converted checkpoint")
@@ -22,7 +23,7 @@ def main() -> None:
         help="allow --to the norm of a pre_ln run: writes the parameters that its Pre-LN ones stand for",
     )
     parser.add_argument("--reset-optimizer", action="store_true", help="of a native run: start it anew")
-    convert(**vars(parser.parse_args()))
+    convert(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.processes import check_same, initialize, is_first, refused_alike
@@ -14,7 +15,7 @@ from prenorm_jax.train.step import make_eval_step
 from prenorm_jax.train.workdir import configure_jax, load_config
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line of `eval.py`, evaluates, prints. Raises PrenormError."""
     parser = argparse.ArgumentParser(description="Loss of a checkpoint on the whole held-out split.")
     parser.add_argument("--workdir", required=True, help="folder of a run, or of a converted checkpoint")
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--coordinator", help="of many processes: HOST:PORT of the first, for them to meet at")
     parser.add_argument("--processes", type=int, help="how many processes evaluate as one")
     parser.add_argument("--process", type=int, help="the number of this one, from 0")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     initialize(args.coordinator, args.processes, args.process)
     with refused_alike():

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
@@ -18,11 +18,8 @@ from prenorm_jax.models.sampling import Sampling
 from prenorm_jax.train.evaluation import load_as
 from prenorm_jax.train.workdir import configure_jax, load_config
 
-if TYPE_CHECKING:
-    pass
 
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, generates, prints. Raises PrenormError."""
     parser = argparse.ArgumentParser(prog="python -m prenorm_jax.generate", description=__doc__)
     parser.add_argument("workdir", help="folder of a run, or of a converted checkpoint")
@@ -37,7 +34,7 @@ def main() -> None:
     parser.add_argument("--norm", help="layernorm, rmsnorm or crmsnorm: convert first (default: the run's own)")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     # Imported here: it takes half a second, for which the commands that build on this module do not wait.
     from prenorm_jax.data.tokenizer import check_vocab_size, load_tokenizer

@@ -1,6 +1,5 @@
-"""The commands as a user types them, each a process of its own: train, evaluate, convert, compare; and bad input."""
+"""What each command does with a run of each norm, alone and one after the other; and how it refuses bad input."""
 
-import itertools
 import json
 import os
 import shutil
@@ -10,117 +9,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK_TO_COMPILE
-from PIL import Image
+from commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, here, lines_of, make_text
 
 from prenorm_jax.train.checkpoint import json_digest
 
-ROOT = Path(__file__).parents[1]
-SMALL = [
-    "--config=configs/gpt_stdlib.py",
-    "--config.steps=6",
-    "--config.batch_size=4",
-    "--config.eval_every=3",
-    "--config.checkpoint_every=3",
-    "--config.data.seq_len=16",
-    "--config.model.depth=1",
-    "--config.model.d_model=12",
-    "--config.model.heads=2",
-]
-
-
-def clean_environment(devices: int = 1, x64: bool = False) -> dict[str, str]:
-    """That of a user, not of these tests; but it compiles quickly, and what one command compiled the next finds."""
-    left_out = ("XLA_FLAGS", "JAX_ENABLE_X64", "PYTHONDONTWRITEBYTECODE")
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / f"jax-{sys.version_info.minor}")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return environment | ({"JAX_ENABLE_X64": "1"} if x64 else {})
-
-
-def command(
-    *arguments: object, status: int = 0, devices: int = 1, x64: bool = False, **environment: object
-) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=clean_environment(devices, x64) | {name: str(value) for name, value in environment.items()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    if status:
-        assert "Traceback" not in done.stderr
-        assert done.stderr.strip().splitlines()[-1].startswith(("error: ", "convert.py: ", "eval.py: "))
-    return done
-
-
-def error_of(*arguments: object) -> str:
-    """The one line that a refused command prints."""
-    done = command(*arguments, status=2)
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stderr
-
-
-def evaluate(workdir: Path, *flags: str, x64: bool = False) -> dict:
-    return json.loads(command("eval.py", f"--workdir={workdir}", "--json", *flags, x64=x64).stdout)
-
-
-def lines_of(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+__all__ = ["ROOT", "SMALL", "clean_environment", "command", "error_of", "evaluate", "lines_of", "make_text"]
 
 
 @pytest.mark.slow
-def test_a_vit_goes_through_every_command(tmp_path):
+def test_a_vit_goes_through_every_here(tmp_path):
     small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=2"]
     small += ["--config.model.d_model=16", "--config.model.layer_scale=0.1", "--config.optimizer.warmup_steps=5"]
     ln, crms, converted = tmp_path / "ln", tmp_path / "crms", tmp_path / "ln-as-crms"
-    command("train.py", *small, f"--workdir={ln}")
-    command("train.py", *small, f"--workdir={crms}", "--config.model.norm=crmsnorm")
+    here("train.py", *small, f"--workdir={ln}")
+    here("train.py", *small, f"--workdir={crms}", "--config.model.norm=crmsnorm")
     expected = evaluate(ln)
     assert expected["eval_images"] == 359
     assert 0 < expected["eval_top1"] < expected["eval_top5"] <= 1
-    assert "image of the held-out" not in (text := command("eval.py", f"--workdir={ln}").stdout)
+    assert "image of the held-out" not in (text := here("eval.py", f"--workdir={ln}").stdout)
     assert "359 images of the held-out split" in text and "top1" in text
-    done = command("-m", "prenorm_jax.convert", ln, converted, "--to=crmsnorm")
+    done = here("-m", "prenorm_jax.convert", ln, converted, "--to=crmsnorm")
     assert "logits on random inputs" in done.stdout
     assert evaluate(converted)["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-    report = command("-m", "prenorm_jax.compare", ln, crms, f"--out={tmp_path / 'report'}").stdout
+    report = here("-m", "prenorm_jax.compare", ln, crms, f"--out={tmp_path / 'report'}").stdout
     assert "final top-1" in report
     assert "nats per image" in report
     assert "crms follows ln closely" in report
 
 
-def make_text(folder: Path) -> Path:
-    """Four small documents."""
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        words = rng.choice(["def", "return", "norm", "stream", "(x)", "\n"], size=300)
-        (folder / f"{i}.txt").write_text(" ".join(words))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text"))
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
-    """One finished run of each norm, under pre_ln, and a native one."""
+    """One finished run of each norm, under pre_ln, and a native one. The first was trained as a user would."""
     folder = tmp_path_factory.mktemp("runs")
-    for norm in ("layernorm", "rmsnorm", "crmsnorm"):
-        command(
-            "train.py",
-            *SMALL,
-            f"--config.data.path={text}",
-            f"--workdir={folder / norm}",
-            f"--config.model.norm={norm}",
-        )
-    native = [f"--workdir={folder / 'native'}", "--config.model.norm=crmsnorm", "--config.parameterization=native"]
-    command("train.py", *SMALL, f"--config.data.path={text}", *native)
+    flags = [*SMALL, f"--config.data.path={text}"]
+    command("train.py", *flags, f"--workdir={folder / 'layernorm'}", "--config.model.norm=layernorm")
+    for norm in ("rmsnorm", "crmsnorm"):
+        here("train.py", *flags, f"--workdir={folder / norm}", f"--config.model.norm={norm}")
+    native = ["--config.model.norm=crmsnorm", "--config.parameterization=native"]
+    here("train.py", *flags, f"--workdir={folder / 'native'}", *native)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -159,7 +85,8 @@ def last_evaluation(workdir: Path) -> float:
 
 def test_any_checkpoint_evaluates_the_same_as_any_norm(runs):
     expected = last_evaluation(runs["layernorm"])
-    found = evaluate(runs["crmsnorm"])
+    (line,) = command("eval.py", f"--workdir={runs['crmsnorm']}", "--json").stdout.splitlines()
+    found = json.loads(line)
     assert found["eval_loss"] == pytest.approx(last_evaluation(runs["crmsnorm"]), rel=1e-6)
     assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert found["eval_perplexity"] == pytest.approx(np.exp(found["eval_loss"]))
@@ -178,18 +105,18 @@ def test_a_converted_checkpoint_evaluates_the_same_and_trains_on(runs, tmp_path,
     if source == "native":
         message = error_of("-m", "prenorm_jax.convert", runs[source], target, f"--to={to}")
         assert "add --reset-optimizer to start it anew" in message
-    command("-m", "prenorm_jax.convert", runs[source], target, f"--to={to}", "--reset-optimizer")
+    here("-m", "prenorm_jax.convert", runs[source], target, f"--to={to}", "--reset-optimizer")
     before = evaluate(target)
     assert before["norm"] == to
     assert before["eval_loss"] == pytest.approx(last_evaluation(runs[source]), rel=1e-5)
-    command("train.py", f"--workdir={target}", "--config.steps=9")
+    here("train.py", f"--workdir={target}", "--config.steps=9")
     assert [line["step"] for line in lines_of(target) if "loss" in line] == [7, 8, 9]
     assert np.isfinite(last_evaluation(target))
     # And back.
     back = tmp_path / "back"
     if to != "rmsnorm":  # trained natively, an rmsnorm network has left those that have an equivalent
         other = "layernorm" if to == "crmsnorm" else "crmsnorm"
-        command("-m", "prenorm_jax.convert", target, back, f"--to={other}", "--reset-optimizer")
+        here("-m", "prenorm_jax.convert", target, back, f"--to={other}", "--reset-optimizer")
         assert evaluate(back)["eval_loss"] == pytest.approx(last_evaluation(target), rel=1e-5)
     else:
         assert "is not zero-mean along the stream" in error_of(
@@ -202,35 +129,28 @@ def test_a_converted_checkpoint_evaluates_the_same_and_trains_on(runs, tmp_path,
 def test_what_many_devices_trained_evaluates_the_same_on_any_number(text, tmp_path):
     flags = [*SMALL, f"--config.data.path={text}", f"--workdir={tmp_path}", "--config.batch_size=8"]
     flags += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.accumulate=2"]
-    command("train.py", *flags, devices=8)
-    expected = [line["eval_loss"] for line in lines_of(tmp_path) if "eval_loss" in line][-1]
+    here("train.py", *flags, devices=8)
+    expected = last_evaluation(tmp_path)
     for devices, norm in ((1, "layernorm"), (3, "rmsnorm"), (8, "crmsnorm")):
-        done = command("eval.py", f"--workdir={tmp_path}", "--json", f"--norm={norm}", devices=devices)
-        assert json.loads(done.stdout)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        found = evaluate(tmp_path, f"--norm={norm}", devices=devices)
+        assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(runs, text, tmp_path):
-    data = f"--config.data.path={text}"
-    command(
-        "train.py", *SMALL, data, f"--workdir={tmp_path / 'run'}", "--config.checkpoint_every=2", "--config.steps=6"
-    )
-    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
-    again = command("train.py", *SMALL, data, f"--workdir={tmp_path / 'run'}", "--config.checkpoint_every=2")
-    assert "already" in again.stderr
-    command(
-        "train.py", *SMALL, data, f"--workdir={tmp_path / 'run'}", "--config.steps=9", "--config.checkpoint_every=2"
-    )
-    steps = [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line]
+    run = shutil.copytree(runs["layernorm"], tmp_path / "run")
+    (run / "metrics.jsonl").open("a").write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    flags = [*SMALL, f"--config.data.path={text}", f"--workdir={run}", "--config.checkpoint_every=2"]
+    assert "already" in here("train.py", *flags).stderr
+    here("train.py", *flags, "--config.steps=9")
+    steps = [line["step"] for line in lines_of(run) if "loss" in line]
     assert steps == list(range(1, 10))
     # The first six were made with a schedule for six steps: the data are the same ones, the losses need not be.
-    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 8, 9]
+    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [6, 8, 9]
 
 
 def test_compare_writes_a_report_of_them(runs, tmp_path):
     out = tmp_path / "report"
-    done = command(
-        "-m", "prenorm_jax.compare", *[runs[n] for n in ("layernorm", "rmsnorm", "crmsnorm")], f"--out={out}"
-    )
+    done = here("-m", "prenorm_jax.compare", *[runs[n] for n in ("layernorm", "rmsnorm", "crmsnorm")], f"--out={out}")
     assert done.stdout.strip().endswith("report.html")
     rows = json.loads((out / "report.json").read_text())["runs"]
     assert [row["norm"] for row in rows] == ["layernorm", "rmsnorm", "crmsnorm"]
@@ -266,6 +186,24 @@ def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.py", *SMALL, "--config.nosuch=1"], "no such key: nosuch"),
+        (["train.py", *SMALL, "--workdir={}/run", "--config.data.path=/nowhere.txt"], "does not exist"),
+        (["eval.py", "--workdir={}/missing"], "no such workdir"),
+        (["-m", "prenorm_jax.convert", "{}/missing", "{}/target", "--to=rmsnorm"], "no such workdir"),
+        (["-m", "prenorm_jax.generate", "{}/missing"], "no such workdir"),
+    ],
+)
+def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path, arguments, message):
+    """Whose main it is that the other tests call, and that nothing is printed by what it imports or leaves behind."""
+    done = command(*(argument.format(tmp_path) for argument in arguments), status=2)
+    (line,) = done.stderr.splitlines()
+    assert message in line and done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_refuses_what_is_not_there(tmp_path):
     assert "no such file" in error_of("train.py", "--config=configs/nothing.py", f"--workdir={tmp_path / 'run'}")
     assert "no such workdir" in error_of("train.py", f"--workdir={tmp_path / 'run'}")
@@ -296,7 +234,8 @@ def test_convert_refuses_what_it_cannot_do(runs, tmp_path):
 
 
 def test_materialize_writes_the_parameters_that_a_pre_ln_run_computes(runs, tmp_path):
-    command("-m", "prenorm_jax.convert", runs["rmsnorm"], tmp_path / "rms", "--to=rmsnorm", "--materialize")
+    done = command("-m", "prenorm_jax.convert", runs["rmsnorm"], tmp_path / "rms", "--to=rmsnorm", "--materialize")
+    assert "logits on random inputs" in done.stdout and done.stderr == ""
     assert evaluate(tmp_path / "rms")["eval_loss"] == pytest.approx(last_evaluation(runs["rmsnorm"]), rel=1e-5)
 
 
@@ -314,6 +253,7 @@ def test_the_installed_library_needs_no_clone(tmp_path):
         "from prenorm_jax import build_model, convert_config, convert_params\n"
         "from configs.gpt_stdlib import get_config\n"
         "config, tokens = get_config(), jnp.zeros((2, 5), int)\n"
+        "config.model.depth = 1\n"
         "model = build_model(config.model)\n"
         "params = model.init(jax.random.key(0), tokens)['params']\n"
         "logits = model.apply({'params': params}, tokens)\n"
@@ -328,25 +268,11 @@ def test_the_installed_library_needs_no_clone(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["convert", "compare", "aot", "benchmark"])
-def test_commands_that_read_no_data_do_not_wait_for_its_libraries(name):
-    command("-c", f"import sys, prenorm_jax.{name}; assert 'datasets' not in sys.modules")
-
-
-def test_images_are_read_silently(tmp_path):
-    rng = np.random.default_rng(0)
-    for label, number in itertools.product(("cat", "dog"), range(6)):
-        (tmp_path / label).mkdir(exist_ok=True)
-        pixels = rng.integers(256, size=(8, 8, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
-    script = (
-        "from prenorm_jax.config import base_config; from prenorm_jax.data import load_data; import sys\n"
-        "config = base_config('vit'); config.data.path = sys.argv[1]\n"
-        "config.model.image_size, config.model.patch_size, config.model.classes = 8, 4, 2\n"
-        "print(load_data(config).description)"
-    )
-    done = command("-c", script, tmp_path)
-    assert "images" in done.stdout and done.stderr == ""
+def test_commands_that_read_no_data_do_not_wait_for_its_libraries():
+    script = "import sys\n"
+    for name in ("convert", "compare", "aot", "benchmark"):
+        script += f"import prenorm_jax.{name}; assert 'datasets' not in sys.modules, '{name}'\n"
+    command("-c", script)
 
 
 def test_a_checkpoint_with_another_tree_than_it_says_is_refused(runs, tmp_path):
@@ -362,7 +288,7 @@ def test_a_checkpoint_with_another_tree_than_it_says_is_refused(runs, tmp_path):
         ["-m", "prenorm_jax.convert", damaged, tmp_path / "target", "--to=rmsnorm"],
         ["train.py", f"--workdir={damaged}", "--config.steps=9"],
     ):
-        message = command(*arguments, status=2).stderr
+        message = here(*arguments, status=2).stderr
         assert "unknown leaf block_0/attention/out/bias" in message
         assert "missing leaf head_bias" in message
     assert not (tmp_path / "target").exists()

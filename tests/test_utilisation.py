@@ -16,16 +16,14 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.bench.contenders import Setting
 from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.decoding import prefill
 from prenorm_jax.models.flops import model_flops
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.train import tracing as profiling
 from prenorm_jax.train import utilisation
 from prenorm_jax.train.loop import train
 from prenorm_jax.train.tracing import parse_steps, traced
 from prenorm_jax.train.utilisation import Utilisation, mfu
-from prenorm_jax.models.registry import model_config
 
 
 def test_flops_are_those_of_the_kernels_and_of_attention():
