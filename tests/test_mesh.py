@@ -17,11 +17,10 @@ from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.placement import partition_spec
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.train.sharding import check_sharding, make_mesh, sharding_table, tree_sharding
 from prenorm_jax.train.step import init_params, init_state, make_train_step, run_models, state_sharding
-from prenorm_jax.models.registry import model_config
 
 STEPS = 20
 # (data, fsdp, tensor) with a product of 1, 2, 4 or 8.

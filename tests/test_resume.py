@@ -20,21 +20,20 @@ from test_commands import ROOT, SMALL, clean_environment, command, error_of, eva
 import prenorm_jax.train.sharding as sharding_module
 import prenorm_jax.train.step as step_module
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.config import base_config
-from prenorm_jax.data import load_data
+from prenorm_jax.config import base_config, load_data
 from prenorm_jax.equivalence.convert import convert_config, convert_params
 from prenorm_jax.equivalence.fit import fit_params
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.config import NORMS
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train import loop
 from prenorm_jax.train.checkpoint import Checkpoints
 from prenorm_jax.train.checksum import digest
 from prenorm_jax.train.evaluation import load_as, mesh_for
 from prenorm_jax.train.loop import train, worst_leaf
-from prenorm_jax.train.sharding import split_batch
+from prenorm_jax.train.sharding import batch_sharding
 from prenorm_jax.train.step import init_state, make_eval_step, run_models
 from prenorm_jax.train.workdir import MAY_CHANGE, config_differences, flat_config, literal_config
-from prenorm_jax.models.registry import model_config
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +243,7 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
         mesh = mesh_for(config)
         _, model, params = load_as(tmp_path / "run", norm, None, mesh)
         result = loop.evaluate(
-            make_eval_step(config, model, mesh), params, load_data(config), config, split_batch(mesh)
+            make_eval_step(config, model, mesh), params, load_data(config), config, batch_sharding(mesh)
         )
         assert result["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-9)
     more = small_run(text, steps=1, init_from=str(tmp_path / "run"))
