@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import unflatten_dict
 from hypothesis import strategies as st
+from pool import OPTIONS, pool, possible
 
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import ACTIVATIONS, GPTConfig, ModelConfig, ViTConfig
+from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.registry import build_model
 
 TINY = {
@@ -27,80 +31,50 @@ TINY_VIT = {"family": "vit", "image_size": 6, "patch_size": 2, "channels": 2, "c
 TINY_VIT |= {key: TINY[key] for key in ("depth", "d_model", "heads", "dtype", "param_dtype")}
 
 
+def model_config(options: Any) -> ModelConfig:
+    """The checked form of `config.model`."""
+    return ModelConfig.create(options)
+
+
 def tiny(**changes: Any) -> ModelConfig:
     """A float64 GPT that compiles in a second."""
-    return ModelConfig.create(TINY | changes)
+    return model_config(TINY | changes)
 
 
 def tiny_vit(**changes: Any) -> ModelConfig:
     """A float64 ViT of 9 patches."""
-    return ModelConfig.create(TINY_VIT | changes)
+    return model_config(TINY_VIT | changes)
 
 
-def transformer_options(draw: st.DrawFn) -> dict[str, Any]:
-    """Every option that the families share, of a Pre-LN network that converts; but for d_model."""
-    heads = draw(st.sampled_from([1, 2, 4]))
-    dropout = st.sampled_from([0.0, 0.3])
-    flag = st.sampled_from([None, True, False])
-    parallel = draw(st.booleans())
-    return {
-        "depth": draw(st.integers(1, 2)),
-        "heads": heads,
-        "kv_heads": draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0])),
-        "head_dim": draw(st.sampled_from([2, 6])),
-        "mlp_dim": draw(st.sampled_from([1, 9])),
-        "gated_mlp": draw(st.booleans()),
-        "activation": draw(st.sampled_from(ACTIVATIONS)),
-        "parallel": parallel,
-        "shared_norm": parallel and draw(st.booleans()),
-        "embed_norm": draw(st.booleans()),
-        "qk_norm": draw(st.booleans()),
-        "layer_scale": draw(st.sampled_from([None, 0.1])),
-        "use_bias": draw(st.booleans()),
-        "reader_bias": draw(flag),
-        "qkv_bias": draw(flag),
-        "head_bias": draw(st.booleans()),
-        "norm_affine": draw(st.booleans()),
-        "norm_bias": draw(st.booleans()),
-        "final_norm_affine": draw(flag),
-        "kept_norm_affine": draw(flag),
-        "epsilon": draw(st.sampled_from([1e-12, 1e-6, 1e-5, 1e-3])),
-        "attention_dropout": draw(dropout),
-        "branch_dropout": draw(dropout),
-        "embed_dropout": draw(dropout),
-        "stochastic_depth": draw(dropout),
-        "stochastic_depth_schedule": draw(st.sampled_from(["linear", "constant"])),
-    }
+def changed(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """The checked config with these options."""
+    return model_config(vars(config) | changes)
 
 
-@st.composite
-def gpt_configs(draw: st.DrawFn) -> ModelConfig:
-    """Every option of a GPT that converts."""
-    return tiny(
-        **transformer_options(draw),
-        d_model=draw(st.sampled_from([2, 5, 8, 13, 16])),
-        positions=draw(st.sampled_from(GPTConfig.choices["positions"])),
-        tie_embeddings=draw(st.booleans()),
-    )
+MAKERS = {"gpt": tiny, "vit": tiny_vit}
 
 
-@st.composite
-def vit_configs(draw: st.DrawFn) -> ModelConfig:
-    """Every option of a ViT that converts."""
-    positions = draw(st.sampled_from(ViTConfig.choices["positions"]))
-    pooling = draw(st.sampled_from(ViTConfig.choices["pooling"]))
-    return tiny_vit(
-        **transformer_options(draw),
-        d_model=draw(st.sampled_from([4, 8, 16] if positions == "sincos2d" else [2, 5, 8, 13, 16])),
-        patch_size=draw(st.sampled_from([2, 3, 6])),
-        patch_bias=draw(st.booleans()),
-        positions=positions,
-        class_token=pooling.startswith("class") or draw(st.booleans()),
-        class_position=draw(st.booleans()),
-        registers=draw(st.sampled_from([0, 2])),
-        pooling=pooling,
-        norm_after_pooling=pooling != "attention" and draw(st.booleans()),
-    )
+def converting_configs(family: str) -> st.SearchStrategy[ModelConfig]:
+    """Pre-LN networks of a family with any of the options in `pool.OPTIONS`."""
+
+    @st.composite
+    def configs(draw: st.DrawFn) -> ModelConfig:
+        options: dict[str, Any] = {}
+        for name, values in OPTIONS[family].items():
+            options[name] = draw(st.sampled_from([value for value in values if possible(options | {name: value})]))
+        return MAKERS[family](**options)
+
+    return configs()
+
+
+gpt_configs, vit_configs = (functools.partial(converting_configs, family) for family in OPTIONS)
+
+
+def pooled(family: str, which: slice = slice(None)) -> list[Any]:
+    """The configs of the family's pool as parameters of a test, or some of them; one worker has all tests of each."""
+    networks = enumerate(MAKERS[family](**options) for options in pool(family))
+    named = [(f"{family}{number}", config) for number, config in networks]
+    return [pytest.param(config, id=name, marks=pytest.mark.xdist_group(name)) for name, config in named[which]]
 
 
 def random_params(config: ModelConfig, seed: int, embedding_mean: float = 100.0) -> dict[str, Any]:
@@ -126,10 +100,17 @@ def random_inputs(config: ModelConfig, seed: int = 0, batch: int = 2) -> np.ndar
     return build_model(config).example(batch, seed)
 
 
-def logits(config: ModelConfig, params: Any, tokens: np.ndarray, **kwargs: Any) -> np.ndarray:
-    """Of the jitted model."""
-    run = jax.jit(lambda params, tokens: build_model(config).apply({"params": params}, tokens, **kwargs))
-    return np.asarray(run(params, tokens))
+def logits(
+    config: ModelConfig, params: Any, inputs: np.ndarray, train: bool = False, rngs: dict | None = None
+) -> np.ndarray:
+    """Of the jitted model, which is compiled once in a process (so not for tests that change what it is traced to)."""
+    return np.asarray(_apply(config, train)(params, inputs, rngs))
+
+
+@functools.cache
+def _apply(config: ModelConfig, train: bool) -> Callable[..., jax.Array]:
+    model = build_model(config)
+    return jax.jit(lambda params, inputs, rngs: model.apply({"params": params}, inputs, train=train, rngs=rngs))
 
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:
