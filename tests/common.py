@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,23 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from pool import OPTIONS, pool, possible
 
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.registry import build_model
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.step import (
+    RunModels,
+    init_params,
+    init_state,
+    make_eval_step,
+    make_gradients,
+    make_train_step,
+    run_models,
+    state_sharding,
+)
 
 TINY = {
     "vocab_size": 11,
@@ -111,6 +124,47 @@ def logits(
 def _apply(config: ModelConfig, train: bool) -> Callable[..., jax.Array]:
     model = build_model(config)
     return jax.jit(lambda params, inputs, rngs: model.apply({"params": params}, inputs, train=train, rngs=rngs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's config, the model that is trained, the one that is computed, the mesh, and what is made of them."""
+
+    config: ConfigDict
+    models: RunModels
+    mesh: jax.sharding.Mesh
+
+    @property
+    def trained(self) -> ModelConfig:
+        return self.models.trained
+
+    def init_params(self) -> Any:
+        return init_params(self.config, self.models)
+
+    def init_state(self) -> Any:
+        return init_state(self.config, self.models)
+
+    def state_sharding(self) -> Any:
+        return state_sharding(self.config, self.models, self.mesh)
+
+    def gradients(self) -> Callable:
+        return make_gradients(self.config, self.models, self.mesh)
+
+    def train_step(self) -> Callable:
+        return make_train_step(self.config, self.models, self.mesh)
+
+    def eval_step(self) -> Callable:
+        return make_eval_step(self.config, self.models.computed, self.mesh)
+
+
+def run_of(config: ConfigDict, devices: int = 1) -> Run:
+    """What the config says, on so many of the devices."""
+    return Run(config, run_models(config), make_mesh(config, jax.devices()[:devices]))
+
+
+def with_model(run: Run, model: ModelConfig) -> Run:
+    """The run, in which this model is trained and computed."""
+    return dataclasses.replace(run, models=RunModels(model, model))
 
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:
