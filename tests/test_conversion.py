@@ -1,6 +1,8 @@
 """Conversion keeps the function, in all six directions, over the options of the config; the wrong rules do not."""
 
+import itertools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +37,15 @@ from prenorm_jax.models.coordinates import center
 
 # From each norm to each other one, both ways: six directions.
 ROUND = ["rmsnorm", "crmsnorm", "layernorm", "crmsnorm", "rmsnorm", "layernorm"]
-EVEN, ODD = slice(0, None, 2), slice(1, None, 2)
 
 
-def networks(which: slice = slice(None)) -> list:
-    """Of both families' pools."""
-    return [network for family in OPTIONS for network in pooled(family, which)]
-
-
-def later(networks: list) -> list:
-    """The same for the long tests."""
-    return [pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow]) for case in networks]
+def networks(quick: Callable[[int], bool] = lambda number: True, start: str | None = None) -> list:
+    """Parameters of a test: those of both families' pools, where a start is given after it; not all of them quick."""
+    cases = []
+    for number, case in itertools.chain.from_iterable(enumerate(pooled(family)) for family in OPTIONS):
+        values, name = (case.values, case.id) if start is None else ((start, *case.values), f"{start}-{case.id}")
+        cases.append(pytest.param(*values, id=name, marks=[*case.marks, *[pytest.mark.slow][: not quick(number)]]))
+    return cases
 
 
 def shapes(config: ModelConfig) -> dict:
@@ -60,13 +60,21 @@ def convert(params: dict, config: ModelConfig, to: str) -> tuple[dict, ModelConf
     return converted, to_config
 
 
-def check_round(config: ModelConfig, params: dict, tolerance: float, train: bool = False) -> None:
-    rngs = {"dropout": jax.random.key(5)} if train else None
+def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
     params, inputs = jax.device_get(params), random_inputs(config)
-    expected = logits(config, params, inputs, train, rngs)
+    expected = logits(config, params, inputs)
     for to in ROUND:
         params, config = convert(params, config, to)
-        assert relative(logits(config, params, inputs, train, rngs), expected) < tolerance, to
+        assert relative(logits(config, params, inputs), expected) < tolerance, to
+
+
+def check_in_training(config: ModelConfig, params: dict, tolerance: float) -> None:
+    in_training = {"train": True, "rngs": {"dropout": jax.random.key(5)}}
+    params, inputs = jax.device_get(params), random_inputs(config)
+    expected = logits(config, params, inputs, **in_training)
+    for to in NORMS[1:]:
+        converted, to_config = convert(params, config, to)
+        assert relative(logits(to_config, converted, inputs, **in_training), expected) < tolerance, to
 
 
 def check_roles(config: ModelConfig) -> None:
@@ -127,42 +135,39 @@ def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
     check_roles(config)
 
 
-@pytest.mark.parametrize("config", [*networks(EVEN), *later(networks(ODD))])
+@pytest.mark.parametrize("config", networks(lambda number: number % 3 > 0))
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
 
-@pytest.mark.parametrize("config", [*networks(ODD), *later(networks(EVEN))])
+@pytest.mark.parametrize("config", networks(lambda number: number % 3 == 0))
 def test_in_training_too_with_the_same_dropout_masks(config):
-    check_round(config, random_params(config, 1), 1e-10, train=True)
-
-
-BORN = {"rmsnorm": (slice(0, None, 4), slice(2, None, 4)), "crmsnorm": (slice(2, None, 4), slice(0, None, 4))}
+    check_in_training(config, random_params(config, 1), 1e-10)
 
 
 @pytest.mark.parametrize(
     ("start", "config"),
     [
-        pytest.param(start, *case.values, id=f"{start}-{case.id}", marks=case.marks)
-        for start, (soon, late) in BORN.items()
-        for case in [*networks(soon), *later(networks(late)), *later(networks(ODD))]
+        *networks(lambda number: number % 6 == 1, "rmsnorm"),
+        *networks(lambda number: number % 6 == 4, "crmsnorm"),
     ],
 )
 def test_from_networks_born_as_a_variant(start, config):
     check_born_as(start, config)
 
 
-@pytest.mark.parametrize("config", networks(slice(3, None, 4)))
+@pytest.mark.parametrize("config", networks(lambda number: number % 4 == 2))
 def test_converts_layer_stacked_trees_by_the_same_rule(config):
     check_stacked(config)
 
 
 @pytest.mark.wide
-@given(config=st.one_of(gpt_configs(), vit_configs()), start=st.sampled_from(NORMS[1:]), train=st.booleans())
+@given(config=st.one_of(gpt_configs(), vit_configs()), start=st.sampled_from(NORMS[1:]))
 @settings(max_examples=200, derandomize=False)
-def test_any_network(config, start, train):
+def test_any_network(config, start):
     check_roles(config)
-    check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10, train)
+    check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10)
+    check_in_training(config, random_params(config, 3), 1e-10)
     check_born_as(start, config)
     check_stacked(config)
 
@@ -174,6 +179,7 @@ def test_post_ln_without_affine_converts():
     check_round(config, random_params(config, 1), 1e-10)
 
 
+@pytest.mark.xdist_group("float32")
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("embedding_mean", [0.0, 100.0])
 @pytest.mark.parametrize("d_model", [pytest.param(65, marks=pytest.mark.slow), 384])
@@ -226,7 +232,7 @@ def test_keeps_what_it_was_given(changes):
     converted = convert_params(params, config, to="crmsnorm")
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert config.to_dict() == config_before
-    logits(model_config(crms_config), converted, np.zeros((1, 1), int))
+    assert {path: leaf.shape for path, leaf in flatten_dict(converted).items()} == shapes(model_config(crms_config))
     assert isinstance(convert_config(config.to_dict(), to="rmsnorm")["norm"], str)
     # NumPy trees (as a checkpoint reader gives) stay NumPy.
     numpy_tree = convert_params(before, config, to="crmsnorm")
@@ -234,7 +240,7 @@ def test_keeps_what_it_was_given(changes):
     jax.tree.map(np.testing.assert_array_equal, numpy_tree, converted)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_converts_sharded_arrays_where_they_lie(qk_norm):
     """Along axes that are not the stream's: each device converts what it holds, and what comes out lies likewise."""
     shape = {"d_model": 24, "heads": 8, "head_dim": 4, "mlp_dim": 64, "vocab_size": 64, "max_len": 16}
