@@ -135,7 +135,8 @@ def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
     check_roles(config)
 
 
-@pytest.mark.parametrize("config", networks(lambda number: number % 3 > 0))
+# Of each network one of the next three tests is quick, and all are in the long ones.
+@pytest.mark.parametrize("config", networks(lambda number: number % 3 == 1))
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
@@ -148,8 +149,8 @@ def test_in_training_too_with_the_same_dropout_masks(config):
 @pytest.mark.parametrize(
     ("start", "config"),
     [
-        *networks(lambda number: number % 6 == 1, "rmsnorm"),
-        *networks(lambda number: number % 6 == 4, "crmsnorm"),
+        *networks(lambda number: number % 6 == 2, "rmsnorm"),
+        *networks(lambda number: number % 6 == 5, "crmsnorm"),
     ],
 )
 def test_from_networks_born_as_a_variant(start, config):
