@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import unflatten_dict
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from pool import OPTIONS, pool, possible
 
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import ACTIVATIONS, ModelConfig
-from prenorm_jax.models.gpt import GPTConfig
+from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.registry import build_model, model_config
-from prenorm_jax.models.vit import ViTConfig
+from prenorm_jax.train.run import Run
+from prenorm_jax.train.sharding import make_mesh
+from prenorm_jax.train.step import (
+    init_params,
+    init_state,
+    make_eval_step,
+    make_gradients,
+    make_train_step,
+    state_sharding,
+)
 
 TINY = {
     "vocab_size": 11,
@@ -39,70 +52,35 @@ def tiny_vit(**changes: Any) -> ModelConfig:
     return model_config(TINY_VIT | changes)
 
 
-def transformer_options(draw: st.DrawFn) -> dict[str, Any]:
-    """Every option that the families share, of a Pre-LN network that converts; but for d_model."""
-    heads = draw(st.sampled_from([1, 2, 4]))
-    dropout = st.sampled_from([0.0, 0.3])
-    flag = st.sampled_from([None, True, False])
-    parallel = draw(st.booleans())
-    return {
-        "depth": draw(st.integers(1, 2)),
-        "heads": heads,
-        "kv_heads": draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0])),
-        "head_dim": draw(st.sampled_from([2, 6])),
-        "mlp_dim": draw(st.sampled_from([1, 9])),
-        "gated_mlp": draw(st.booleans()),
-        "activation": draw(st.sampled_from(ACTIVATIONS)),
-        "parallel": parallel,
-        "shared_norm": parallel and draw(st.booleans()),
-        "embed_norm": draw(st.booleans()),
-        "qk_norm": draw(st.booleans()),
-        "layer_scale": draw(st.sampled_from([None, 0.1])),
-        "use_bias": draw(st.booleans()),
-        "reader_bias": draw(flag),
-        "qkv_bias": draw(flag),
-        "head_bias": draw(st.booleans()),
-        "norm_affine": draw(st.booleans()),
-        "norm_bias": draw(st.booleans()),
-        "final_norm_affine": draw(flag),
-        "kept_norm_affine": draw(flag),
-        "epsilon": draw(st.sampled_from([1e-12, 1e-6, 1e-5, 1e-3])),
-        "attention_dropout": draw(dropout),
-        "branch_dropout": draw(dropout),
-        "embed_dropout": draw(dropout),
-        "stochastic_depth": draw(dropout),
-        "stochastic_depth_schedule": draw(st.sampled_from(["linear", "constant"])),
-    }
+def changed(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """The checked config with these options."""
+    return model_config(vars(config) | changes)
 
 
-@st.composite
-def gpt_configs(draw: st.DrawFn) -> ModelConfig:
-    """Every option of a GPT that converts."""
-    return tiny(
-        **transformer_options(draw),
-        d_model=draw(st.sampled_from([2, 5, 8, 13, 16])),
-        positions=draw(st.sampled_from(GPTConfig.choices["positions"])),
-        tie_embeddings=draw(st.booleans()),
-    )
+MAKERS = {"gpt": tiny, "vit": tiny_vit}
 
 
-@st.composite
-def vit_configs(draw: st.DrawFn) -> ModelConfig:
-    """Every option of a ViT that converts."""
-    positions = draw(st.sampled_from(ViTConfig.choices["positions"]))
-    pooling = draw(st.sampled_from(ViTConfig.choices["pooling"]))
-    return tiny_vit(
-        **transformer_options(draw),
-        d_model=draw(st.sampled_from([4, 8, 16] if positions == "sincos2d" else [2, 5, 8, 13, 16])),
-        patch_size=draw(st.sampled_from([2, 3, 6])),
-        patch_bias=draw(st.booleans()),
-        positions=positions,
-        class_token=pooling.startswith("class") or draw(st.booleans()),
-        class_position=draw(st.booleans()),
-        registers=draw(st.sampled_from([0, 2])),
-        pooling=pooling,
-        norm_after_pooling=pooling != "attention" and draw(st.booleans()),
-    )
+def converting_configs(family: str) -> st.SearchStrategy[ModelConfig]:
+    """Pre-LN networks of a family with any of the options in `pool.OPTIONS`."""
+
+    @st.composite
+    def configs(draw: st.DrawFn) -> ModelConfig:
+        options: dict[str, Any] = {}
+        for name, values in OPTIONS[family].items():
+            options[name] = draw(st.sampled_from([value for value in values if possible(options | {name: value})]))
+        return MAKERS[family](**options)
+
+    return configs()
+
+
+gpt_configs, vit_configs = (functools.partial(converting_configs, family) for family in OPTIONS)
+
+
+def pooled(family: str, which: slice = slice(None)) -> list[Any]:
+    """The configs of the family's pool as parameters of a test, or some of them; one worker has all tests of each."""
+    networks = enumerate(MAKERS[family](**options) for options in pool(family))
+    named = [(f"{family}{number}", config) for number, config in networks]
+    return [pytest.param(config, id=name, marks=pytest.mark.xdist_group(name)) for name, config in named[which]]
 
 
 def random_params(config: ModelConfig, seed: int, embedding_mean: float = 100.0) -> dict[str, Any]:
@@ -128,10 +106,44 @@ def random_inputs(config: ModelConfig, seed: int = 0, batch: int = 2) -> np.ndar
     return build_model(config).example(batch, seed)
 
 
-def logits(config: ModelConfig, params: Any, tokens: np.ndarray, **kwargs: Any) -> np.ndarray:
-    """Of the jitted model."""
-    run = jax.jit(lambda params, tokens: build_model(config).apply({"params": params}, tokens, **kwargs))
-    return np.asarray(run(params, tokens))
+def logits(
+    config: ModelConfig, params: Any, inputs: np.ndarray, train: bool = False, rngs: dict | None = None
+) -> np.ndarray:
+    """Of the jitted model, which is compiled once in a process (so not for tests that change what it is traced to)."""
+    return np.asarray(_apply(config, train)(params, inputs, rngs))
+
+
+@functools.cache
+def _apply(config: ModelConfig, train: bool) -> Callable[..., jax.Array]:
+    model = build_model(config)
+    return jax.jit(lambda params, inputs, rngs: model.apply({"params": params}, inputs, train=train, rngs=rngs))
+
+
+class Programs(Run):
+    """A run, and what is made of it."""
+
+    def init_params(self) -> Any:
+        return init_params(self)
+
+    def init_state(self) -> Any:
+        return init_state(self)
+
+    def state_sharding(self) -> Any:
+        return state_sharding(self)
+
+    def gradients(self) -> Callable:
+        return make_gradients(self)
+
+    def train_step(self) -> Callable:
+        return make_train_step(self)
+
+    def eval_step(self) -> Callable:
+        return make_eval_step(self)
+
+
+def run_of(config: ConfigDict, devices: int = 1) -> Programs:
+    """What the config says, on so many of the devices."""
+    return Programs.create(config, make_mesh(config, jax.devices()[:devices]))
 
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -36,8 +36,14 @@ def random_heads(T, H=4, G=2, seed=0):
     return [jnp.asarray(rng.normal(size=(2, T, heads, 3))) for heads in (H, G, G)]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T", [1, 31, 33, 130, *(pytest.param(T, marks=pytest.mark.slow) for T in (128, 257))])
+# Blocks of queries there are where a query does not see all keys: of 32 tokens at least (33), else four (130).
+LENGTHS = [(1, False), (1, True), (31, False), (33, True), (130, True)]
+MORE_LENGTHS = [(31, True), (33, False), (130, False), (128, False), (128, True), (257, False), (257, True)]
+
+
+@pytest.mark.parametrize(
+    ("T", "causal"), [*LENGTHS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_LENGTHS)]
+)
 def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal):
     inputs, directions = random_heads(T), random_heads(T, seed=1)
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(2, T, 12)))
@@ -105,14 +111,15 @@ def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, cudnns, monkeypa
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     qkv = two_byte_heads(T, 34, 8)
-    expected = plain(*(x.astype(jnp.float64) for x in qkv), causal)
+    expected = jax.jit(lambda *qkv: plain(*(x.astype(jnp.float64) for x in qkv), causal))(*qkv)
     for device, options, asks in ((H100, {}, cudnns), (H100, {"kernel": "xla"}, False), (Device("tpu", 0), {}, False)):
         monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda device=device: device)
         asked.clear()
-        assert relative(attend(*qkv, causal, **options), expected) < 0.01
+        ours = jax.jit(lambda *qkv, options=options: attend(*qkv, causal, **options))(*qkv)
+        assert relative(ours, expected) < 0.01
         assert asked == ["cudnn"] * asks
     monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda: H100)
-    attend(*qkv, causal, 0.1, jax.random.key(0))
+    jax.eval_shape(lambda *qkv: attend(*qkv, causal, 0.1, jax.random.key(0)), *qkv)
     assert not asked, "the kernel's dropout is not ours"
 
 
@@ -175,9 +182,11 @@ def test_huge_scores_do_not_overflow():
 @pytest.mark.parametrize("platform", ["cpu", "tpu"], indirect=True)
 @pytest.mark.parametrize("causal", [True, False])
 def test_sums_of_large_values_do_not_overflow_float16(causal):
+    """Weights near one, before they are divided: 256 values of 300 sum up to more than 65504."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(mean + rng.normal(size=(1, 1024, 1, 2)), jnp.float16) for mean in (0, 0, 100))
-    cotangent = jnp.asarray(rng.normal(size=(1, 1024, 2)), jnp.float16)
+    sizes = (0, 0.1), (0, 0.1), (300, 1)
+    q, k, v = (jnp.asarray(rng.normal(*size, size=(1, 256, 1, 2)), jnp.float16) for size in sizes)
+    cotangent = jnp.asarray(rng.normal(size=(1, 256, 2)), jnp.float16)
 
     def results(function, dtype):
         value, pull_back = jax.vjp(lambda *qkv: function(*qkv, causal), *(x.astype(dtype) for x in (q, k, v)))
@@ -208,9 +217,12 @@ def test_no_attention_matrix_is_kept_for_the_backward_pass(causal, dropout):
     """What `jax.vjp` keeps is queries, keys and values, once for all blocks."""
     inputs = random_heads(256)
     options = (0.3, jax.random.key(0)) if dropout else ()
-    _, pull_back = jax.vjp(lambda *qkv: attend(*qkv, causal, *options), *inputs)
-    kept = {id(leaf): leaf.size for leaf in jax.tree.leaves(pull_back)}
-    assert sum(kept.values()) < 1.2 * sum(x.size for x in inputs)
+
+    def kept(*inputs):
+        return jax.tree.leaves(jax.vjp(lambda *qkv: attend(*qkv, causal, *options), *inputs)[1])
+
+    variables = {id(var): var.aval.size for var in jax.make_jaxpr(kept)(*inputs).jaxpr.outvars}
+    assert sum(variables.values()) < 1.2 * sum(x.size for x in inputs)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"], indirect=True)
@@ -219,22 +231,23 @@ def test_dropout_keeps_the_mean_and_needs_its_key(causal):
     q, k, v = random_heads(40)
     without = jax.jit(lambda: attend(q, k, v, causal))()
     draw = jax.jit(jax.vmap(lambda key: attend(q, k, v, causal, 0.3, key)))
-    draws = draw(jax.random.split(jax.random.key(0), 1000))
+    keys = jax.random.split(jax.random.key(0), 200)
+    draws, again = np.split(draw(jnp.concatenate([keys, keys[:2]])), [200])
     error = np.abs(draws.mean(0) - without) / (draws.std(0) / np.sqrt(len(draws)) + 1e-12)
     assert error.max() < 6  # standard errors, of 960 numbers
     assert draws[:, :, 1:].std(0).min() > 0
-    np.testing.assert_array_equal(draw(jax.random.split(jax.random.key(0), 1000)[:2]), draws[:2])
+    np.testing.assert_array_equal(again, draws[:2])
     total = jax.jit(jax.value_and_grad(lambda v: attend(q, k, v, causal, 0.3, jax.random.key(1)).sum()))
     before, gradient = total(v)
     after, _ = total(v + 1e-6)
     np.testing.assert_allclose(1e-6 * gradient.sum(), after - before, rtol=1e-8)  # the same mask, computed anew
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"], indirect=True)
+@pytest.mark.parametrize("platform", ["cpu"], indirect=True)
 @pytest.mark.parametrize("causal", [True, False])
 def test_all_platforms_draw_the_same_dropout_masks(causal, platform, monkeypatch):
-    inputs, results = random_heads(130), []
-    for kind in ("cpu", platform):
+    inputs, results = random_heads(40), []
+    for kind in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda kind=kind: kind)
 
         @jax.jit
@@ -243,5 +256,6 @@ def test_all_platforms_draw_the_same_dropout_masks(causal, platform, monkeypatch
             return value, *pull_back(value)
 
         results.append(derive(*inputs))
-    for expected, ours in zip(*results, strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
+    for expected, *others in zip(*results, strict=True):
+        for ours in others:
+            np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)

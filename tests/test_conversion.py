@@ -1,18 +1,32 @@
 """Conversion keeps the function, in all six directions, over the options of the config; the wrong rules do not."""
 
+import itertools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import gpt_configs, logits, random_inputs, random_params, relative, tiny, vit_configs
+from common import (
+    changed,
+    gpt_configs,
+    logits,
+    model_config,
+    pooled,
+    random_inputs,
+    random_params,
+    relative,
+    tiny,
+    vit_configs,
+)
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from pool import OPTIONS, all_pairs, pairs_of, pool
 
-from prenorm_jax import PrenormError, build_model, convert_config, convert_params
+from prenorm_jax import PrenormError, convert_config, convert_params
 from prenorm_jax.config import base_config
 from prenorm_jax.equivalence.convert import convert_leaves
 from prenorm_jax.equivalence.roles import parameter_roles
@@ -20,77 +34,146 @@ from prenorm_jax.equivalence.rules import center_heads
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.coordinates import center
-from prenorm_jax.models.registry import model_config
 
-model_configs = st.one_of(gpt_configs(), vit_configs())
 # From each norm to each other one, both ways: six directions.
 ROUND = ["rmsnorm", "crmsnorm", "layernorm", "crmsnorm", "rmsnorm", "layernorm"]
 
 
+def networks(quick: Callable[[int], bool] = lambda number: True, start: str | None = None) -> list:
+    """Parameters of a test: those of both families' pools, where a start is given after it; not all of them quick."""
+    cases = []
+    for number, case in itertools.chain.from_iterable(enumerate(pooled(family)) for family in OPTIONS):
+        values, name = (case.values, case.id) if start is None else ((start, *case.values), f"{start}-{case.id}")
+        cases.append(pytest.param(*values, id=name, marks=[*case.marks, *[pytest.mark.slow][: not quick(number)]]))
+    return cases
+
+
+def shapes(config: ModelConfig) -> dict:
+    return {path: leaf.value.shape for path, leaf in abstract_params(config).items()}
+
+
+def convert(params: dict, config: ModelConfig, to: str) -> tuple[dict, ModelConfig]:
+    """Tree and config; and the one is exactly what the other describes."""
+    converted, to_config = convert_params(params, config, to), convert_config(config, to)
+    assert to_config.norm == to
+    assert {path: leaf.shape for path, leaf in flatten_dict(converted).items()} == shapes(to_config)
+    return converted, to_config
+
+
 def check_round(config: ModelConfig, params: dict, tolerance: float) -> None:
-    tokens = random_inputs(config)
-    expected = logits(config, params, tokens)
+    params, inputs = jax.device_get(params), random_inputs(config)
+    expected = logits(config, params, inputs)
     for to in ROUND:
-        params, config = convert_params(params, config, to), convert_config(config, to)
-        assert config.norm == to
-        assert relative(logits(config, params, tokens), expected) < tolerance, to
+        params, config = convert(params, config, to)
+        assert relative(logits(config, params, inputs), expected) < tolerance, to
 
 
-@given(config=model_configs)
-@settings(max_examples=25)
-def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
+def check_in_training(config: ModelConfig, params: dict, tolerance: float) -> None:
+    in_training = {"train": True, "rngs": {"dropout": jax.random.key(5)}}
+    params, inputs = jax.device_get(params), random_inputs(config)
+    expected = logits(config, params, inputs, **in_training)
+    for to in NORMS[1:]:
+        converted, to_config = convert(params, config, to)
+        assert relative(logits(to_config, converted, inputs, **in_training), expected) < tolerance, to
+
+
+def check_roles(config: ModelConfig) -> None:
     for norm in NORMS:
         variant = config if norm == "layernorm" else convert_config(config, norm)
-        leaves, roles = abstract_params(variant), parameter_roles(variant)
-        assert leaves.keys() == roles.keys()
+        roles, widths = parameter_roles(variant), shapes(variant)
+        assert widths.keys() == roles.keys()
         for path, role in roles.items():
-            if role.axis is not None and role.kind != "layer_scale":
-                assert leaves[path].value.shape[role.axis] == variant.stream_width
+            for axis in (role.writes, role.reads, None if role.affine is None else -1):
+                assert axis is None or widths[path][axis] == variant.stream_width
+            if role.reads is not None:
+                assert role.norm is None if config.post_norm else role.norm.epsilon == config.epsilon
 
 
-@given(config=model_configs)
-@settings(max_examples=4)
+def check_born_as(start: str, config: ModelConfig) -> None:
+    """With an affine of their own in their norms, and, for rmsnorm, zero-mean writers."""
+    config = changed(config, norm=start)
+    params = jax.device_get(random_params(config, 2))
+    # What makes it the equivalent of a Pre-LN network: zero-mean writers, and queries and keys under a QK-norm.
+    roles, flat = parameter_roles(config), flatten_dict(params)
+    for path, role in roles.items():
+        if start == "rmsnorm" and role.writes is not None:
+            scale = flat.get((*path[:-2], f"{path[-2]}_scale"), 1) if len(path) > 1 else 1  # LayerScale comes first
+            flat[path] = center(flat[path] * scale, role.writes) / scale
+    params = unflatten_dict(center_heads(flat, roles))
+    others = [norm for norm in NORMS if norm != start]
+    inputs = random_inputs(config)
+    expected = logits(config, params, inputs)
+    for to in others:
+        converted, to_config = convert(params, config, to)
+        assert relative(logits(to_config, converted, inputs), expected) < 1e-10
+    for to in [*others, start]:
+        params, config = convert(params, config, to)
+    assert relative(logits(config, params, inputs), expected) < 1e-10
+
+
+def check_stacked(config: ModelConfig) -> None:
+    """The roles count the stream axis from the end: leading (scanned) axes change nothing."""
+    trees = [flatten_dict(jax.device_get(random_params(config, seed))) for seed in (1, 2)]
+    for to in ROUND[:4]:
+        stacked = {path: np.stack([tree[path] for tree in trees]) for path in trees[0]}
+        stacked = convert_leaves(stacked, parameter_roles(config), config.norm, to, shapes(convert_config(config, to)))
+        trees = [flatten_dict(convert_params(unflatten_dict(tree), config, to)) for tree in trees]
+        config = convert_config(config, to)
+        assert stacked.keys() == trees[0].keys()
+        for path, leaf in stacked.items():
+            np.testing.assert_allclose(leaf, np.stack([tree[path] for tree in trees]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_the_pool_has_every_value_and_nearly_all_pairs(family):
+    """As many networks as there are could not have all: of two options with 5 and 4 values there are 20 pairs."""
+    chosen, wanted = pool(family), all_pairs(family)
+    for name, values in OPTIONS[family].items():
+        assert {options[name] for options in chosen} == set(values)
+    assert len(wanted.intersection(*[set().union(*map(pairs_of, chosen))])) > 0.9 * len(wanted)
+
+
+@pytest.mark.parametrize("config", networks())
+def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
+    check_roles(config)
+
+
+# Of each network one of the next three tests is quick, and all are in the long ones.
+@pytest.mark.parametrize("config", networks(lambda number: number % 3 == 1))
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
 
-@pytest.mark.parametrize("start", ["rmsnorm", "crmsnorm"])
-@given(config=model_configs)
-@settings(max_examples=3)
-def test_from_networks_born_as_a_variant(start, config):
-    """With an affine of their own in their norms, and, for rmsnorm, zero-mean writers."""
-    config = model_config({**vars(config), "norm": start})
-    params = random_params(config, 2)
-    # What makes it the equivalent of a Pre-LN network: zero-mean writers, and queries and keys under a QK-norm.
-    roles, flat = parameter_roles(config), flatten_dict(params)
-    for path, role in roles.items():
-        if start == "rmsnorm" and role.kind == "writer":
-            scale = flat.get((*path[:-2], f"{path[-2]}_scale"), 1) if len(path) > 1 else 1  # LayerScale comes first
-            flat[path] = center(flat[path] * scale, role.axis) / scale
-    params = unflatten_dict(center_heads(flat, roles, config.head_dim))
-    others = [norm for norm in NORMS if norm != start]
-    tokens = random_inputs(config)
-    expected = logits(config, params, tokens)
-    for to in others:
-        converted = convert_params(params, config, to)
-        assert relative(logits(convert_config(config, to), converted, tokens), expected) < 1e-10
-    for to in [*others, start]:
-        params, config = convert_params(params, config, to), convert_config(config, to)
-    assert relative(logits(config, params, tokens), expected) < 1e-10
-
-
-@given(config=model_configs)
-@settings(max_examples=4)
+@pytest.mark.parametrize("config", networks(lambda number: number % 3 == 0))
 def test_in_training_too_with_the_same_dropout_masks(config):
-    config = model_config({**vars(config), "dropout": 0.4, "attention_dropout": 0.4})
-    params, tokens = random_params(config, 1), random_inputs(config)
-    key = jax.random.key(5)
-    expected = logits(config, params, tokens, train=True, rngs={"dropout": key})
-    for to in ("rmsnorm", "crmsnorm"):
-        actual = logits(
-            convert_config(config, to), convert_params(params, config, to), tokens, train=True, rngs={"dropout": key}
-        )
-        assert relative(actual, expected) < 1e-10
+    check_in_training(config, random_params(config, 1), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("start", "config"),
+    [
+        *networks(lambda number: number % 6 == 2, "rmsnorm"),
+        *networks(lambda number: number % 6 == 5, "crmsnorm"),
+    ],
+)
+def test_from_networks_born_as_a_variant(start, config):
+    check_born_as(start, config)
+
+
+@pytest.mark.parametrize("config", networks(lambda number: number % 4 == 2))
+def test_converts_layer_stacked_trees_by_the_same_rule(config):
+    check_stacked(config)
+
+
+@pytest.mark.wide
+@given(config=st.one_of(gpt_configs(), vit_configs()), start=st.sampled_from(NORMS[1:]))
+@settings(max_examples=200, derandomize=False)
+def test_any_network(config, start):
+    check_roles(config)
+    check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10)
+    check_in_training(config, random_params(config, 3), 1e-10)
+    check_born_as(start, config)
+    check_stacked(config)
 
 
 def test_post_ln_without_affine_converts():
@@ -100,13 +183,7 @@ def test_post_ln_without_affine_converts():
     check_round(config, random_params(config, 1), 1e-10)
 
 
-@pytest.mark.slow
-@given(config=model_configs)
-@settings(max_examples=30)
-def test_all_six_directions_in_float64_long(config):
-    check_round(config, random_params(config, 3, embedding_mean=1.0), 1e-10)
-
-
+@pytest.mark.xdist_group("float32")
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("embedding_mean", [0.0, 100.0])
 @pytest.mark.parametrize("d_model", [pytest.param(65, marks=pytest.mark.slow), 384])
@@ -134,13 +211,15 @@ def test_jits_and_differentiates_like_the_host_conversion():
     config = tiny(dropout=0.1, tie_embeddings=False)
     params = random_params(config, 1)
     for to in ("rmsnorm", "crmsnorm"):
-        traced = jax.jit(lambda params, to=to: convert_params(params, config, to))(params)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11),
-            traced,
-            convert_params(params, config, to),
-        )
-        grads = jax.grad(lambda p, to=to: sum(x.sum() for x in jax.tree.leaves(convert_params(p, config, to))))(params)
+
+        @jax.jit
+        def traced(params, to=to):
+            converted, pull_back = jax.vjp(lambda params: convert_params(params, config, to), params)
+            return converted, *pull_back(jax.tree.map(jnp.ones_like, converted))
+
+        converted, grads = traced(params)
+        expected = convert_params(params, config, to)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), converted, expected)
         assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 
@@ -148,7 +227,7 @@ def test_jits_and_differentiates_like_the_host_conversion():
 def test_keeps_what_it_was_given(changes):
     config = base_config().model
     config.update({"depth": 1, "d_model": 8, "heads": 2, "vocab_size": 5} | changes)
-    params = build_model(config).init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    params = random_params(model_config(config), 0)
     before = jax.tree.map(np.array, params)
     config_before = config.to_dict()
     crms_config = convert_config(config, to="crmsnorm")
@@ -157,7 +236,7 @@ def test_keeps_what_it_was_given(changes):
     converted = convert_params(params, config, to="crmsnorm")
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert config.to_dict() == config_before
-    build_model(crms_config).apply({"params": converted}, jnp.zeros((1, 1), int))
+    assert {path: leaf.shape for path, leaf in flatten_dict(converted).items()} == shapes(model_config(crms_config))
     assert isinstance(convert_config(config.to_dict(), to="rmsnorm")["norm"], str)
     # NumPy trees (as a checkpoint reader gives) stay NumPy.
     numpy_tree = convert_params(before, config, to="crmsnorm")
@@ -165,21 +244,7 @@ def test_keeps_what_it_was_given(changes):
     jax.tree.map(np.testing.assert_array_equal, numpy_tree, converted)
 
 
-@given(config=model_configs)
-@settings(max_examples=10)
-def test_converts_layer_stacked_trees_by_the_same_rule(config):
-    """The roles count the stream axis from the end: leading (scanned) axes change nothing."""
-    trees = [flatten_dict(random_params(config, seed)) for seed in (1, 2, 3)]
-    for to in ROUND:
-        stacked = convert_leaves({path: np.stack([tree[path] for tree in trees]) for path in trees[0]}, config, to)
-        trees = [flatten_dict(convert_params(unflatten_dict(tree), config, to)) for tree in trees]
-        config = convert_config(config, to)
-        assert stacked.keys() == trees[0].keys()
-        for path, leaf in stacked.items():
-            np.testing.assert_allclose(leaf, np.stack([tree[path] for tree in trees]), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_converts_sharded_arrays_where_they_lie(qk_norm):
     """Along axes that are not the stream's: each device converts what it holds, and what comes out lies likewise."""
     shape = {"d_model": 24, "heads": 8, "head_dim": 4, "mlp_dim": 64, "vocab_size": 64, "max_len": 16}
@@ -196,13 +261,14 @@ def test_converts_sharded_arrays_where_they_lie(qk_norm):
     params = random_params(config, 1)
     placed = jax.device_put(params, unflatten_dict(shardings(config)))
     for to in ROUND[:3]:
-        convert = jax.jit(lambda params, config=config, to=to: convert_params(params, config, to))
-        for line in convert.lower(placed).compile().as_text().splitlines():
+        program = (
+            jax.jit(lambda params, config=config, to=to: convert_params(params, config, to)).lower(placed).compile()
+        )
+        for line in program.as_text().splitlines():
             if "all-gather" in line or "all-to-all" in line or "collective-permute" in line:
                 sizes = re.findall(r"f64\[([\d,]+)\]", line)
                 assert all(np.prod([int(n) for n in size.split(",")]) <= shape["mlp_dim"] for size in sizes), line
-        params, placed = jax.jit(convert)(params), convert(placed)
-        config = convert_config(config, to)
+        (params, config), placed = convert(params, config, to), program(placed)
         flat, expected = flatten_dict(placed), flatten_dict(params)
         for path, sharding in shardings(config).items():
             assert flat[path].sharding.is_equivalent_to(sharding, flat[path].ndim), (path, flat[path].sharding)
@@ -216,7 +282,7 @@ def wrongly(config: ModelConfig, params: dict, changes: dict, edit=lambda flat: 
     """Relative error of an rmsnorm network with `changes` in its config and `edit` on its converted leaves."""
     rms = convert_config(config, "rmsnorm")
     flat = flatten_dict(convert_params(params, config, "rmsnorm"))
-    wrong = model_config({**vars(rms), **changes})
+    wrong = changed(rms, **changes)
     tokens = random_inputs(config)
     actual = logits(wrong, unflatten_dict(edit(flat)), tokens)
     return relative(actual, logits(config, params, tokens))
@@ -225,7 +291,7 @@ def wrongly(config: ModelConfig, params: dict, changes: dict, edit=lambda flat: 
 def test_a_swap_of_the_norm_without_recentring_is_another_function():
     config = tiny(norm_affine=False, tie_embeddings=False)
     params, tokens = random_params(config, 1, embedding_mean=1.0), random_inputs(config)
-    swapped = model_config({**vars(config), "norm": "rmsnorm"})
+    swapped = changed(config, norm="rmsnorm")
     assert relative(logits(swapped, params, tokens), logits(config, params, tokens)) > 0.1
 
 
@@ -296,12 +362,12 @@ def test_to_the_norm_it_has_or_to_none(norm):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_an_rmsnorm_tree_that_is_not_zero_mean_is_refused(to, dtype):
     pre_ln = tiny(param_dtype=dtype, d_model=64)
-    fine = convert_params(random_params(pre_ln, 0), pre_ln, "rmsnorm")
+    fine = convert_params(jax.device_get(random_params(pre_ln, 0)), pre_ln, "rmsnorm")
     config = convert_config(pre_ln, "rmsnorm")
     convert_params(fine, config, to)
     kernel = fine["block_1"]["mlp"]["down"]["kernel"]
     # By twice the rounding of its dtype, which is far less than what is random in it.
-    shift = 2 * float(jnp.finfo(dtype).eps) * float(jnp.abs(kernel.astype(float)).mean())
+    shift = 2 * float(jnp.finfo(dtype).eps) * np.abs(kernel.astype(float)).mean()
     fine["block_1"]["mlp"]["down"]["kernel"] = (kernel.astype(float) + shift).astype(dtype)
     with pytest.raises(PrenormError, match="block_1/mlp/down/kernel is not zero-mean along the stream"):
         convert_params(fine, config, to)
@@ -322,12 +388,3 @@ def test_trees_that_are_not_the_models_are_refused():
         convert_params({"params": params, "step": jnp.zeros(())}, config, "rmsnorm")
     with pytest.raises(PrenormError, match=r"and \d+ more"):
         convert_params({}, config, "rmsnorm")
-
-
-def test_result_is_exactly_the_tree_of_the_converted_config():
-    for changes in ({}, {"dropout": 0.1}, {"tie_embeddings": False, "use_bias": False}, {"embed_norm": True}):
-        config = tiny(**changes)
-        for to in ("rmsnorm", "crmsnorm"):
-            expected = {path: leaf.value.shape for path, leaf in abstract_params(convert_config(config, to)).items()}
-            actual = flatten_dict(convert_params(random_params(config, 0), config, to))
-            assert {path: leaf.shape for path, leaf in actual.items()} == expected

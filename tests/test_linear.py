@@ -32,20 +32,34 @@ def test_products_for_gpus_are_of_whole_16_bytes(dtype, tokens, widths, padded, 
     rng = np.random.default_rng(0)
     x, kernel = jnp.asarray(rng.normal(size=(2, tokens, widths[0])), dtype), jnp.asarray(rng.normal(size=widths), dtype)
     assert multiplied_widths(x, kernel) == [widths]
-    y, pull_back = jax.vjp(matmul, x, kernel)
-    dy = jnp.asarray(rng.normal(size=y.shape), dtype)
+    dy = jnp.asarray(rng.normal(size=(2, tokens, widths[1])), dtype)
+
+    def results():
+        def value_and_derivatives(x, kernel, dy):  # a new function: what is traced for one platform is not taken again
+            y, pull_back = jax.vjp(matmul, x, kernel)
+            return y, *pull_back(dy)
+
+        return jax.jit(value_and_derivatives)(x, kernel, dy)
+
+    expected = results()
     monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "gpu")
     assert multiplied_widths(x, kernel) == [padded]
-    other, pull_back_other = jax.vjp(matmul, x, kernel)
+    actual = results()
     # Zeros add nothing, but another width may be summed in another order.
     tolerance = 4 * float(jnp.finfo(dtype).eps)
-    for ours, expected in zip((other, *pull_back_other(dy)), (y, *pull_back(dy)), strict=True):
-        assert ours.shape == expected.shape
-        assert relative(ours, np.asarray(expected, np.float64)) < tolerance
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert relative(ours, np.asarray(theirs, np.float64)) < tolerance
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "crmsnorm"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("norm", "tied"),
+    [
+        ("layernorm", True),
+        ("crmsnorm", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("layernorm", False), ("crmsnorm", True))),
+    ],
+)
 def test_a_network_and_its_gradient_are_the_same_on_gpus(norm, tied, monkeypatch):
     config = tiny(norm=norm, tie_embeddings=tied, d_model=14, norm_affine=norm == "layernorm")
     params, tokens = random_params(config, 1, embedding_mean=1.0), random_inputs(config)

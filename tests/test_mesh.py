@@ -3,29 +3,26 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import tiny
+from common import logits, random_inputs, run_of, tiny
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.config import NORMS
 from prenorm_jax.models.placement import partition_spec
-from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
-from prenorm_jax.train.sharding import check_sharding, make_mesh, sharding_table, tree_sharding
-from prenorm_jax.train.step import init_params, init_state, make_train_step, run_models, state_sharding
+from prenorm_jax.train.sharding import check_sharding, sharding_table, tree_sharding
 
-STEPS = 20
+STEPS = 8
 # (data, fsdp, tensor) with a product of 1, 2, 4 or 8.
 MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) in (1, 2, 4, 8)]
-LAYOUTS = list(itertools.product((False, True), (1, 2), ("none", "full"), ("float64", "float32")))
 MODEL = {"depth": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp_dim": 32}
 FAMILIES = {
     "gpt": {"vocab_size": 16, "max_len": 8},
@@ -60,86 +57,147 @@ def batch_of(step: int, config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def train(config: ConfigDict, devices: int) -> np.ndarray:
-    models, mesh = run_models(config), make_mesh(config, jax.devices()[:devices])
-    assert mesh.size == devices
-    trained = dataclasses.replace(models.trained, remat="none")
-    state = first_state(config.model.family, trained, models.computed.norm)
-    state = jax.device_put(state, state_sharding(config, models, mesh))
-    step, losses = make_train_step(config, models, mesh), []
+    """The losses. The last batch is the first one again, to see whether something is learned."""
+    run = run_of(config, devices)
+    assert run.mesh.size == devices
+    shardings = run.state_sharding()
+    state = jax.device_put(first_state(config), shardings)
+    step, losses = run.train_step(), []
     for i in range(STEPS):
-        state, metrics = step(state, batch_of(i, config))
+        state, metrics = step(state, batch_of(i % (STEPS - 1), config))
         losses.append(metrics["loss"])
+
+    def check_it_lies_as_before(leaf, place):
+        assert leaf.sharding.is_equivalent_to(getattr(place, "sharding", place), leaf.ndim)
+
+    jax.tree.map(check_it_lies_as_before, state, shardings)
     return np.array(jax.device_get(losses), np.float64)
 
 
-@functools.lru_cache
-def first_state(family: str, trained: ModelConfig, norm: str) -> Any:
-    """The state at step 0, on the host: how it is split when it is made is tested below."""
-    config = run_config(family, norm, trained.dtype)
-    config.model.scan = trained.scan
-    return jax.device_get(jax.jit(lambda: init_state(config, run_models(config)))())
+@functools.cache
+def initial(family: str, norm: str) -> Any:
+    """The state at step 0 in float64, unrolled, on the host: how it is split when it is made is tested below."""
+    return jax.device_get(jax.jit(run_of(run_config(family, norm, "float64")).init_state)())
 
 
-@functools.lru_cache
-def single_device(family: str, norm: str, dtype: str) -> np.ndarray:
-    losses = train(run_config(family, norm, dtype), devices=1)
-    assert losses[-1] < losses[0] - 0.1, "this run learns nothing, so it would show nothing"
+def first_state(config: ConfigDict) -> Any:
+    """The same numbers in the config's layout and dtype."""
+    state = initial(config.model.family, norm_trained(config))
+    if config.model.scan:
+        params, opt_state = jax.jit(stack_blocks)((state.params, state.opt_state))
+        state = state.replace(params=params, opt_state=opt_state)
+    dtype = config.model.param_dtype
+    return jax.tree.map(lambda x: np.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), state)
+
+
+def norm_trained(config: ConfigDict) -> str:
+    return config.model.norm if config.parameterization == "native" else "layernorm"
+
+
+@functools.cache
+def single_device(family: str, norm: str, dropout: float = 0.0) -> np.ndarray:
+    """Losses in float64, without any of what must not change them."""
+    config = run_config(family, norm, "float64")
+    config.model.dropout = dropout
+    losses = train(config, devices=1)
+    assert losses[-1] < losses[0] - 0.01, "this run learns nothing, so it would show nothing"
     return losses
 
 
-def check_same_curve(family, norm, shape, layout):
-    scan, accumulate, remat, dtype = layout
-    config = run_config(family, norm, dtype)
+def check_same_curve(config: ConfigDict, shape: tuple[int, int, int]) -> None:
+    """With that of one device; of Pre-LN, where it is what is trained."""
+    model = config.model
+    expected = single_device(model.family, norm_trained(config), model.dropout)
     config.mesh.fsdp, config.mesh.tensor = shape[1:]
-    config.accumulate = accumulate
-    config.model.update({"scan": scan, "remat": remat})
-    difference = np.abs(train(config, int(np.prod(shape))) - single_device(family, norm, dtype)).max()
-    assert difference < (1e-10 if dtype == "float64" else 1e-5), difference
+    difference = np.abs(train(config, int(np.prod(shape))) - expected).max()
+    assert difference < (1e-10 if model.dtype == "float64" else 1e-5), difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a mesh is tested with."""
+
+    shape: tuple[int, int, int]
+    family: str
+    norm: str
+    scan: bool
+    accumulate: int
+    remat: str
+    dtype: str
+
+    def config(self) -> ConfigDict:
+        config = run_config(self.family, self.norm, self.dtype)
+        config.accumulate = self.accumulate
+        config.model.update({"scan": self.scan, "remat": self.remat, "dropout": self.dropout})
+        return config
+
+    @property
+    def dropout(self) -> float:
+        """Of GPTs, where each piece of a batch and each block of a scan does not draw masks of its own."""
+        return 0.2 if self.family == "gpt" and not self.scan and self.accumulate == 1 else 0.0
+
+
+# Every mesh once, and all else in turn.
+TURNS = [
+    Turn(
+        shape,
+        family=list(FAMILIES)[n // 2 % 2],
+        norm=NORMS[(n + n // 6) % 3],
+        scan=n // 3 % 2 == 1,
+        accumulate=1 + n % 2,
+        remat=("none", "dots", "full")[n // 3 % 3],
+        dtype=("float32", "float64")[n // 4 % 4 > 0],
+    )
+    for n, shape in enumerate(MESHES)
+]
+QUICK = [(2, 4, 1), (2, 1, 4)]
+
+
+def test_turns_meet():
+    """Each family with each norm meets every axis of the mesh; all else meets those, the axes, and one another."""
+    fields = [field.name for field in dataclasses.fields(Turn)[1:]]
+    values = {name: {getattr(turn, name) for turn in TURNS} for name in fields}
+    assert [len(values[name]) for name in fields] == [2, 3, 2, 2, 3, 2]
+    for one, other in itertools.combinations(fields, 2):
+        met = {(getattr(turn, one), getattr(turn, other)) for turn in TURNS}
+        assert met == set(itertools.product(values[one], values[other])), (one, other)
+    for axis in range(3):
+        assert any(turn.dropout and turn.shape[axis] > 1 for turn in TURNS)
+        split = [turn for turn in TURNS if turn.shape[axis] > 1]
+        assert {(turn.family, turn.norm) for turn in split} == set(itertools.product(FAMILIES, NORMS))
+        assert all({getattr(turn, name) for turn in split} == values[name] for name in fields)
 
 
 @pytest.mark.parametrize(
-    ("family", "norm", "shape", "layout"),
+    "turn",
     [
-        ("gpt", "crmsnorm", (2, 2, 2), (True, 2, "full", "float64")),
-        ("vit", "rmsnorm", (1, 4, 2), (False, 1, "dots", "float32")),
+        pytest.param(
+            turn,
+            id="x".join(map(str, turn.shape)),
+            marks=[pytest.mark.xdist_group(turn.family), *[pytest.mark.slow][: turn.shape not in QUICK]],
+        )
+        for turn in TURNS
     ],
 )
-def test_some_meshes(family, norm, shape, layout):
-    check_same_curve(family, norm, shape, layout)
-
-
-@pytest.mark.parametrize(
-    ("family", "norm", "shape", "layout"),
-    [
-        ("gpt", "rmsnorm", (2, 2, 2), (True, 2, "none", "float64")),
-        pytest.param("vit", "crmsnorm", (1, 2, 4), (False, 1, "dots", "float64"), marks=pytest.mark.slow),
-    ],
-)
-def test_on_tpus_layouts_are_asked_for_and_no_number_changes(family, norm, shape, layout, monkeypatch):
-    single_device(family, norm, "float64")  # as elsewhere
-    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "tpu")
-    check_same_curve(family, norm, shape, layout)
-
-
-def turns() -> Iterator[tuple[str, str, int, int]]:
-    """Every mesh with every norm; families and layouts go round.
-
-    So each family meets each mesh and each layout, each norm each layout, and each of the layouts' four choices each
-    family and norm together.
-    """
-    for number, norm in itertools.product(range(len(MESHES)), NORMS):
-        turn = NORMS.index(norm)
-        family = list(FAMILIES)[(number // 3 + turn) % 2]
-        yield family, norm, number, (number + 5 * turn) % len(LAYOUTS)
+def test_every_mesh_takes_the_same_steps(turn):
+    check_same_curve(turn.config(), turn.shape)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "norm", "number", "layout"),
-    [pytest.param(*case, marks=pytest.mark.xdist_group("-".join(case[:2]))) for case in turns()],
+    "turn",
+    [
+        pytest.param(turn, id=turn.family, marks=pytest.mark.xdist_group(turn.family))
+        for turn in (
+            Turn((2, 2, 2), "gpt", "rmsnorm", True, 2, "none", "float64"),
+            Turn((1, 2, 4), "vit", "crmsnorm", False, 1, "dots", "float64"),
+        )
+    ],
 )
-def test_every_mesh(family, norm, number, layout):
-    check_same_curve(family, norm, MESHES[number], LAYOUTS[layout])
+def test_on_tpus_layouts_are_asked_for_and_no_number_changes(turn, monkeypatch):
+    single_device(turn.family, norm_trained(turn.config()), turn.dropout)  # as elsewhere
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "tpu")
+    check_same_curve(turn.config(), turn.shape)
 
 
 def test_there_are_eight_devices_and_all_mesh_shapes():
@@ -150,50 +208,46 @@ def test_there_are_eight_devices_and_all_mesh_shapes():
 def test_state_is_split_along_all_axes_but_the_streams():
     config = run_config("gpt", "crmsnorm", "float64")
     config.mesh.fsdp, config.mesh.tensor, config.model.scan, config.parameterization = 2, 4, True, "native"
-    models, mesh = run_models(config), make_mesh(config)
-    sharding = state_sharding(config, models, mesh)
-    state = jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
+    run = run_of(config, 8)
+    state = jax.jit(run.init_state, out_shardings=run.state_sharding())()
     mu = state.opt_state[1][0].mu
     for tree in (state.params, mu):
         kernel = tree["blocks"]["mlp"]["up"]["kernel"]  # (depth, d-1, 32)
         assert kernel.addressable_shards[0].data.shape == (2, 15, 4)
         assert tree["blocks"]["mlp"]["down"]["kernel"].addressable_shards[0].data.shape == (2, 4, 15)
         assert tree["token_embedding"].addressable_shards[0].data.shape == (2, 16)  # tied: raw, d wide
-    table = sharding_table(models.trained, mesh)
+    table = sharding_table(run.trained, run.mesh)
     assert "blocks/mlp/up/kernel" in table and "-, -, tensor+fsdp" in table
-    # After a step it still is.
-    state, _ = make_train_step(config, models, mesh)(state, batch_of(0, config))
-    assert state.params["blocks"]["mlp"]["up"]["kernel"].addressable_shards[0].data.shape == (2, 15, 4)
 
 
 def test_bad_meshes_are_refused():
     config = run_config("gpt", "rmsnorm", "float64")
     config.mesh.fsdp = 3
     with pytest.raises(PrenormError, match=r"mesh\.fsdp=3 times mesh.tensor=1 does not divide the 8 devices"):
-        make_mesh(config)
+        run_of(config, 8)
     config.mesh.fsdp, config.accumulate = 2, 4
     with pytest.raises(PrenormError, match="batch_size=16 is not a multiple of the 8 groups of devices times accum"):
-        make_mesh(config)
+        run_of(config, 8)
     config.accumulate, config.model.vocab_size = 1, 17
-    model, mesh = run_models(config).trained, make_mesh(config)
-    check_sharding(model, mesh, largest=17 * 16)
+    run = run_of(config, 8)
+    check_sharding(run.trained, run.mesh, largest=17 * 16)
     with pytest.raises(PrenormError, match=r"every device would hold 272 numbers of token_embedding \(17, 16\)"):
-        check_sharding(model, mesh, largest=17 * 16 - 1)
+        check_sharding(run.trained, run.mesh, largest=17 * 16 - 1)
     # Split by one axis of two is not split enough.
     config.model.vocab_size, config.mesh.tensor = 18, 4
-    model, mesh = run_models(config).trained, make_mesh(config)
-    assert mesh.shape["fsdp"] == 2
+    run = run_of(config, 8)
+    assert run.mesh.shape["fsdp"] == 2
     with pytest.raises(PrenormError, match=r"144 numbers of token_embedding \(18, 16\)"):
-        check_sharding(model, mesh, largest=17 * 8)
+        check_sharding(run.trained, run.mesh, largest=17 * 8)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "lamb", "muon"])
 def test_moments_are_split_as_their_parameters_are(name):
     config = run_config("gpt", "rmsnorm", "float64")
     config.optimizer.name, config.mesh.fsdp = name, 8
-    models, mesh = run_models(config), make_mesh(config)
-    state = jax.eval_shape(lambda: init_state(config, models))
-    sharding = tree_sharding(state.opt_state, models.trained, mesh)
+    run = run_of(config, 8)
+    state = jax.eval_shape(run.init_state)
+    sharding = tree_sharding(state.opt_state, run.trained, run.mesh)
     kernel = [
         (leaf.shape, place.shard_shape(leaf.shape))
         for (path, leaf), place in zip(
@@ -207,26 +261,27 @@ def test_moments_are_split_as_their_parameters_are(name):
 def test_axes_that_do_not_divide_are_not_split():
     config = run_config("gpt", "rmsnorm", "float64")
     config.mesh.fsdp, config.mesh.tensor = 2, 4
-    mesh = make_mesh(config)
+    mesh = run_of(config, 8).mesh
     assert partition_spec(("read", "mlp"), (15, 32), mesh, stored=True) == jax.P(None, ("tensor", "fsdp"))
     assert partition_spec(("read", "mlp"), (15, 32), mesh, stored=False) == jax.P(None, ("tensor",))
     assert partition_spec(("read", "mlp"), (15, 6), mesh, stored=True) == jax.P(None, ("fsdp",))
 
 
-@pytest.mark.parametrize("norm", ["crmsnorm", *(pytest.param(n, marks=pytest.mark.slow) for n in NORMS[:2])])
-def test_layouts_hold_the_same_numbers(norm):
-    config = run_config("gpt", norm, "float64")
-    params = init_params(config, run_models(config))
-    config.model.scan = True
-    stacked = init_params(config, run_models(config))
+def test_layouts_hold_the_same_numbers():
+    def run(scan: bool):
+        config = run_config("gpt", "crmsnorm", "float64")
+        config.parameterization, config.model.scan = "native", scan
+        return run_of(config)
+
+    unrolled, scanned = run(False), run(True)
+    params, stacked = (jax.device_get(jax.jit(run.init_params)()) for run in (unrolled, scanned))
     jax.tree.map(np.testing.assert_array_equal, stack_blocks(params), stacked)
     jax.tree.map(np.testing.assert_array_equal, unstack_blocks(stacked), params)
-    model = run_models(config).trained
-    shapes = {path: leaf.value.shape for path, leaf in abstract_params(model).items()}
+    shapes = {path: leaf.value.shape for path, leaf in abstract_params(scanned.trained).items()}
     assert shapes["blocks", "mlp", "up", "bias"] == (2, 32)
-    tokens = build_model(model).example(2, seed=0)
-    unrolled = build_model(dataclasses.replace(model, scan=False)).apply({"params": params}, tokens)
-    np.testing.assert_allclose(build_model(model).apply({"params": stacked}, tokens), unrolled, atol=1e-13)
+    tokens = random_inputs(scanned.trained)
+    expected = logits(unrolled.trained, params, tokens)
+    np.testing.assert_allclose(logits(scanned.trained, stacked, tokens), expected, atol=1e-13)
 
 
 def test_scan_refuses_what_differs_by_block():
@@ -235,5 +290,4 @@ def test_scan_refuses_what_differs_by_block():
     config = run_config("gpt", "rmsnorm", "float64")
     config.model.scan, config.optimizer.name = True, "lamb"
     with pytest.raises(PrenormError, match="stacks those of all blocks"):
-        init_state(config, run_models(config))
-    assert model_config(config.model).scan
+        jax.eval_shape(run_of(config).init_state)

@@ -1,6 +1,6 @@
 """The three norms against NumPy in float64, their dtypes, and their agreement on a zero-mean stream."""
 
-import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from prenorm_jax.models.linear import read as read_kernel
 from prenorm_jax.models.norms import CRMSNorm, LayerNorm, RMSNorm
 
 MODULES = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "crmsnorm": CRMSNorm}
-WIDTHS = [2, 3, 4, 7, 16, 33]  # few: each is compiled anew
+WIDTHS = [2, 3, 7, 33]  # few: each is compiled anew
 
 
 def oracle(norm: str, x: np.ndarray, epsilon: float) -> np.ndarray:
@@ -28,6 +28,7 @@ def oracle(norm: str, x: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("norm", MODULES)
+@settings(max_examples=40)
 @given(
     width=st.sampled_from(WIDTHS),
     epsilon=st.sampled_from([1e-12, 1e-6, 1e-5, 1.0]),
@@ -46,6 +47,7 @@ def test_follows_its_formula(norm, width, epsilon, scale, bias, seed):
     assert set(variables.get("params", {})) == set(params)
 
 
+@settings(max_examples=40)
 @given(width=st.sampled_from(WIDTHS), seed=st.integers(0, 99), epsilon=st.sampled_from([1e-12, 1e-5, 0.1]))
 def test_agree_on_a_zero_mean_stream(width, seed, epsilon):
     z = center(np.random.default_rng(seed).normal(5, 1, size=(3, width)))
@@ -106,20 +108,8 @@ def by_definition(norm, x, epsilon):
     return x / jnp.sqrt(squares / d + epsilon)
 
 
-@functools.lru_cache
-def derivatives(norm, epsilon):
-    """(x, its direction, kernel, cotangent) -> for each way to normalise and multiply: value and derivatives."""
-    module = MODULES[norm](epsilon, False, False, param_dtype=jnp.float64)
-
-    def read(x, kernel):
-        normed = module.apply({}, x, method="for_readers")
-        return read_kernel(normed, kernel)
-
-    functions = {
-        "multiplied": lambda x, kernel: module.apply({}, x) @ kernel,
-        "read": read,
-        "definition": lambda x, kernel: by_definition(norm, x, epsilon) @ kernel,
-    }
+def derivatives(norm):
+    """(ε, x, its direction, kernel, cotangent) -> for each way to normalise and multiply: value and derivatives."""
 
     def of(function, x, direction, kernel, cotangent):
         value, pull_back = jax.vjp(function, x, kernel)
@@ -128,16 +118,26 @@ def derivatives(norm, epsilon):
         curvature = jax.jvp(gradient, (x,), (direction,))[1]  # a second derivative is exact too
         return [value, tangent, *pull_back(cotangent), curvature]
 
-    return jax.jit(lambda *arguments: {name: of(function, *arguments) for name, function in functions.items()})
+    @jax.jit
+    def of_all(epsilon, *arguments):
+        module = MODULES[norm](epsilon, False, False, param_dtype=jnp.float64)
+        functions = {
+            "multiplied": lambda x, kernel: module.apply({}, x) @ kernel,
+            "read": lambda x, kernel: read_kernel(module.apply({}, x, method="for_readers"), kernel),
+            "definition": lambda x, kernel: by_definition(norm, x, epsilon) @ kernel,
+        }
+        return {name: of(function, *arguments) for name, function in functions.items()}
+
+    return of_all
 
 
 @pytest.mark.parametrize("norm", MODULES)
-@settings(max_examples=15)
-@given(width=st.sampled_from([2, 3, 8, 33]), epsilon=st.sampled_from([1e-12, 1e-5, 1.0]), seed=st.integers(0, 99))
-def test_derivatives_are_those_of_the_formula_whether_it_is_multiplied_out_or_read(norm, width, epsilon, seed):
-    rng = np.random.default_rng(seed)
-    x, direction, kernel = rng.normal(1, 2, (3, width)), rng.normal(size=(3, width)), rng.normal(size=(width, 4))
-    results = derivatives(norm, epsilon)(x, direction, kernel, rng.normal(size=(3, 4)))
-    for name in ("multiplied", "read"):
-        for ours, expected in zip(results[name], results["definition"], strict=True):
-            np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-9 * max(1, np.abs(expected).max()))
+def test_derivatives_are_those_of_the_formula_whether_it_is_multiplied_out_or_read(norm):
+    compute = derivatives(norm)
+    for width, epsilon, seed in itertools.product([2, 3, 33], [1e-12, 1e-5, 1.0], range(3)):
+        rng = np.random.default_rng(seed)
+        x, direction, kernel = rng.normal(1, 2, (3, width)), rng.normal(size=(3, width)), rng.normal(size=(width, 4))
+        results = compute(epsilon, x, direction, kernel, rng.normal(size=(3, 4)))
+        for name in ("multiplied", "read"):
+            for ours, expected in zip(results[name], results["definition"], strict=True):
+                np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-9 * max(1, np.abs(expected).max()))

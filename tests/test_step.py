@@ -1,22 +1,19 @@
-"""Training equivalence in float64, its negative control, and the step on several devices."""
+"""Training equivalence in float64 and its negative controls; the parts of a step."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import TINY, TINY_VIT
+from common import TINY, TINY_VIT, Programs, changed, random_params, relative, run_of
 from ml_collections import ConfigDict
 
 from prenorm_jax.config import base_config
 from prenorm_jax.models.config import NORMS
 from prenorm_jax.train.loss import binary_cross_entropy, cross_entropy
 from prenorm_jax.train.optim import make_optimizer, make_schedule
-from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.step import init_state, make_eval_step, make_gradients, make_train_step, run_models
 
 STEPS = 100
 # name -> (peak learning rate, other settings): rates at which each of them learns something in 100 steps.
@@ -46,19 +43,10 @@ def batch_of(step: int, config: ConfigDict) -> dict[str, np.ndarray]:
     if config.model.family == "vit":
         labels_B = rng.integers(5, size=size)
         images = rng.integers(30, size=(size, 6, 6, 2)) + 50 * labels_B[:, None, None, None]
-        return {"images": images.astype(np.uint8), "labels": labels_B.astype(np.int32), "weights": np.ones(size)}
+        weights_B = rng.integers(1, 3, size=size).astype(np.float64)
+        return {"images": images.astype(np.uint8), "labels": labels_B.astype(np.int32), "weights": weights_B}
     tokens_BxT = (rng.integers(11, size=(size, 1)) + np.arange(8)) % 11
     return {"tokens": tokens_BxT.astype(np.int32), "weights": rng.integers(1, 3, size=(size, 7)).astype(np.float64)}
-
-
-def train(config: ConfigDict, steps: int = STEPS, devices: int = 1) -> tuple[np.ndarray, object]:
-    """(losses, final state)."""
-    models = run_models(config)
-    mesh = make_mesh(config, jax.devices()[:devices])
-    step = make_train_step(config, models, mesh)
-    batches = jax.tree.map(lambda *leaves: np.stack(leaves), *[batch_of(i, config) for i in range(steps)])
-    state, metrics = jax.jit(lambda batches: jax.lax.scan(step, init_state(config, models), batches))(batches)
-    return np.asarray(metrics["loss"]), state
 
 
 # What is trained: a family and its model's keys. The ViT has all that is random in it on, and images are mixed.
@@ -69,85 +57,125 @@ VIT = ("vit", {"dropout": 0.1, "stochastic_depth": 0.3, "stochastic_depth_schedu
 MODELS = {"gpt": GPT, "gpt-dropout": GPT_DROPOUT, "gpt-untied": GPT_UNTIED, "vit": VIT}
 
 
-def model_config(model: str, norm: str, parameterization: str, optimizer: str) -> ConfigDict:
+def run_for(model: str, norm: str, parameterization: str = "pre_ln", optimizer: str = "adamw") -> Programs:
     family, keys = MODELS[model]
     config = run_config(norm, parameterization, optimizer, family, **keys)
     if family == "vit":
         config.augment.update({"shift": 1, "mixup": 0.1, "label_smoothing": 0.05})
-    return config
+    return run_of(config)
 
 
-@functools.lru_cache
-def pre_ln_losses(model: str, optimizer: str) -> np.ndarray:
-    losses = train(model_config(model, "layernorm", "pre_ln", optimizer))[0]
-    assert losses[-20:].mean() < losses[:10].mean() - 0.1, "this run learns nothing, so it would show nothing"
-    return losses
+# --- One step: the gradients through h are Pre-LN's, so those of every optimizer that is given them are too. ---
 
 
-def differences(model: str, norm: str, parameterization: str, optimizer: str) -> np.ndarray:
+@functools.cache
+def points(model: str) -> dict[str, dict]:
+    """Pre-LN trees: at the start of training, and far from it."""
+    run = run_for(model, "layernorm")
+    return {"init": jax.device_get(jax.jit(run.init_state)().params), "random": random_params(run.trained, 1, 1.0)}
+
+
+@functools.cache
+def gradients_of(model: str, norm: str) -> dict[str, np.ndarray]:
+    """Loss and gradient of a batch, in one vector, at each of the points; by θ, the Pre-LN tree."""
+    return _gradients(run_for(model, norm), model)
+
+
+def _gradients(run: Programs, model: str) -> dict[str, np.ndarray]:
+    gradients = jax.jit(run.gradients())
+    return {name: flat(gradients(params, batch_of(0, run.config), 3)) for name, params in points(model).items()}
+
+
+def flat(tree: object) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("norm", NORMS[1:])
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.xdist_group(f"step-{name}")) for name in MODELS]
+)
+def test_gradients_through_h_are_those_of_pre_ln(model, norm):
+    for point, expected in gradients_of(model, "layernorm").items():
+        assert relative(gradients_of(model, norm)[point], expected) < 1e-12, point
+
+
+@pytest.mark.xdist_group("step-gpt-untied")
+def test_those_of_a_swap_without_recentring_are_not():
+    """The negative control: RMSNorm in LayerNorm's place, with the same tree."""
+    run = run_for("gpt-untied", "layernorm")
+    for point, swapped in _gradients(run.computing(changed(run.trained, norm="rmsnorm")), "gpt-untied").items():
+        assert relative(swapped, gradients_of("gpt-untied", "layernorm")[point]) > 1e-3, point
+
+
+# --- A hundred steps, of each optimizer. ---
+
+# Each with a model and a norm; trained directly it is with the other norm.
+RUNS = [
+    ("adamw", "gpt-untied", "crmsnorm"),
+    ("sgd", "gpt", "rmsnorm"),
+    ("lamb", "vit", "crmsnorm"),
+    ("muon", "gpt-dropout", "rmsnorm"),
+    ("adafactor", "gpt", "crmsnorm"),
+]
+
+
+def runs() -> list:
+    """One worker takes all of an optimizer, and so trains Pre-LN once; the first is quick."""
+    return [
+        pytest.param(*case, id="-".join(case), marks=[pytest.mark.xdist_group(case[0]), *[pytest.mark.slow][: i > 0]])
+        for i, case in enumerate(RUNS)
+    ]
+
+
+@functools.cache
+def losses(optimizer: str, model: str, norm: str, parameterization: str) -> np.ndarray:
+    run = run_for(model, norm, parameterization, optimizer)
+    step, batches = run.train_step(), [batch_of(i, run.config) for i in range(STEPS)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    metrics = jax.jit(lambda batches: jax.lax.scan(step, run.init_state(), batches)[1])(stacked)
+    return np.asarray(metrics["loss"])
+
+
+def difference(optimizer: str, model: str, norm: str, parameterization: str) -> np.ndarray:
     """|Δloss| to Pre-LN, step by step."""
-    return np.abs(train(model_config(model, norm, parameterization, optimizer))[0] - pre_ln_losses(model, optimizer))
+    expected = losses(optimizer, model, "layernorm", "pre_ln")
+    assert expected[-20:].mean() < expected[:10].mean() - 0.1, "this run learns nothing, so it would show nothing"
+    return np.abs(losses(optimizer, model, norm, parameterization) - expected)
 
 
-def case(norm: str, model: str, optimizer: str):
-    """One worker takes all cases of an optimizer, and so computes its Pre-LN runs once."""
-    marks = [pytest.mark.xdist_group(optimizer), *([] if model == "gpt" else [pytest.mark.slow])]
-    return pytest.param(norm, model, optimizer, marks=marks)
+@pytest.mark.parametrize(("optimizer", "model", "norm"), runs())
+def test_pre_ln_parameterization_follows_pre_ln(optimizer, model, norm):
+    assert difference(optimizer, model, norm, "pre_ln").max() <= 1e-9
 
 
-def in_turn(number: int) -> str:
-    return ("rmsnorm", "crmsnorm")[number % 2]
-
-
-PAIRS = list(itertools.product(enumerate(MODELS), enumerate(OPTIMIZERS)))
-
-
-@pytest.mark.parametrize(
-    ("norm", "model", "optimizer"),
-    [
-        *(case(in_turn(m + o), model, optimizer) for (m, model), (o, optimizer) in PAIRS),
-        # Of the first two models, and of adamw, the other norm too.
-        *(
-            case(in_turn(m + o + 1), model, optimizer)
-            for (m, model), (o, optimizer) in PAIRS
-            if m < 2 or optimizer == "adamw"
-        ),
-    ],
-)
-def test_pre_ln_parameterization_follows_pre_ln(norm, model, optimizer):
-    assert differences(model, norm, "pre_ln", optimizer).max() <= 1e-9
-
-
-@pytest.mark.parametrize(
-    ("norm", "model", "optimizer"),
-    [
-        case(norm, model, optimizer)
-        for norm in ("rmsnorm", "crmsnorm")
-        for model, optimizer in [*(("gpt", name) for name in OPTIMIZERS), ("gpt-dropout", "adamw"), ("vit", "adamw")]
-    ],
-)
-def test_native_parameterization_does_not(norm, model, optimizer):
+@pytest.mark.parametrize(("optimizer", "model", "norm"), runs())
+def test_native_parameterization_does_not(optimizer, model, norm):
     """The negative control: the same function at the start, trained directly, goes another way."""
-    difference = differences(model, norm, "native", optimizer)
-    assert difference[0] < 1e-12
-    assert difference.max() > 1e-3
+    other = {"rmsnorm": "crmsnorm", "crmsnorm": "rmsnorm"}[norm]
+    apart = difference(optimizer, model, other, "native")
+    assert apart[0] < 1e-12
+    assert apart.max() > 1e-3
 
 
-@pytest.mark.parametrize("norm", ["crmsnorm", *(pytest.param(n, marks=pytest.mark.slow) for n in NORMS[:2])])
-@pytest.mark.parametrize("devices", [8, pytest.param(2, marks=pytest.mark.slow)])
-def test_any_number_of_devices_takes_the_same_steps(norm, devices):
-    config = run_config(norm, "pre_ln", dropout=0.2)
-    alone, together = train(config, 20)[0], train(config, 20, devices)[0]
-    np.testing.assert_allclose(together, alone, rtol=1e-11)
+# --- The step's parts. ---
 
 
-def test_the_loss_weighs_tokens_not_sequences():
+@functools.cache
+def textbook() -> tuple[Programs, object, object]:
+    """A run, its first state (on the host, since a step donates it) and its jitted step."""
     config = run_config("layernorm", "pre_ln")
-    models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
-    state, batch = init_state(config, models), batch_of(0, config)
+    config.optimizer.update({"clip": 0.01, "weight_decay": 0.3, "warmup_steps": 4, "learning_rate": 0.1, "eps": 1e-8})
+    run = run_of(config)
+    return run, jax.device_get(jax.jit(run.init_state)()), run.train_step()
+
+
+@pytest.mark.xdist_group("textbook")
+def test_the_loss_weighs_tokens_not_sequences():
+    run, state, step = textbook()
+    batch = batch_of(0, run.config)
     batch["weights"][:, 3:] = 0
     batch["weights"][5:] = 0
-    eval_step = make_eval_step(config, models.computed, mesh)
+    eval_step = run.eval_step()
     sums = eval_step(state.params, batch)
     nats, tokens = sums["nats"], sums["weight"]
     assert tokens == batch["weights"].sum()
@@ -155,8 +183,7 @@ def test_the_loss_weighs_tokens_not_sequences():
         batch, tokens=np.where(np.pad(batch["weights"], ((0, 0), (1, 0)), constant_values=1) > 0, batch["tokens"], 0)
     )
     np.testing.assert_allclose(eval_step(state.params, scrambled)["nats"], nats, rtol=1e-12)
-    loss = make_train_step(config, models, mesh)(state, batch)[1]["loss"]
-    np.testing.assert_allclose(loss, nats / tokens, rtol=1e-12)
+    np.testing.assert_allclose(step(state, batch)[1]["loss"], nats / tokens, rtol=1e-12)
 
 
 def test_the_schedule_warms_up_and_ends_at_its_fraction_of_the_peak():
@@ -170,25 +197,22 @@ def test_the_schedule_warms_up_and_ends_at_its_fraction_of_the_peak():
     assert make_schedule(config)(4) == 1.0
 
 
+@pytest.mark.xdist_group("textbook")
 def test_adamw_step_is_the_textbooks():
     """One update against the formulas, through clip, decay mask and schedule (optax unbiases moments in float32)."""
-    config = run_config("layernorm", "pre_ln")
-    config.optimizer.update({"clip": 0.01, "weight_decay": 0.3, "warmup_steps": 4, "learning_rate": 0.1, "eps": 1e-8})
-    models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
-    state = init_state(config, models)
-    grads = make_gradients(config, models)(state.params, batch_of(0, config), state.step)[1]
-    norm = optax.tree.norm(grads)
-    before = jax.tree.map(np.array, state.params)
-    after, metrics = make_train_step(config, models, mesh)(state, batch_of(0, config))
+    run, state, step = textbook()
+    grads = jax.jit(run.gradients())(state.params, batch_of(0, run.config), state.step)[1]
+    norm = np.linalg.norm(flat(grads))
+    after, metrics = step(state, batch_of(0, run.config))
     np.testing.assert_allclose(metrics["grad_norm"], norm)
     np.testing.assert_allclose(metrics["learning_rate"], 0.025)
 
-    def expected(path, p, g):
+    def expected(p, g):
         g = g * min(1, 0.01 / norm)
         step = g / (np.abs(g) + 1e-8)  # both moments are unbiased after one step
         return p - 0.025 * (step + (0.3 * p if p.ndim == 2 else 0))
 
-    wanted = jax.tree_util.tree_map_with_path(expected, before, grads)
+    wanted = jax.tree.map(expected, state.params, jax.device_get(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), after.params, wanted)
 
 
@@ -212,7 +236,7 @@ def test_cross_entropy_is_that_of_optax(offset, platform, monkeypatch):
         return lambda logits: (function(logits, targets) * jnp.arange(20.0).reshape(4, 5)).sum()
 
     ours, optaxs = (
-        jax.value_and_grad(total(f)) for f in (cross_entropy, optax.softmax_cross_entropy_with_integer_labels)
+        jax.jit(jax.value_and_grad(total(f))) for f in (cross_entropy, optax.softmax_cross_entropy_with_integer_labels)
     )
     for mine, expected in zip(ours(logits), optaxs(logits), strict=True):
         np.testing.assert_allclose(mine, expected, rtol=1e-12, atol=1e-12)
@@ -225,10 +249,9 @@ def test_cross_entropy_is_that_of_optax(offset, platform, monkeypatch):
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_on_tpus_gradients_lie_as_the_state_does(platform, monkeypatch):
     monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: platform)
-    config = run_config("crmsnorm", "pre_ln")
-    models, mesh = run_models(config), make_mesh(config, jax.devices()[:1])
-    state = jax.eval_shape(lambda: init_state(config, models))
-    jaxpr = str(make_train_step(config, models, mesh).trace(state, batch_of(0, config)).jaxpr)
+    run = run_of(run_config("crmsnorm", "pre_ln"))
+    state = jax.eval_shape(run.init_state)
+    jaxpr = str(run.train_step().trace(state, batch_of(0, run.config)).jaxpr)
     leaves = len(jax.tree.leaves(state.params))
     assert jaxpr.count("layout_constraint") >= leaves if platform == "tpu" else "layout_constraint" not in jaxpr
 
@@ -241,15 +264,15 @@ def test_binary_cross_entropy_takes_each_class_for_itself():
 
 
 def test_the_loss_that_is_asked_for_is_trained_and_augmentation_changes_with_step_and_seed():
-    def loss_of(step: int = 0, **changes: object) -> float:
+    def program(**changes: object):
         config = run_config("layernorm", "pre_ln", family="vit")
         config.augment.shift = 2
-        for key, value in changes.items():
-            config[key] = value
-        models = run_models(config)
-        params = init_state(run_config("layernorm", "pre_ln", family="vit"), models).params
-        return float(jax.jit(make_gradients(config, models))(params, batch_of(0, config), step)[0])
+        config.update(changes)
+        gradients = run_of(config).gradients()
+        return jax.jit(lambda step: gradients(params, batch_of(0, config), step)[0])
 
-    assert loss_of() == loss_of()
-    assert len({loss_of(), loss_of(loss="sigmoid"), loss_of(step=1), loss_of(seed=1)}) == 4
-    assert 0.5 < loss_of(loss="sigmoid") < 1  # log 2 a class, not log 5
+    params = jax.jit(run_of(run_config("layernorm", "pre_ln", family="vit")).init_params)()
+    by_softmax, by_sigmoid, of_another_seed = program(), program(loss="sigmoid"), program(seed=1)
+    assert by_softmax(0) == by_softmax(0)
+    assert len({float(loss) for loss in (by_softmax(0), by_sigmoid(0), by_softmax(1), of_another_seed(0))}) == 4
+    assert 0.5 < by_sigmoid(0) < 1  # log 2 a class, not log 5

@@ -5,7 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import logits, random_inputs, random_params, relative, tiny_vit, vit_configs
+from common import (
+    logits,
+    model_config,
+    pooled,
+    random_inputs,
+    random_params,
+    relative,
+    tiny_vit,
+    vit_configs,
+)
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from oracle import numpy_vit
@@ -16,16 +25,25 @@ from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.positions import sincos2d_table
-from prenorm_jax.models.registry import model_config
 from prenorm_jax.models.transformer import activate
 from prenorm_jax.models.vit import PatchEmbedding
 
 
-@given(config=vit_configs())
-@settings(max_examples=25)
-def test_matches_an_independent_implementation(config):
+def check_against_numpy(config):
     params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
     assert relative(logits(config, params, images), numpy_vit(config, params, images)) < 1e-11
+
+
+@pytest.mark.parametrize("config", pooled("vit"))
+def test_matches_an_independent_implementation(config):
+    check_against_numpy(config)
+
+
+@pytest.mark.wide
+@given(config=vit_configs())
+@settings(max_examples=200, derandomize=False)
+def test_any_network_matches_it(config):
+    check_against_numpy(config)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +55,7 @@ def test_matches_an_independent_implementation(config):
     ],
 )
 def test_matches_it_where_conversion_is_refused(changes):
-    config = tiny_vit(**changes)
-    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
-    assert relative(logits(config, params, images), numpy_vit(config, params, images)) < 1e-11
+    check_against_numpy(tiny_vit(**changes))
     with pytest.raises(PrenormError, match="converts only with" if "post_norm" in changes else "not convertible"):
         convert_config(tiny_vit(**changes, norm_affine=False), "rmsnorm")
 
@@ -50,7 +66,8 @@ def test_the_patch_embedding_is_a_convolution():
     module = PatchEmbedding(config)
     variables = nn.unbox(module.init(jax.random.key(0), images))
     conv = nn.Conv(config.d_model, (3, 3), strides=(3, 3), padding="VALID", param_dtype="float64")
-    assert jax.tree.map(jnp.shape, nn.unbox(conv.init(jax.random.key(0), images))) == jax.tree.map(jnp.shape, variables)
+    convs = jax.eval_shape(conv.init, jax.random.key(0), images)
+    assert jax.tree.map(jnp.shape, nn.unbox(convs)) == jax.tree.map(jnp.shape, variables)
     expected = conv.apply(variables, images).reshape(len(images), -1, config.d_model)
     np.testing.assert_allclose(module.apply(variables, images), expected, rtol=1e-6, atol=1e-6)
 
@@ -123,21 +140,26 @@ def test_leaving_the_mean_in_normed_heads_is_another_function():
         convert_params(converted, convert_config(config, "rmsnorm"), "layernorm")
 
 
+def of_size(name: str) -> ModelConfig:
+    return model_config(base_config("vit").model.to_dict() | sizes.vit(name) | {"scan": True})  # one block is traced
+
+
+def parameters(name: str) -> int:
+    return sum(leaf.value.size for leaf in abstract_params(of_size(name)).values())
+
+
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("Ti/16", 5.7), ("S/16", 22.1), ("B/16", 86.6), ("L/16", 304.3), ("H/14", 632.0), ("g/14", 1011), ("G/14", 1843)],
 )
 def test_sizes_are_those_of_the_papers(name, millions):
     """With a class token and 1,000 classes at 224 pixels (the g and G of arXiv 2106.04560 differ in their head)."""
-    config = model_config(base_config("vit").model.to_dict() | sizes.vit(name))
-    count = sum(leaf.value.size for leaf in abstract_params(config).values()) / 1e6
-    assert count == pytest.approx(millions, rel=0.01)
+    assert parameters(name) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 def test_22b_has_its_parameters():
-    config = model_config(base_config("vit").model.to_dict() | sizes.vit("22B"))
-    assert sum(leaf.value.size for leaf in abstract_params(config).values()) == pytest.approx(21.7e9, rel=0.03)
-    assert convert_config(config, "crmsnorm").qk_norm
+    assert parameters("22B") == pytest.approx(21.7e9, rel=0.03)
+    assert convert_config(of_size("22B"), "crmsnorm").qk_norm
 
 
 @pytest.mark.parametrize(
@@ -226,10 +248,10 @@ def test_the_layout_is_that_of_the_public_checkpoints_by_other_names():
     config = tiny_vit(activation="gelu_tanh", dtype="float64", epsilon=1e-6)
     images = random_inputs(config).astype(np.float64)
     public = PublicViT(config)
-    variables = public.init(jax.random.key(0), images)
+    variables = jax.eval_shape(public.init, jax.random.key(0), images)
     rng = np.random.default_rng(0)
     theirs = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), variables["params"])
-    expected = public.apply({"params": theirs}, images)
+    expected = jax.jit(public.apply)({"params": theirs}, images)
 
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(theirs).items()}
     ours = {}
@@ -246,7 +268,7 @@ def test_gelu_is_that_of_the_paper_in_every_dtype(dtype):
     """x Φ(x) and its derivative Φ(x) + x φ(x), arXiv 1606.08415."""
     config = tiny_vit(activation="gelu")
     x = jnp.linspace(-8, 8, 999).astype(dtype)
-    value, slope = jax.vmap(jax.value_and_grad(lambda x: activate(config, x)))(x)
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(lambda x: activate(config, x))))(x)
     assert value.dtype == slope.dtype == jnp.dtype(dtype)
     x = x.astype("float64")
     below = jax.scipy.stats.norm.cdf(x)

@@ -1,0 +1,113 @@
+"""Networks that the tests share: a fixed pool a family, in which nearly every two options' values come together.
+
+The options are those of Pre-LN networks that convert. What is wrong with one option, or with two together, shows in a
+pool of this size; the wide search (`make test-wide`) draws from the same options without end.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from prenorm_jax.models.config import ACTIVATIONS
+from prenorm_jax.models.gpt import GPTConfig
+from prenorm_jax.models.vit import ViTConfig
+
+FLAG = (False, True)
+DROPOUT = (0.0, 0.3)
+OR_AS_ANOTHER = (None, True, False)
+TRANSFORMER = {
+    "depth": (1, 2),
+    "heads": (1, 2, 4),
+    "kv_heads": (1, 2, 4),
+    "head_dim": (2, 6),
+    "mlp_dim": (1, 9),
+    "gated_mlp": FLAG,
+    "activation": ACTIVATIONS,
+    "parallel": FLAG,
+    "shared_norm": FLAG,
+    "embed_norm": FLAG,
+    "qk_norm": FLAG,
+    "layer_scale": (None, 0.1),
+    "use_bias": FLAG,
+    "reader_bias": OR_AS_ANOTHER,
+    "qkv_bias": OR_AS_ANOTHER,
+    "head_bias": FLAG,
+    "norm_affine": FLAG,
+    "norm_bias": FLAG,
+    "final_norm_affine": OR_AS_ANOTHER,
+    "kept_norm_affine": OR_AS_ANOTHER,
+    "epsilon": (1e-12, 1e-6, 1e-5, 1e-3),
+    "attention_dropout": DROPOUT,
+    "branch_dropout": DROPOUT,
+    "embed_dropout": DROPOUT,
+    "stochastic_depth": DROPOUT,
+    "stochastic_depth_schedule": ("linear", "constant"),
+}
+OPTIONS: dict[str, dict[str, tuple]] = {
+    "gpt": TRANSFORMER
+    | {
+        "d_model": (2, 5, 8, 13, 16),
+        "positions": GPTConfig.choices["positions"],
+        "tie_embeddings": FLAG,
+    },
+    "vit": TRANSFORMER
+    | {
+        "d_model": (2, 4, 5, 8, 13, 16),
+        "patch_size": (2, 3, 6),
+        "patch_bias": FLAG,
+        "positions": ViTConfig.choices["positions"],
+        "class_token": FLAG,
+        "class_position": FLAG,
+        "registers": (0, 2),
+        "pooling": ViTConfig.choices["pooling"],
+        "norm_after_pooling": FLAG,
+    },
+}
+SIZE, SEED = 12, 119  # networks a family; of the order in which their options are chosen
+
+
+def possible(options: Mapping[str, Any]) -> bool:
+    """Whether there are networks with these options, which need not be all, that convert."""
+    get = options.get
+    return not (
+        get("heads", 4) % get("kv_heads", 1)
+        or (get("shared_norm") and get("parallel") is False)
+        or (get("positions") == "sincos2d" and get("d_model", 4) % 4)
+        or (get("pooling", "mean").startswith("class") and get("class_token") is False)
+        or (get("pooling") == "attention" and get("norm_after_pooling"))
+    )
+
+
+Pair = frozenset[tuple[str, Any]]
+
+
+def pairs_of(options: Mapping[str, Any]) -> set[Pair]:
+    """Every two options with their values."""
+    return {frozenset(pair) for pair in itertools.combinations(options.items(), 2)}
+
+
+def all_pairs(family: str) -> set[Pair]:
+    """Those that some network has."""
+    items = [[(name, value) for value in values] for name, values in OPTIONS[family].items()]
+    pairs = itertools.chain.from_iterable(itertools.product(*two) for two in itertools.combinations(items, 2))
+    return {frozenset(pair) for pair in pairs if possible(dict(pair))}
+
+
+@functools.lru_cache
+def pool(family: str) -> tuple[dict[str, Any], ...]:
+    """SIZE networks' options, built option by option, each with a value that brings the most pairs still missing."""
+    rng, missing, networks = np.random.default_rng(SEED), all_pairs(family), []
+    for _ in range(SIZE):
+        options: dict[str, Any] = {}
+        for name in rng.permutation(list(OPTIONS[family])).tolist():
+            values = [value for value in OPTIONS[family][name] if possible(options | {name: value})]
+            gains = [sum(frozenset({(name, value), item}) in missing for item in options.items()) for value in values]
+            options[name] = values[int(rng.choice(np.flatnonzero(np.equal(gains, max(gains)))))]
+        missing -= pairs_of(options)
+        networks.append(options)
+    return tuple(networks)
