@@ -120,7 +120,7 @@ def logits(
     return np.asarray(_apply(config, train)(params, inputs, rngs))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=128)  # not all: a search through many networks would keep every program
 def _apply(config: ModelConfig, train: bool) -> Callable[..., jax.Array]:
     model = build_model(config)
     return jax.jit(lambda params, inputs, rngs: model.apply({"params": params}, inputs, train=train, rngs=rngs))
