@@ -76,11 +76,10 @@ def converting_configs(family: str) -> st.SearchStrategy[ModelConfig]:
 gpt_configs, vit_configs = (functools.partial(converting_configs, family) for family in OPTIONS)
 
 
-def pooled(family: str, which: slice = slice(None)) -> list[Any]:
-    """The configs of the family's pool as parameters of a test, or some of them; one worker has all tests of each."""
-    networks = enumerate(MAKERS[family](**options) for options in pool(family))
-    named = [(f"{family}{number}", config) for number, config in networks]
-    return [pytest.param(config, id=name, marks=pytest.mark.xdist_group(name)) for name, config in named[which]]
+def pooled(family: str) -> list[Any]:
+    """The configs of the family's pool as parameters of a test; one worker has all tests of each."""
+    networks = {f"{family}{number}": MAKERS[family](**options) for number, options in enumerate(pool(family))}
+    return [pytest.param(config, id=name, marks=pytest.mark.xdist_group(name)) for name, config in networks.items()]
 
 
 def random_params(config: ModelConfig, seed: int, embedding_mean: float = 100.0) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def logits(
     return np.asarray(_apply(config, train)(params, inputs, rngs))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=128)  # not all: a search through many networks would keep every program
 def _apply(config: ModelConfig, train: bool) -> Callable[..., jax.Array]:
     model = build_model(config)
     return jax.jit(lambda params, inputs, rngs: model.apply({"params": params}, inputs, train=train, rngs=rngs))

@@ -77,11 +77,12 @@ def points(model: str) -> dict[str, dict]:
 
 @functools.cache
 def gradients_of(model: str, norm: str) -> dict[str, np.ndarray]:
-    """Loss and gradient of a batch, in one vector, at each of the points; by θ, the Pre-LN tree."""
-    return _gradients(run_for(model, norm), model)
+    """`loss_and_gradient` of the model with this norm: one program for all that compare with it."""
+    return loss_and_gradient(run_for(model, norm), model)
 
 
-def _gradients(run: Programs, model: str) -> dict[str, np.ndarray]:
+def loss_and_gradient(run: Programs, model: str) -> dict[str, np.ndarray]:
+    """Of a batch, in one vector, at each of the points; by θ, the Pre-LN tree."""
     gradients = jax.jit(run.gradients())
     return {name: flat(gradients(params, batch_of(0, run.config), 3)) for name, params in points(model).items()}
 
@@ -103,8 +104,9 @@ def test_gradients_through_h_are_those_of_pre_ln(model, norm):
 def test_those_of_a_swap_without_recentring_are_not():
     """The negative control: RMSNorm in LayerNorm's place, with the same tree."""
     run = run_for("gpt-untied", "layernorm")
-    for point, swapped in _gradients(run.computing(changed(run.trained, norm="rmsnorm")), "gpt-untied").items():
-        assert relative(swapped, gradients_of("gpt-untied", "layernorm")[point]) > 1e-3, point
+    swapped = run.computing(changed(run.trained, norm="rmsnorm"))
+    for point, actual in loss_and_gradient(swapped, "gpt-untied").items():
+        assert relative(actual, gradients_of("gpt-untied", "layernorm")[point]) > 1e-3, point
 
 
 # --- A hundred steps, of each optimizer. ---
