@@ -13,6 +13,7 @@ import xxhash
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.data import Data, HostBatch
 from prenorm_jax.data.documents import find_files, hold_out, read_files, read_hub, read_stdlib
 from prenorm_jax.data.hub_cache import Split, stream_corpus
 from prenorm_jax.data.quiet import datasets
@@ -21,13 +22,11 @@ from prenorm_jax.data.windows import eval_batches, train_batch, window_count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TextData:
-    """A training and an evaluation split (see `data.Data`) as 1-D token streams.
+class TextData(Data):
+    """The splits as 1-D token streams: each starts with an end-of-text that is context, so len - 1 are predicted.
 
-    Each starts with one end-of-text that is context, never predicted.
-
-    So it has len - 1 tokens to predict. Its dtype is the smallest unsigned one that holds all ids. It may be a memory
-    map (`streamed.py`): read it by windows.
+    The dtype is the smallest unsigned one that holds all ids. A stream may be a memory map (`hub_cache.py`): read it by
+    windows.
     """
 
     train: np.ndarray
@@ -40,21 +39,17 @@ class TextData:
     unit = "token"
 
     def check_model(self, config: ConfigDict) -> None:
-        """Raises PrenormError, naming the key to change, if the model cannot take these tokens."""
         check_vocab_size(self.vocab_size, config)
         if config.data.seq_len > config.model.max_len:
             raise PrenormError(f"data.seq_len={config.data.seq_len} is above model.max_len={config.model.max_len}")
 
     def units_per_batch(self, config: ConfigDict) -> int:
-        """Tokens that a training batch predicts."""
         return config.batch_size * config.data.seq_len
 
-    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """See `batches.train_batch`."""
+    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> HostBatch:
         return train_batch(self.train, config.seed, step, config.batch_size, config.data.seq_len, rows)
 
-    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """See `batches.eval_batches`."""
+    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[HostBatch]:
         return eval_batches(self.eval, config.batch_size, config.data.seq_len, rows)
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
@@ -102,15 +97,8 @@ def load_text(config: ConfigDict) -> TextData:
         f"train {train.documents:,} documents, {len(train.tokens) - 1:,} tokens; "
         f"eval {evaluation.documents:,} documents, {len(evaluation.tokens) - 1:,} tokens, {evaluation.size:,} bytes"
     )
-    return TextData(
-        train=train.tokens,
-        eval=evaluation.tokens,
-        vocab_size=tokenizer.vocab_size,
-        eval_bytes=evaluation.size,
-        eot=tokenizer.eot,
-        description=description,
-        digest=digest.hexdigest(),
-    )
+    known = tokenizer.vocab_size, evaluation.size, tokenizer.eot, description, digest.hexdigest()
+    return TextData(train.tokens, evaluation.tokens, *known)
 
 
 def _documents(config: ConfigDict) -> tuple[datasets.Dataset, datasets.Dataset, str]:

@@ -15,8 +15,7 @@ from prenorm_jax.base.files import only_process
 from prenorm_jax.base.processes import check_same, is_first, of_first, refused_alike, wait_for_all
 from prenorm_jax.base.trees import count
 from prenorm_jax.config import load_data
-from prenorm_jax.data import Data
-from prenorm_jax.data.prefetch import prefetch
+from prenorm_jax.data import Data, prefetch
 from prenorm_jax.train.checkpoint import Checkpoints, complete_steps
 from prenorm_jax.train.checks import check_config, check_workdir
 from prenorm_jax.train.evaluation import evaluate
