@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 from prenorm_jax.base.trees import Array, Path
 
 _KEYS = 4
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # bytes of an entry -> what it is read as
 
 
 def digest(tree: Any) -> str:
@@ -73,7 +72,7 @@ def checksum(array: Array, start: Sequence[int]) -> jax.Array:
 def _checksum(x: jax.Array, start: jax.Array, wide: bool) -> jax.Array:
     """`start`: the place of the first entry under each key. `wide`: of two words, which are one more, last axis."""
     x = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
     if not wide:
         return _sums(words, start)
     next_word = np.array([_factor(key, words.ndim - 1) for key in range(_KEYS)], np.uint32)
@@ -113,8 +112,9 @@ class PartialDigest:
         self._leaves: dict[str, tuple[Any, tuple[int, ...], np.ndarray]] = {}
         self._added: set[tuple[Any, ...]] = set()
 
-    def add(self, path: Path, shape: tuple[int, ...], start: tuple[int, ...], part: np.ndarray) -> bool:
-        """Takes in the part that starts at `start` of a leaf of this shape; False, and nothing, if it was before."""
+    def add(self, path: Path, shape: tuple[int, ...], index: tuple[slice, ...], part: np.ndarray) -> bool:
+        """Takes in the part at `index` (of (): all) of a leaf of this shape; False, and nothing, if it was before."""
+        start = tuple(axis.start or 0 for axis in index) or (0,) * part.ndim
         if (path, start) in self._added:
             return False
         self._added.add((path, start))
