@@ -79,7 +79,10 @@ def load_text(config: ConfigDict) -> TextData:
         raise PrenormError("data.stream_tokens is for hub data: set data.hub, or unset it")
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
     if config.stream_tokens is None:
-        documents, held_out, source = _documents(config)
+        documents, source = _train_documents(config)
+        held_out = _eval_documents(config)
+        if held_out is None:
+            documents, held_out = hold_out(documents, config.holdout)
         train = _stream(documents, tokenizer, config.separate_documents)
         digest = xxhash.xxh3_128(train.tokens)
     else:
@@ -97,29 +100,30 @@ def load_text(config: ConfigDict) -> TextData:
         f"train {train.documents:,} documents, {len(train.tokens) - 1:,} tokens; "
         f"eval {evaluation.documents:,} documents, {len(evaluation.tokens) - 1:,} tokens, {evaluation.size:,} bytes"
     )
-    known = tokenizer.vocab_size, evaluation.size, tokenizer.eot, description, digest.hexdigest()
-    return TextData(train.tokens, evaluation.tokens, *known)
+    return TextData(
+        train=train.tokens,
+        eval=evaluation.tokens,
+        vocab_size=tokenizer.vocab_size,
+        eval_bytes=evaluation.size,
+        eot=tokenizer.eot,
+        description=description,
+        digest=digest.hexdigest(),
+    )
 
 
-def _documents(config: ConfigDict) -> tuple[datasets.Dataset, datasets.Dataset, str]:
-    """Training documents, evaluation documents, and what to call them."""
-    column, eval_files = config.text_column, _eval_files(config)
+def _train_documents(config: ConfigDict) -> tuple[datasets.Dataset, str]:
+    """The documents, before any are held out, and what to call them."""
     if config.path:
-        taken = {file.resolve() for file in eval_files.values()}
+        taken = {file.resolve() for file in _eval_files(config).values()}
         files = find_files(config.path, "data.path")
         files = {name: file for name, file in files.items() if file.resolve() not in taken}
         if not files:
             raise PrenormError("data.eval_path takes every file of data.path: unset it to hold some out")
-        train, source = read_files(files, column, f"data.path={config.path!r}"), config.path
-    elif config.hub:
-        train = read_hub(config.hub, config.hub_config, config.train_split, column, "data.train_split")
-        source = config.hub
-    else:
-        train, source = read_stdlib(), f"Python {platform.python_version()} standard library"
-    evaluation = _eval_documents(config)
-    if evaluation is None:
-        train, evaluation = hold_out(train, config.holdout)
-    return train, evaluation, source
+        return read_files(files, config.text_column, f"data.path={config.path!r}"), config.path
+    if config.hub:
+        split = config.train_split, config.text_column, "data.train_split"
+        return read_hub(config.hub, config.hub_config, *split), config.hub
+    return read_stdlib(), f"Python {platform.python_version()} standard library"
 
 
 def _eval_files(config: ConfigDict) -> dict[str, Path]:
