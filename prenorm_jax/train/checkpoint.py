@@ -156,7 +156,7 @@ class Checkpoints:
 
         yield (new := NewLeaves(folder / "params", failed, leaves))
         metadata = self.metadata(step)
-        metadata["digests"]["params"] = str(new.digest)
+        metadata["digests"]["params"] = new.digest()
         metadata["digest"] = json_digest(metadata)
         write_whole(folder / "metadata" / "metadata", json.dumps(metadata).encode())
 
@@ -210,7 +210,7 @@ class Checkpoints:
         All of them must be: on leaving, raises PrenormError if what was read is not what was saved.
         """
         yield (stored := StoredLeaves(self.directory / str(step) / item, functools.partial(self._damaged, step)))
-        if str(stored.digest) != self.metadata(step)["digests"][item]:
+        if stored.digest() != self.metadata(step)["digests"][item]:
             raise self._damaged(step, f"{item} differ from what was saved")
 
     def optimizer(self, step: int, abstract: Any, sharding: Any = None) -> Any:

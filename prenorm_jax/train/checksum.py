@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from jax.experimental import multihost_utils
 
-from prenorm_jax.base.trees import Array, Path
+from prenorm_jax.base.trees import Array
 
 _KEYS = 4
 
@@ -103,26 +103,3 @@ def _mix(x: jax.Array) -> jax.Array:
 def _factor(key: int, axis: int) -> int:
     """An odd number of 32 bits, so that no two entries of an axis have the same place; random, that few others do."""
     return xxhash.xxh32(f"{key} {axis}".encode()).intdigest() | 1
-
-
-class PartialDigest:
-    """`digest` of a tree of nested dicts whose leaves come in parts, by paths of names."""
-
-    def __init__(self) -> None:
-        self._leaves: dict[str, tuple[Any, tuple[int, ...], np.ndarray]] = {}
-        self._added: set[tuple[Any, ...]] = set()
-
-    def add(self, path: Path, shape: tuple[int, ...], index: tuple[slice, ...], part: np.ndarray) -> bool:
-        """Takes in the part at `index` (of (): all) of a leaf of this shape; False, and nothing, if it was before."""
-        start = tuple(axis.start or 0 for axis in index) or (0,) * part.ndim
-        if (path, start) in self._added:
-            return False
-        self._added.add((path, start))
-        name = "/".join(path)
-        *_, sums = self._leaves.get(name, (None, None, np.zeros(_KEYS, np.uint32)))
-        self._leaves[name] = part.dtype, shape, sums + np.asarray(checksum(part, start))
-        return True
-
-    def __str__(self) -> str:
-        """The digest, once all parts are in."""
-        return combined(self._leaves)

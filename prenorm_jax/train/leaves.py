@@ -16,18 +16,30 @@ import tensorstore as ts
 
 from prenorm_jax.base.trees import Path
 from prenorm_jax.equivalence.stored import Part
-from prenorm_jax.train.checksum import PartialDigest
+from prenorm_jax.train.checksum import checksum, combined
 
 Failed = Callable[[Exception], Exception]  # what is raised of TensorStore's errors, which are of many kinds
 
 
 class _Leaves:
-    """Once all parts of all leaves have passed, `str(digest)` is that of the tree."""
-
     def __init__(self, folder: pathlib.Path, failed: Failed):
-        self.digest = PartialDigest()
         self._folder, self._failed = folder, failed
         self._stores: dict[Path, ts.TensorStore] = {}
+        self._summed: dict[str, tuple[Any, tuple[int, ...], np.ndarray]] = {}
+        self._seen: set[tuple[Path, tuple[int, ...]]] = set()
+
+    def digest(self) -> str:
+        """That of the tree, once all parts of all leaves have passed."""
+        return combined(self._summed)
+
+    def _is_new(self, path: Path, shape: tuple[int, ...], part: Part, array: np.ndarray) -> bool:
+        """Adds a part of a leaf of this shape to the digest, unless it was before."""
+        start = tuple(axis.start or 0 for axis in part) or (0,) * array.ndim
+        if is_new := (path, start) not in self._seen:
+            self._seen.add((path, start))
+            *_, sums = self._summed.get("/".join(path), (None, None, np.uint32(0)))
+            self._summed["/".join(path)] = array.dtype, shape, sums + np.asarray(checksum(array, start))
+        return is_new
 
     def _store(self, path: Path, spec: dict[str, Any], **how: bool) -> ts.TensorStore:
         if path not in self._stores:
@@ -47,7 +59,7 @@ class StoredLeaves(_Leaves):
             array = np.asarray(store[part].read().result())
         except Exception as error:
             raise self._failed(error) from error
-        self.digest.add(path, tuple(store.shape), part, array)
+        self._is_new(path, tuple(store.shape), part, array)
         return array
 
 
@@ -61,7 +73,7 @@ class NewLeaves(_Leaves):
     def write(self, path: Path, part: Part, array: np.ndarray) -> None:
         """Writes part of a leaf, once; the first part starts at zero, and no other is larger."""
         shape = self._leaves[path].shape
-        if not self.digest.add(path, shape, part, array):
+        if not self._is_new(path, shape, part, array):
             return
         spec = {
             "metadata": {"shape": shape, "chunks": array.shape, "compressor": {"id": "zstd", "level": 1}},

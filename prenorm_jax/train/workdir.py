@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.allocator import keep_freed_memory
@@ -29,27 +30,11 @@ from prenorm_jax.train.run import Run
 
 # What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the
 # data lie may change because their content may not: `restore._load` sees to that.
-MAY_CHANGE = (
-    "data.path",
-    "data.eval_path",
-    "data.tokenizer",
-    "data.cache",
-    "steps",
-    "stop_at",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "tensorboard",
-    "profile",
-    "on_nonfinite",
-    "grace_seconds",
-    "accumulate",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.largest_replicated",
-    *(f"model.{key}" for key in EXECUTION),
-)
+MAY_CHANGE = {"data.path", "data.eval_path", "data.tokenizer", "data.cache"}
+MAY_CHANGE |= {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
+MAY_CHANGE |= {"profile", "on_nonfinite", "grace_seconds"}
+MAY_CHANGE |= {"accumulate", "mesh.fsdp", "mesh.tensor", "mesh.largest_replicated"}
+MAY_CHANGE |= {f"model.{key}" for key in EXECUTION}
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
@@ -60,9 +45,8 @@ def load_config(workdir: str | Path) -> ConfigDict:
     if not path.is_file():
         raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
     stored = read_json(path)
-    try:
-        family = stored.get("model", {}).get("family", "gpt")
-        config = base_config(family)  # for the types of keys that are None, and keys that came later
+    try:  # base_config for the types of keys that are None, and keys that came later
+        config = base_config(stored.get("model", {}).get("family", "gpt"))
         config.update(stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}; restore it from a copy") from error
@@ -94,9 +78,8 @@ def literal_config(config: ConfigDict) -> ConfigDict:
 def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """ "key: old -> new" for each key in which two literal configs describe different runs."""
     old_values, new_values = flat_config(old), flat_config(new)
-    may_change = set(MAY_CHANGE)
-    if old.parameterization == new.parameterization == "pre_ln":
-        may_change.add("model.norm")  # the trained parameters are the same Pre-LN tree for all three
+    pre_ln = old.parameterization == new.parameterization == "pre_ln"
+    may_change = MAY_CHANGE | ({"model.norm"} if pre_ln else set())  # the same Pre-LN tree is trained for all three
     return [
         f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
         for key in sorted(old_values.keys() | new_values.keys())
@@ -104,15 +87,9 @@ def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     ]
 
 
-def flat_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flat_config(config: ConfigDict) -> dict[str, Any]:
     """{"model.norm": "layernorm", ...}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= flat_config(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return flatten_dict(config.to_dict(), sep=".")
 
 
 def configure_jax(config: ConfigDict) -> None:
