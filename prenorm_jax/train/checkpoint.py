@@ -18,7 +18,7 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from flax.traverse_util import unflatten_dict
 from prenorm_jax.base.errors import PrenormError, SharedError, first_line
 from prenorm_jax.base.files import write_whole
 from prenorm_jax.base.processes import count_processes, first_said, is_first, lost_process, wait_for_all
+from prenorm_jax.base.trees import Flat
 from prenorm_jax.equivalence.convert import check_tree
 from prenorm_jax.equivalence.stored import PART, part, tiles
-from prenorm_jax.models import coordinates as stream
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.registry import model_config
@@ -79,12 +79,8 @@ class Checkpoints:
             raise PrenormError(f"no such workdir: {workdir}")
         if read_only and not self.directory.is_dir():
             raise PrenormError(f"{workdir} holds no checkpoints (no folder {self.directory.name} in it)")
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            read_only=read_only,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=not read_only,  # of a save that was killed
-        )
+        cleanup = not read_only  # of a save that was killed
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=cleanup)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -117,6 +113,7 @@ class Checkpoints:
         `opt_state` None: there is none. `nonfinite`, `data`: for the metadata. Raises PrenormError if this save, or the
         one before it, cannot be written.
         """
+        pieces = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         trees = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
         metadata = {
             "step": step,
@@ -127,20 +124,14 @@ class Checkpoints:
         }
         metadata["digest"] = json_digest(metadata)
         items = {
-            name: ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
-            for name, tree in trees.items()
+            name: ocp.args.StandardSave(tree, jax.tree.map(lambda _: pieces, tree)) for name, tree in trees.items()
         }
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)))
 
     @contextlib.contextmanager
     def save_leaves(
-        self,
-        step: int,
-        leaves: Mapping[stream.Path, jax.ShapeDtypeStruct],
-        model: ModelConfig,
-        nonfinite: int = 0,
-        data: str | None = None,
+        self, step: int, leaves: Flat, model: ModelConfig, nonfinite: int = 0, data: str | None = None
     ) -> Iterator[NewLeaves]:
         """While entered, the leaves of `params` are written, in parts; on leaving, the checkpoint is complete.
 

@@ -7,14 +7,13 @@ index: a slice for each axis. What passes is added to a digest.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import tensorstore as ts
 
-from prenorm_jax.base.trees import Path
+from prenorm_jax.base.trees import Flat, Path
 from prenorm_jax.equivalence.stored import Part
 from prenorm_jax.train.checksum import checksum, combined
 
@@ -66,7 +65,7 @@ class StoredLeaves(_Leaves):
 class NewLeaves(_Leaves):
     """Leaves of these shapes that are written, in place of those of the same names, whatever these are."""
 
-    def __init__(self, folder: pathlib.Path, failed: Failed, leaves: Mapping[Path, jax.ShapeDtypeStruct]):
+    def __init__(self, folder: pathlib.Path, failed: Failed, leaves: Flat):
         super().__init__(folder, failed)
         self._leaves = leaves
 
