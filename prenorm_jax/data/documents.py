@@ -98,12 +98,8 @@ def read_hub(name: str, config_name: str | None, split: str, column: str, key: s
 
     Raises PrenormError if it cannot be loaded; `key` is the configuration key that `split` came from.
     """
-    try:
-        dataset = load_dataset(name, config_name, split=split)
-    except Exception as error:  # network, cache, parser, unknown name: each has exceptions of its own
-        raise _no_hub(name, config_name, split, key, error) from error
-    origin = f"data.hub={name!r}"
-    return _without_empty(_text_column(dataset, column, origin), origin)
+    with _hub(name, config_name, split, key) as origin:
+        return _without_empty(_text_column(load_dataset(name, config_name, split=split), column, origin), origin)
 
 
 def stream_hub(name: str, config_name: str | None, split: str, column: str) -> Iterator[list[str]]:
@@ -111,26 +107,27 @@ def stream_hub(name: str, config_name: str | None, split: str, column: str) -> I
 
     `split` is that of data.train_split. Raises PrenormError, also on the way, if they cannot be loaded or are no text.
     """
-    origin = f"data.hub={name!r}"
-    try:
+    with _hub(name, config_name, split, "data.train_split") as origin:
         for rows in load_dataset(name, config_name, split=split, streaming=True).iter(batch_size=256):
             if column not in rows:
                 raise _no_column(column, rows, origin)
-            if others := {type(row).__name__ for row in rows[column] if not isinstance(row, str | None)}:
-                kinds = " and ".join(sorted(others))
-                raise PrenormError(f"{origin}: data.text_column={column!r} holds {kinds}, not text; name another")
+            if others := [type(row).__name__ for row in rows[column] if not isinstance(row, str | None)]:
+                raise PrenormError(f"{origin}: data.text_column={column!r} holds {others[0]}, not text; name another")
             yield [text for text in rows[column] if text]
+
+
+@contextlib.contextmanager
+def _hub(name: str, config_name: str | None, split: str, key: str) -> Iterator[str]:
+    origin = f"data.hub={name!r}"
+    try:
+        yield origin
     except PrenormError:
         raise
-    except Exception as error:  # as in `read_hub`
-        raise _no_hub(name, config_name, split, "data.train_split", error) from error
-
-
-def _no_hub(name: str, config_name: str | None, split: str, key: str, error: Exception) -> PrenormError:
-    return PrenormError(
-        f"data.hub={name!r} with data.hub_config={config_name!r}, {key}={split!r} cannot be loaded: "
-        f"{_reason(error)}; it needs network access, or give local files as data.path"
-    )
+    except Exception as error:  # network, cache, parser, unknown name: each has exceptions of its own
+        raise PrenormError(
+            f"{origin} with data.hub_config={config_name!r}, {key}={split!r} cannot be loaded: {_reason(error)}; it "
+            "needs network access, or give local files as data.path"
+        ) from error
 
 
 def read_stdlib() -> Dataset:
