@@ -94,55 +94,49 @@ def _write(
     """Streams the corpus into the files; gives what about.json then says. After an error none of them is left."""
     if (folder / "about.json").exists():
         say(f"warning: the files in {folder} are damaged and made anew")
+        (folder / "about.json").unlink()
     say(f"streaming {config.hub} into {folder}, once: later runs find it there")
-    for file in (folder / "about.json", *files.values()):
-        file.unlink(missing_ok=True)  # not written over: a run may have it mapped
-    try:
-        about = asked | _fill(files, config, tokenizer, asked["dtype"])
-    except BaseException:
-        for file in files.values():
-            file.unlink(missing_ok=True)
-        raise
-    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-    return about
-
-
-def _fill(files: dict[str, Path], config: ConfigDict, tokenizer: TextTokenizer, dtype: str) -> dict[str, Any]:
-    """What is known of each file once the corpus is in them."""
-    counts = {side: {"tokens": 0, "documents": 0, "bytes": 0} for side in files}
-    digests = {side: xxhash.xxh3_128() for side in files}
-    eot, wanted = np.array([tokenizer.eot], dtype), config.stream_tokens + 1
+    eot, wanted = np.array([tokenizer.eot], asked["dtype"]), config.stream_tokens + 1
+    known = {side: {"tokens": 0, "documents": 0, "bytes": 0, "digest": xxhash.xxh3_128()} for side in files}
     texts = stream_hub(config.hub, config.hub_config, config.train_split, config.text_column)
-    documents = itertools.chain.from_iterable(zip(batch, tokenizer.encode(batch), strict=True) for batch in texts)
     bar = tqdm(total=config.stream_tokens, unit="token", unit_scale=True, dynamic_ncols=True, leave=False)
-    with bar, contextlib.closing(texts), contextlib.ExitStack() as stack:
-        opened = {side: stack.enter_context(file.open("wb")) for side, file in files.items()}
+    with contextlib.closing(texts), bar, contextlib.ExitStack() as undo, contextlib.ExitStack() as opened:
+        for side, file in files.items():
+            file.unlink(missing_ok=True)  # not written over: a run may have it mapped
+            known[side]["file"] = opened.enter_context(file.open("wb"))
+            undo.callback(file.unlink)
 
-        def add(side: str, ids: np.ndarray) -> None:
-            content = ids.astype(dtype).tobytes()
-            opened[side].write(content)
-            digests[side].update(content)
-            counts[side]["tokens"] += len(ids)
+        def add(side: dict[str, Any], ids: np.ndarray) -> None:
+            content = ids.astype(eot.dtype).tobytes()
+            side["file"].write(content)
+            side["digest"].update(content)
+            side["tokens"] += len(ids)
 
-        for side in files:
+        for side in known.values():
             add(side, eot)
-        for text, ids in documents:
-            side = "eval" if "eval" in files and holdout_score(text) < config.holdout else "train"
-            counts[side]["documents"] += 1
-            counts[side]["bytes"] += len(text.encode())
+        train = known["train"]
+        encoded = (zip(batch, tokenizer.encode(batch), strict=True) for batch in texts)
+        for text, ids in itertools.chain.from_iterable(encoded):
+            side = known["eval"] if "eval" in known and holdout_score(text) < config.holdout else train
+            side["documents"] += 1
+            side["bytes"] += len(text.encode())
             ids = np.append(ids, eot) if config.separate_documents else ids
-            add(side, ids[: wanted - counts["train"]["tokens"]] if side == "train" else ids)
-            bar.update(counts["train"]["tokens"] - 1 - bar.n)
-            if counts["train"]["tokens"] == wanted:
+            add(side, ids[: wanted - train["tokens"]] if side is train else ids)
+            bar.update(train["tokens"] - 1 - bar.n)
+            if train["tokens"] == wanted:
                 break
-        for file in opened.values():
+        if not train["documents"]:
+            raise PrenormError(f"data.hub={config.hub!r} holds no text to train on: name another split or column")
+        if "eval" in known and not known["eval"]["documents"]:
+            raise PrenormError(
+                f"none of {train['documents']} documents was held out: raise data.holdout={config.holdout} or "
+                f"data.stream_tokens={config.stream_tokens}, or give data.eval_split or data.eval_path"
+            )
+        for side in known.values():
+            side["digest"] = side["digest"].hexdigest()
+            file = side.pop("file")
             file.flush()
             os.fsync(file.fileno())
-    if not (trained := counts["train"]["documents"]):
-        raise PrenormError(f"data.hub={config.hub!r} holds no text to train on: name another split or column")
-    if "eval" in files and not counts["eval"]["documents"]:
-        raise PrenormError(
-            f"none of {trained} documents was held out: raise data.holdout={config.holdout} or "
-            f"data.stream_tokens={config.stream_tokens}, or give data.eval_split or data.eval_path"
-        )
-    return {side: counts[side] | {"digest": digests[side].hexdigest()} for side in files}
+        undo.pop_all()
+    (folder / "about.json").write_text(json.dumps(asked | known, indent=2) + "\n")
+    return asked | known
