@@ -114,7 +114,7 @@ def load_images(config: ConfigDict) -> ImageData:
         raise PrenormError(f"data.std={data.std} must be above 0")
     if data.hub or (folder and not _idx_files(folder)):
         train, evaluation, classes, source = _read_datasets(config, folder)
-        side, channels = _stored_size(config), config.model.channels
+        side, channels = data.image_size or config.model.image_size, config.model.channels
     else:
         train, evaluation, source = _read_idx_folder(folder) if folder else (*_read_digits(), "digits")
         side, channels = train.read(np.arange(1)).shape[2:]
@@ -173,8 +173,7 @@ def _idx_files(folder: Path) -> dict[str, Path]:
 
 def _read_idx_folder(folder: Path) -> tuple[Images, Images | None, str]:
     files, source = _idx_files(folder), f"data.path={str(folder)!r}"
-    splits: dict[str, Images] = {}
-    sizes: set[tuple[int, ...]] = set()
+    splits, sizes = {}, set()
     for split in dict.fromkeys(("train", *(kind.split()[0] for kind in files))):
         kinds = [f"{split} {kind}" for kind in ("images", "labels")]
         if missing := [kind for kind in kinds if kind not in files]:
@@ -213,10 +212,6 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _stored_size(config: ConfigDict) -> int:
-    return config.data.image_size or config.model.image_size
-
-
 def _read_datasets(config: ConfigDict, folder: Path | None) -> tuple[Images, Images | None, int, str]:
     """From the hub, or a folder of class folders, with splits as folders around them or not."""
     data = config.data
@@ -227,9 +222,9 @@ def _read_datasets(config: ConfigDict, folder: Path | None) -> tuple[Images, Ima
         if data.hub:
             splits = datasets.load_dataset(data.hub, data.hub_config)
         else:
-            with tempfile.TemporaryDirectory() as cache:  # as in sources.read_files
-                options = {"data_dir": str(folder.resolve()), "cache_dir": cache, "keep_in_memory": True}
-                splits = datasets.load_dataset("imagefolder", **options)
+            with tempfile.TemporaryDirectory() as cache:  # as in documents.read_files
+                place = str(folder.resolve())
+                splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # network, cache, files, unknown name: each has exceptions of its own
         remedy = "it needs network access, or give a folder as data.path" if data.hub else "give a folder of classes"
         raise PrenormError(f"{source} cannot be loaded: {first_line(error.__cause__ or error)}; {remedy}") from error
@@ -243,11 +238,10 @@ def _read_datasets(config: ConfigDict, folder: Path | None) -> tuple[Images, Ima
 
 def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) -> tuple[Images, int]:
     """The images of a split, decoded as they are read, and the number of its classes."""
-    data, channels, side = config.data, config.model.channels, _stored_size(config)
+    data, channels, side = config.data, config.model.channels, config.data.image_size or config.model.image_size
     for key in ("image_column", "label_column"):
         if data[key] not in dataset.features:
-            have = ", ".join(dataset.features)
-            raise PrenormError(f"{source} has no column data.{key}={data[key]!r}; it has {have}")
+            raise PrenormError(f"{source} has no column data.{key}={data[key]!r}; it has {', '.join(dataset.features)}")
     if not isinstance(dataset.features[data.image_column], datasets.Image):
         raise PrenormError(f"{source}: data.image_column={data.image_column!r} holds no images; name another")
     feature = dataset.features[data.label_column]

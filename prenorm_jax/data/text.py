@@ -69,10 +69,9 @@ def load_text(config: ConfigDict) -> TextData:
     Raises PrenormError, naming the key to change, if keys contradict each other, data or tokenizer cannot be
     read, or there is too little text for one training window.
     """
-    if config.path and config.hub:
-        raise PrenormError("data.path and data.hub exclude each other: unset one")
-    if config.eval_path and config.eval_split:
-        raise PrenormError("data.eval_path and data.eval_split exclude each other: unset one")
+    for one, other in (("path", "hub"), ("eval_path", "eval_split")):
+        if config[one] and config[other]:
+            raise PrenormError(f"data.{one} and data.{other} exclude each other: unset one")
     if config.eval_split and not config.hub:
         raise PrenormError("data.eval_split is for hub data: set data.hub, or give files as data.eval_path")
     if config.stream_tokens is not None and not config.hub:

@@ -21,6 +21,8 @@ Failed = Callable[[Exception], Exception]  # what is raised of TensorStore's err
 
 
 class _Leaves:
+    """Leaves of one tree, and the digest of what passed of them."""
+
     def __init__(self, folder: pathlib.Path, failed: Failed):
         self._folder, self._failed = folder, failed
         self._stores: dict[Path, ts.TensorStore] = {}
@@ -31,14 +33,15 @@ class _Leaves:
         """That of the tree, once all parts of all leaves have passed."""
         return combined(self._summed)
 
-    def _is_new(self, path: Path, shape: tuple[int, ...], part: Part, array: np.ndarray) -> bool:
-        """Adds a part of a leaf of this shape to the digest, unless it was before."""
+    def _take(self, path: Path, shape: tuple[int, ...], part: Part, array: np.ndarray) -> bool:
+        """Takes a part of a leaf of this shape into the digest; False, and nothing, if it was before."""
         start = tuple(axis.start or 0 for axis in part) or (0,) * array.ndim
-        if is_new := (path, start) not in self._seen:
-            self._seen.add((path, start))
-            *_, sums = self._summed.get("/".join(path), (None, None, np.uint32(0)))
-            self._summed["/".join(path)] = array.dtype, shape, sums + np.asarray(checksum(array, start))
-        return is_new
+        if (path, start) in self._seen:
+            return False
+        self._seen.add((path, start))
+        *_, sums = self._summed.get("/".join(path), (None, None, np.uint32(0)))
+        self._summed["/".join(path)] = array.dtype, shape, sums + np.asarray(checksum(array, start))
+        return True
 
     def _store(self, path: Path, spec: dict[str, Any], **how: bool) -> ts.TensorStore:
         if path not in self._stores:
@@ -58,7 +61,7 @@ class StoredLeaves(_Leaves):
             array = np.asarray(store[part].read().result())
         except Exception as error:
             raise self._failed(error) from error
-        self._is_new(path, tuple(store.shape), part, array)
+        self._take(path, tuple(store.shape), part, array)
         return array
 
 
@@ -72,7 +75,7 @@ class NewLeaves(_Leaves):
     def write(self, path: Path, part: Part, array: np.ndarray) -> None:
         """Writes part of a leaf, once; the first part starts at zero, and no other is larger."""
         shape = self._leaves[path].shape
-        if not self._is_new(path, shape, part, array):
+        if not self._take(path, shape, part, array):
             return
         spec = {
             "metadata": {"shape": shape, "chunks": array.shape, "compressor": {"id": "zstd", "level": 1}},
