@@ -29,9 +29,8 @@ from prenorm_jax.bench.tasks import Task, make_task
 from prenorm_jax.config import data_kind
 from prenorm_jax.models.flops import model_flops
 from prenorm_jax.models.registry import model_config
-from prenorm_jax.train.record import device_name
 from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.workdir import configure_jax
+from prenorm_jax.train.workdir import configure_jax, device_name
 
 WARM_UP = 2  # rounds
 LEAST_CALL = 0.01  # seconds, of products whose speed counts as the peak

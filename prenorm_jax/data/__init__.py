@@ -5,7 +5,8 @@ It imports `base`. Start with `kinds.py`, which says what a kind of data is, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -41,3 +42,13 @@ class Data(Protocol):
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss, ...} from the sums of an evaluation step over all batches."""
+
+
+def prefetch(make: Callable[[int], HostBatch], steps: range) -> Iterator[HostBatch]:
+    """`make(step)` for each step; while one is used, the next is made in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, steps[0])
+        for step in steps[1:]:
+            batch, coming = coming.result(), pool.submit(make, step)
+            yield batch
+        yield coming.result()

@@ -6,6 +6,7 @@ a file, its relative path as "name". Nothing that is read is executed.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Value, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from prenorm_jax.base.errors import PrenormError, first_line
@@ -64,22 +65,32 @@ def read_files(files: dict[str, Path], column: str, origin: str) -> Dataset:
     Raises PrenormError, naming `origin`, if the files cannot be read or hold no text.
     """
     kind = KINDS[next(iter(files.values())).suffix.lower()]
-    options = {"sample_by": "document"} if kind == "text" else {}
+    if kind == "text":
+        texts = {}
+        for name, file in files.items():
+            try:
+                texts[name] = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                problem = f"{name!r} is no readable UTF-8 text ({first_line(error)})"
+                raise PrenormError(f"{origin}: {problem}; convert or leave it out") from error
+        return _named(texts, origin)
     data_files = [glob.escape(str(file.resolve())) for file in files.values()]  # load_dataset takes patterns
     try:
         # A cache of our own, gone at once: the shared one knows files by path and modification time, and so
         # would give old text after a change by a tool that sets times (cp -p, tar, rsync).
         with tempfile.TemporaryDirectory() as cache:
-            dataset = load_dataset(
-                kind, data_files=data_files, split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
+            dataset = load_dataset(kind, data_files=data_files, split="train", cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # each parser has exceptions of its own
-        culprit = next((name for name, file in files.items() if kind == "text" and not _is_utf8(file)), None)
-        problem = f"{culprit!r} is no readable UTF-8 text" if culprit else f"cannot be read as {kind}"
-        raise PrenormError(f"{origin}: {problem} ({_reason(error)}); convert or leave it out") from error
-    if kind == "text":
-        return _without_empty(dataset.add_column("name", list(files)), origin)
+        reason = _reason(error)
+        raise PrenormError(f"{origin}: cannot be read as {kind} ({reason}); convert or leave it out") from error
     return _without_empty(_text_column(dataset, column, origin), origin)
+
+
+def _named(texts: dict[str, str], origin: str) -> Dataset:
+    """Of {name: text}, in memory."""
+    features = Features({"text": Value("large_string"), "name": Value("string")})  # together they may exceed 2 GiB
+    documents = Dataset.from_dict({"text": list(texts.values()), "name": list(texts)}, features)
+    return _without_empty(documents, origin)
 
 
 def read_hub(name: str, config_name: str | None, split: str, column: str, key: str) -> Dataset:
@@ -87,12 +98,8 @@ def read_hub(name: str, config_name: str | None, split: str, column: str, key: s
 
     Raises PrenormError if it cannot be loaded; `key` is the configuration key that `split` came from.
     """
-    try:
-        dataset = load_dataset(name, config_name, split=split)
-    except Exception as error:  # network, cache, parser, unknown name: each has exceptions of its own
-        raise _no_hub(name, config_name, split, key, error) from error
-    origin = f"data.hub={name!r}"
-    return _without_empty(_text_column(dataset, column, origin), origin)
+    with _hub(name, config_name, split, key) as origin:
+        return _without_empty(_text_column(load_dataset(name, config_name, split=split), column, origin), origin)
 
 
 def stream_hub(name: str, config_name: str | None, split: str, column: str) -> Iterator[list[str]]:
@@ -100,26 +107,27 @@ def stream_hub(name: str, config_name: str | None, split: str, column: str) -> I
 
     `split` is that of data.train_split. Raises PrenormError, also on the way, if they cannot be loaded or are no text.
     """
-    origin = f"data.hub={name!r}"
-    try:
+    with _hub(name, config_name, split, "data.train_split") as origin:
         for rows in load_dataset(name, config_name, split=split, streaming=True).iter(batch_size=256):
             if column not in rows:
                 raise _no_column(column, rows, origin)
-            if others := {type(row).__name__ for row in rows[column] if not isinstance(row, str | None)}:
-                kinds = " and ".join(sorted(others))
-                raise PrenormError(f"{origin}: data.text_column={column!r} holds {kinds}, not text; name another")
+            if others := [type(row).__name__ for row in rows[column] if not isinstance(row, str | None)]:
+                raise PrenormError(f"{origin}: data.text_column={column!r} holds {others[0]}, not text; name another")
             yield [text for text in rows[column] if text]
+
+
+@contextlib.contextmanager
+def _hub(name: str, config_name: str | None, split: str, key: str) -> Iterator[str]:
+    origin = f"data.hub={name!r}"
+    try:
+        yield origin
     except PrenormError:
         raise
-    except Exception as error:  # as in `read_hub`
-        raise _no_hub(name, config_name, split, "data.train_split", error) from error
-
-
-def _no_hub(name: str, config_name: str | None, split: str, key: str, error: Exception) -> PrenormError:
-    return PrenormError(
-        f"data.hub={name!r} with data.hub_config={config_name!r}, {key}={split!r} cannot be loaded: "
-        f"{_reason(error)}; it needs network access, or give local files as data.path"
-    )
+    except Exception as error:  # network, cache, parser, unknown name: each has exceptions of its own
+        raise PrenormError(
+            f"{origin} with data.hub_config={config_name!r}, {key}={split!r} cannot be loaded: {_reason(error)}; it "
+            "needs network access, or give local files as data.path"
+        ) from error
 
 
 def read_stdlib() -> Dataset:
@@ -134,15 +142,11 @@ def read_stdlib() -> Dataset:
             # _sysconfigdata*.py records how this very interpreter was built: flags and paths, no library code.
             if file.name.startswith("_sysconfigdata"):
                 continue
-            try:
-                with tokenize.open(file) as source:  # open() in the file's declared encoding
-                    texts[file.relative_to(root).as_posix()] = source.read()
-            except (SyntaxError, UnicodeDecodeError):
-                continue
+            with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(file) as source:
+                texts[file.relative_to(root).as_posix()] = source.read()  # in the encoding that the file declares
     if not texts:
         raise PrenormError(f"no .py files of the standard library in {str(root)!r}: give text as data.path")
-    names = sorted(texts)
-    return _without_empty(Dataset.from_dict({"text": [texts[n] for n in names], "name": names}), str(root))
+    return _named(dict(sorted(texts.items())), str(root))
 
 
 def check_holdout(fraction: float) -> None:
@@ -214,11 +218,3 @@ def _text_column(dataset: Dataset, column: str, origin: str) -> Dataset:
 
 def _no_column(column: str, columns: Iterable[str], origin: str) -> PrenormError:
     return PrenormError(f"{origin} has no column data.text_column={column!r}; it has {', '.join(columns)}")
-
-
-def _is_utf8(file: Path) -> bool:
-    try:
-        file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return True

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from prenorm_jax.base.errors import PrenormError, check_range, first_line
+from prenorm_jax.data import Data, HostBatch
 from prenorm_jax.data.quiet import datasets
 from prenorm_jax.data.windows import example_rows
 
@@ -40,7 +41,7 @@ class Images:
     read: Callable[[np.ndarray], np.ndarray]
     content: bytes | np.ndarray
 
-    def batch(self, rows: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, rows: np.ndarray, weights: np.ndarray) -> HostBatch:
         """images uint8 (B, side, side, C), labels int32 (B,), weights float32 (B,)."""
         return {"images": self.read(rows), "labels": self.labels[rows], "weights": weights.astype(np.float32)}
 
@@ -50,8 +51,8 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImageData:
-    """A training and an evaluation split (see `data.Data`) of images of `side` × `side` pixels."""
+class ImageData(Data):
+    """Splits of images of `side` × `side` pixels."""
 
     train: Images
     eval: Images
@@ -63,7 +64,6 @@ class ImageData:
     unit = "image"
 
     def check_model(self, config: ConfigDict) -> None:
-        """Raises PrenormError, naming the key to change, if the model cannot take these images."""
         model = config.model
         if model.channels != self.channels:
             raise PrenormError(f"model.channels={model.channels}, but the images have {self.channels}: set it to that")
@@ -75,16 +75,13 @@ class ImageData:
             raise PrenormError(f"model.classes={model.classes} is too small: the images have {self.classes} classes")
 
     def units_per_batch(self, config: ConfigDict) -> int:
-        """Images in a training batch."""
         return config.batch_size
 
-    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """The batch of a step, a pure function of (seed, step); each epoch is a permutation of all images."""
+    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> HostBatch:
         chosen = example_rows(config.seed, step, config.batch_size, len(self.train.labels), rows)
         return self.train.batch(chosen, np.ones(len(chosen)))
 
-    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """Every image once, in order; the last batch is filled up with images of weight 0."""
+    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[HostBatch]:
         last = len(self.eval.labels) - 1
         for start in range(0, last + 1, config.batch_size):
             chosen = start + np.arange(config.batch_size)[rows or slice(None)]
@@ -93,12 +90,8 @@ class ImageData:
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss (nats per image), eval_top1, eval_top5 (fractions), eval_images}."""
         count = sums["weight"]
-        return {
-            "eval_loss": sums["nats"] / count,
-            "eval_top1": sums["top1"] / count,
-            "eval_top5": sums["top5"] / count,
-            "eval_images": int(count),
-        }
+        top = {f"eval_top{k}": sums[f"top{k}"] / count for k in (1, 5)}
+        return {"eval_loss": sums["nats"] / count, **top, "eval_images": int(count)}
 
 
 def load_images(config: ConfigDict) -> ImageData:
@@ -121,7 +114,7 @@ def load_images(config: ConfigDict) -> ImageData:
         raise PrenormError(f"data.std={data.std} must be above 0")
     if data.hub or (folder and not _idx_files(folder)):
         train, evaluation, classes, source = _read_datasets(config, folder)
-        side, channels = _stored_size(config), config.model.channels
+        side, channels = data.image_size or config.model.image_size, config.model.channels
     else:
         train, evaluation, source = _read_idx_folder(folder) if folder else (*_read_digits(), "digits")
         side, channels = train.read(np.arange(1)).shape[2:]
@@ -179,20 +172,15 @@ def _idx_files(folder: Path) -> dict[str, Path]:
 
 
 def _read_idx_folder(folder: Path) -> tuple[Images, Images | None, str]:
-    files = _idx_files(folder)
-    splits: dict[str, Images] = {}
-    sizes: set[tuple[int, ...]] = set()
-    for split in ("train", "eval"):
+    files, source = _idx_files(folder), f"data.path={str(folder)!r}"
+    splits, sizes = {}, set()
+    for split in dict.fromkeys(("train", *(kind.split()[0] for kind in files))):
         kinds = [f"{split} {kind}" for kind in ("images", "labels")]
-        if split == "eval" and not any(kind in files for kind in kinds):
-            continue
         if missing := [kind for kind in kinds if kind not in files]:
-            raise PrenormError(
-                f"data.path={str(folder)!r} has no IDX file of {missing[0]}, as in train-images-idx3-ubyte"
-            )
+            raise PrenormError(f"{source} has no IDX file of {missing[0]}, as in train-images-idx3-ubyte")
         images, labels = (read_idx(files[kind]) for kind in kinds)
-        square_images = images.ndim == 3 and images.shape[1] == images.shape[2] and images.size
-        if not square_images or labels.shape != images.shape[:1]:
+        is_square = images.ndim == 3 and images.shape[1] == images.shape[2] and images.size
+        if not is_square or labels.shape != images.shape[:1]:
             raise PrenormError(
                 f"{files[kinds[0]]} and {files[kinds[1]]} have shapes {images.shape} and {labels.shape}: not as many "
                 "labels as square images"
@@ -200,7 +188,7 @@ def _read_idx_folder(folder: Path) -> tuple[Images, Images | None, str]:
         splits[split] = _array_images(images, labels)
         sizes.add(images.shape[1:])
     if len(sizes) > 1:
-        raise PrenormError(f"data.path={str(folder)!r}: images for training and evaluation differ in size, {sizes}")
+        raise PrenormError(f"{source}: images for training and evaluation differ in size, {sizes}")
     return splits["train"], splits.get("eval"), str(folder)
 
 
@@ -224,10 +212,6 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _stored_size(config: ConfigDict) -> int:
-    return config.data.image_size or config.model.image_size
-
-
 def _read_datasets(config: ConfigDict, folder: Path | None) -> tuple[Images, Images | None, int, str]:
     """From the hub, or a folder of class folders, with splits as folders around them or not."""
     data = config.data
@@ -238,34 +222,33 @@ def _read_datasets(config: ConfigDict, folder: Path | None) -> tuple[Images, Ima
         if data.hub:
             splits = datasets.load_dataset(data.hub, data.hub_config)
         else:
-            with tempfile.TemporaryDirectory() as cache:  # as in sources.read_files
-                options = {"data_dir": str(folder.resolve()), "cache_dir": cache, "keep_in_memory": True}
-                splits = datasets.load_dataset("imagefolder", **options)
+            with tempfile.TemporaryDirectory() as cache:  # as in documents.read_files
+                place = str(folder.resolve())
+                splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # network, cache, files, unknown name: each has exceptions of its own
         remedy = "it needs network access, or give a folder as data.path" if data.hub else "give a folder of classes"
         raise PrenormError(f"{source} cannot be loaded: {first_line(error.__cause__ or error)}; {remedy}") from error
-    names, columns = list(splits), {"train_split": data.train_split, "eval_split": data.eval_split}
-    for key, name in columns.items():
-        if name is not None and name not in names:
-            raise PrenormError(f"{source} has no data.{key}={name!r}; it has {', '.join(names)}")
-    read = {key: _from_dataset(splits[name], config, source) for key, name in columns.items() if name}
-    return read["train_split"][0], read.get("eval_split", (None,))[0], read["train_split"][1], data.hub or data.path
+    for key in ("train_split", "eval_split"):
+        if data[key] is not None and data[key] not in splits:
+            raise PrenormError(f"{source} has no data.{key}={data[key]!r}; it has {', '.join(splits)}")
+    train, classes = _from_dataset(splits[data.train_split], config, source)
+    evaluation = _from_dataset(splits[data.eval_split], config, source)[0] if data.eval_split else None
+    return train, evaluation, classes, data.hub or data.path
 
 
 def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) -> tuple[Images, int]:
     """The images of a split, decoded as they are read, and the number of its classes."""
-    data, channels, side = config.data, config.model.channels, _stored_size(config)
+    data, channels, side = config.data, config.model.channels, config.data.image_size or config.model.image_size
     for key in ("image_column", "label_column"):
         if data[key] not in dataset.features:
-            have = ", ".join(dataset.features)
-            raise PrenormError(f"{source} has no column data.{key}={data[key]!r}; it has {have}")
+            raise PrenormError(f"{source} has no column data.{key}={data[key]!r}; it has {', '.join(dataset.features)}")
     if not isinstance(dataset.features[data.image_column], datasets.Image):
         raise PrenormError(f"{source}: data.image_column={data.image_column!r} holds no images; name another")
     feature = dataset.features[data.label_column]
     labels = np.asarray(dataset.with_format("numpy")[data.label_column][:])
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels) or labels.min() < 0:
         raise PrenormError(
-            f"{source}: data.label_column={data.label_column!r} holds no classes 0, 1, ...; name another"
+            f"{source}: data.label_column={data.label_column!r} holds no classes 0, 1, ...: name another"
         )
     if channels not in (1, 3):
         raise PrenormError(f"model.channels={channels}: image files are read as 1 (grey) or 3 (RGB)")

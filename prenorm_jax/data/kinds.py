@@ -9,6 +9,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from jax import ShapeDtypeStruct
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError, check_choice, check_range
@@ -38,7 +39,7 @@ class Kind(Protocol):
     def examples(self, config: ConfigDict, batch: Batch, key: jax.Array | None = None) -> Examples:
         """The model's inputs and targets, on the device. With a key (in training) they may be augmented by it."""
 
-    def batch_shapes(self, config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch_shapes(self, config: ConfigDict) -> dict[str, ShapeDtypeStruct]:
         """Shapes and dtypes of a training batch."""
 
     def sample(self, config: ConfigDict) -> HostBatch:
@@ -48,48 +49,41 @@ class Kind(Protocol):
         """Tokens of a sequence; 0 where the model has its own number."""
 
 
-class Text:
+class Text(Kind):
     """Token sequences. Batches: tokens (B, T+1) int32; weights (B, T) float32, of the predictions of tokens[:, 1:]."""
 
     unit = "token"
     top = ()
 
     def check(self, config: ConfigDict) -> None:
-        """Raises PrenormError for a sequence of no token."""
         check_range("data.seq_len", config.data.seq_len, at_least=1)
 
     def load(self, config: ConfigDict) -> Data:
-        """See `text.load_text`."""
         from prenorm_jax.data.text import load_text  # its libraries take half a second to import
 
         return load_text(config.data)
 
     def examples(self, config: ConfigDict, batch: Batch, key: jax.Array | None = None) -> Examples:
-        """Each token from those before it."""
         return Examples(batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["weights"])
 
-    def batch_shapes(self, config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of tokens and weights."""
+    def batch_shapes(self, config: ConfigDict) -> dict[str, ShapeDtypeStruct]:
         B, T = config.batch_size, config.data.seq_len
-        return _shapes(tokens=((B, T + 1), np.int32), weights=((B, T), np.float32))
+        return {"tokens": ShapeDtypeStruct((B, T + 1), np.int32), "weights": ShapeDtypeStruct((B, T), np.float32)}
 
     def sample(self, config: ConfigDict) -> HostBatch:
-        """The first batch of what `config.data` names: by default the standard library's text."""
         return self.load(config).train_batch(config, 0)
 
     def length(self, config: ConfigDict) -> int:
-        """Tokens that an example predicts."""
         return config.data.seq_len
 
 
-class Images:
+class Images(Kind):
     """Labelled images. Batches: images (B, H, W, C) uint8; labels (B,) int32; weights (B,) float32."""
 
     unit = "image"
     top = (1, 5)
 
     def check(self, config: ConfigDict) -> None:
-        """Raises PrenormError for augmentation that makes no sense, or that the loss cannot take."""
         augment = config.augment
         for key in augment:
             check_range(f"augment.{key}", augment[key], at_least=0)
@@ -103,24 +97,20 @@ class Images:
             raise PrenormError(f"augment.min_area={augment.min_area} must be above 0 and at most 1")
 
     def load(self, config: ConfigDict) -> Data:
-        """See `images.load_images`."""
         from prenorm_jax.data.images import load_images
 
         return load_images(config)
 
     def examples(self, config: ConfigDict, batch: Batch, key: jax.Array | None = None) -> Examples:
-        """See `augment.image_examples`."""
         return image_examples(config, batch, key)
 
-    def batch_shapes(self, config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of images, labels and weights."""
-        B, side = config.batch_size, config.model.image_size
-        images = ((B, side, side, config.model.channels), np.uint8)
-        return _shapes(images=images, labels=((B,), np.int32), weights=((B,), np.float32))
+    def batch_shapes(self, config: ConfigDict) -> dict[str, ShapeDtypeStruct]:
+        side, channels = config.model.image_size, config.model.channels
+        each = {"images": ((side, side, channels), np.uint8), "labels": ((), np.int32), "weights": ((), np.float32)}
+        return {name: ShapeDtypeStruct((config.batch_size, *shape), dtype) for name, (shape, dtype) in each.items()}
 
     def sample(self, config: ConfigDict) -> HostBatch:
-        """Crops of scikit-learn's two photographs, their labels random."""
-        from sklearn.datasets import load_sample_images
+        from sklearn.datasets import load_sample_images  # two photographs: the batch is crops, of random labels
 
         rng, side, images = np.random.default_rng(0), config.model.image_size, []
         for photo in load_sample_images().images * -(-config.batch_size // 2):
@@ -131,12 +121,7 @@ class Images:
         return {"images": np.stack(images[: config.batch_size]), "labels": labels, "weights": weights}
 
     def length(self, config: ConfigDict) -> int:
-        """None of its own."""
         return 0
-
-
-def _shapes(**specs: tuple) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(*spec) for name, spec in specs.items()}
 
 
 KINDS: dict[str, Kind] = {"text": Text(), "images": Images()}

@@ -5,12 +5,7 @@ import logging
 import datasets
 
 datasets.disable_progress_bars()
-
-
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
 
 __all__ = ["datasets"]

@@ -13,6 +13,7 @@ import xxhash
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.data import Data, HostBatch
 from prenorm_jax.data.documents import find_files, hold_out, read_files, read_hub, read_stdlib
 from prenorm_jax.data.hub_cache import Split, stream_corpus
 from prenorm_jax.data.quiet import datasets
@@ -21,13 +22,11 @@ from prenorm_jax.data.windows import eval_batches, train_batch, window_count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TextData:
-    """A training and an evaluation split (see `data.Data`) as 1-D token streams.
+class TextData(Data):
+    """The splits as 1-D token streams: each starts with an end-of-text that is context, so len - 1 are predicted.
 
-    Each starts with one end-of-text that is context, never predicted.
-
-    So it has len - 1 tokens to predict. Its dtype is the smallest unsigned one that holds all ids. It may be a memory
-    map (`streamed.py`): read it by windows.
+    The dtype is the smallest unsigned one that holds all ids. A stream may be a memory map (`hub_cache.py`): read it by
+    windows.
     """
 
     train: np.ndarray
@@ -40,21 +39,17 @@ class TextData:
     unit = "token"
 
     def check_model(self, config: ConfigDict) -> None:
-        """Raises PrenormError, naming the key to change, if the model cannot take these tokens."""
         check_vocab_size(self.vocab_size, config)
         if config.data.seq_len > config.model.max_len:
             raise PrenormError(f"data.seq_len={config.data.seq_len} is above model.max_len={config.model.max_len}")
 
     def units_per_batch(self, config: ConfigDict) -> int:
-        """Tokens that a training batch predicts."""
         return config.batch_size * config.data.seq_len
 
-    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """See `batches.train_batch`."""
+    def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> HostBatch:
         return train_batch(self.train, config.seed, step, config.batch_size, config.data.seq_len, rows)
 
-    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[dict[str, np.ndarray]]:
-        """See `batches.eval_batches`."""
+    def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[HostBatch]:
         return eval_batches(self.eval, config.batch_size, config.data.seq_len, rows)
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
@@ -74,17 +69,19 @@ def load_text(config: ConfigDict) -> TextData:
     Raises PrenormError, naming the key to change, if keys contradict each other, data or tokenizer cannot be
     read, or there is too little text for one training window.
     """
-    if config.path and config.hub:
-        raise PrenormError("data.path and data.hub exclude each other: unset one")
-    if config.eval_path and config.eval_split:
-        raise PrenormError("data.eval_path and data.eval_split exclude each other: unset one")
+    for one, other in (("path", "hub"), ("eval_path", "eval_split")):
+        if config[one] and config[other]:
+            raise PrenormError(f"data.{one} and data.{other} exclude each other: unset one")
     if config.eval_split and not config.hub:
         raise PrenormError("data.eval_split is for hub data: set data.hub, or give files as data.eval_path")
     if config.stream_tokens is not None and not config.hub:
         raise PrenormError("data.stream_tokens is for hub data: set data.hub, or unset it")
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
     if config.stream_tokens is None:
-        documents, held_out, source = _documents(config)
+        documents, source = _train_documents(config)
+        held_out = _eval_documents(config)
+        if held_out is None:
+            documents, held_out = hold_out(documents, config.holdout)
         train = _stream(documents, tokenizer, config.separate_documents)
         digest = xxhash.xxh3_128(train.tokens)
     else:
@@ -113,25 +110,19 @@ def load_text(config: ConfigDict) -> TextData:
     )
 
 
-def _documents(config: ConfigDict) -> tuple[datasets.Dataset, datasets.Dataset, str]:
-    """Training documents, evaluation documents, and what to call them."""
-    column, eval_files = config.text_column, _eval_files(config)
+def _train_documents(config: ConfigDict) -> tuple[datasets.Dataset, str]:
+    """The documents, before any are held out, and what to call them."""
     if config.path:
-        taken = {file.resolve() for file in eval_files.values()}
+        taken = {file.resolve() for file in _eval_files(config).values()}
         files = find_files(config.path, "data.path")
         files = {name: file for name, file in files.items() if file.resolve() not in taken}
         if not files:
             raise PrenormError("data.eval_path takes every file of data.path: unset it to hold some out")
-        train, source = read_files(files, column, f"data.path={config.path!r}"), config.path
-    elif config.hub:
-        train = read_hub(config.hub, config.hub_config, config.train_split, column, "data.train_split")
-        source = config.hub
-    else:
-        train, source = read_stdlib(), f"Python {platform.python_version()} standard library"
-    evaluation = _eval_documents(config)
-    if evaluation is None:
-        train, evaluation = hold_out(train, config.holdout)
-    return train, evaluation, source
+        return read_files(files, config.text_column, f"data.path={config.path!r}"), config.path
+    if config.hub:
+        split = config.train_split, config.text_column, "data.train_split"
+        return read_hub(config.hub, config.hub_config, *split), config.hub
+    return read_stdlib(), f"Python {platform.python_version()} standard library"
 
 
 def _eval_files(config: ConfigDict) -> dict[str, Path]:

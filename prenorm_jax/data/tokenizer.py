@@ -51,15 +51,22 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     if name == "bytes":
         if eot_token:
             raise PrenormError("data.eot_token has no use with data.tokenizer='bytes': unset it")
-        return TextTokenizer(_encode_bytes, _decode_bytes, vocab_size=257, eot=256, digest="bytes")
+        return TextTokenizer(
+            encode=lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts],
+            decode=lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"),
+            vocab_size=257,
+            eot=256,
+            digest="bytes",
+        )
     path = Path(name).expanduser()
     local = path.exists() or path.suffix == ".json"
     try:
         tokenizer = Tokenizer.from_file(str(path)) if local else Tokenizer.from_pretrained(name)
     except Exception as error:  # `tokenizers` raises plain Exception
-        problem = f"data.tokenizer={name!r} cannot be loaded: {first_line(error)}; "
         remedy = "give a valid" if local else "it needs network access, or give a local"
-        raise PrenormError(f"{problem}{remedy} tokenizers .json file, or 'bytes'") from error
+        raise PrenormError(
+            f"data.tokenizer={name!r} cannot be loaded: {first_line(error)}; {remedy} tokenizers .json file, or 'bytes'"
+        ) from error
     # Files made for short contexts may ask for both, which would silently drop or add tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -81,11 +88,3 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
 
     digest = xxhash.xxh3_128_hexdigest(f"{eots[0]} {tokenizer.to_str()}".encode())
     return TextTokenizer(encode, decode, vocab_size, eots[0], digest)
-
-
-def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
-    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-
-
-def _decode_bytes(ids: Sequence[int]) -> str:
-    return bytes(i for i in ids if i < 256).decode(errors="replace")

@@ -43,7 +43,7 @@ def convert_stored(stored: Readable, new: Writable, source: ModelConfig, to: str
     """Writes `convert_params` of the stored tree, of a model `source`, to `new`, reading each leaf once.
 
     A QK-norm's means that have to be zero are measured by the largest heads of a part. Raises what `convert_params`
-    does of the leaves' values, NotRead and NotWritten.
+    does of the leaves' values, and what reading and writing raise.
     """
     target, roles = convert_config(source, to), parameter_roles(source)
     old, new_axes = abstract_params(source), {path: leaf.names for path, leaf in abstract_params(target).items()}

@@ -11,9 +11,8 @@ from prenorm_jax.base.errors import PrenormError, check_choice, check_range
 from prenorm_jax.config import data_kind
 from prenorm_jax.train.checkpoint import complete_steps
 from prenorm_jax.train.optim import make_optimizer
-from prenorm_jax.train.record import RunRecord
 from prenorm_jax.train.tracing import parse_steps
-from prenorm_jax.train.workdir import config_differences, literal_config, load_config
+from prenorm_jax.train.workdir import RunRecord, config_differences, literal_config, load_config
 
 
 def check_config(config: ConfigDict) -> None:

@@ -17,10 +17,9 @@ import numpy as np
 import xxhash
 from jax.experimental import multihost_utils
 
-from prenorm_jax.base.trees import Array, Path
+from prenorm_jax.base.trees import Array
 
 _KEYS = 4
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # bytes of an entry -> what it is read as
 
 
 def digest(tree: Any) -> str:
@@ -73,7 +72,7 @@ def checksum(array: Array, start: Sequence[int]) -> jax.Array:
 def _checksum(x: jax.Array, start: jax.Array, wide: bool) -> jax.Array:
     """`start`: the place of the first entry under each key. `wide`: of two words, which are one more, last axis."""
     x = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
     if not wide:
         return _sums(words, start)
     next_word = np.array([_factor(key, words.ndim - 1) for key in range(_KEYS)], np.uint32)
@@ -104,25 +103,3 @@ def _mix(x: jax.Array) -> jax.Array:
 def _factor(key: int, axis: int) -> int:
     """An odd number of 32 bits, so that no two entries of an axis have the same place; random, that few others do."""
     return xxhash.xxh32(f"{key} {axis}".encode()).intdigest() | 1
-
-
-class PartialDigest:
-    """`digest` of a tree of nested dicts whose leaves come in parts, by paths of names."""
-
-    def __init__(self) -> None:
-        self._leaves: dict[str, tuple[Any, tuple[int, ...], np.ndarray]] = {}
-        self._added: set[tuple[Any, ...]] = set()
-
-    def add(self, path: Path, shape: tuple[int, ...], start: tuple[int, ...], part: np.ndarray) -> bool:
-        """Takes in the part that starts at `start` of a leaf of this shape; False, and nothing, if it was before."""
-        if (path, start) in self._added:
-            return False
-        self._added.add((path, start))
-        name = "/".join(path)
-        *_, sums = self._leaves.get(name, (None, None, np.zeros(_KEYS, np.uint32)))
-        self._leaves[name] = part.dtype, shape, sums + np.asarray(checksum(part, start))
-        return True
-
-    def __str__(self) -> str:
-        """The digest, once all parts are in."""
-        return combined(self._leaves)

@@ -7,7 +7,6 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,16 +111,12 @@ def _compare(source: Checkpoints, target: Path, step: int) -> None:
         print(f"their logits are not compared, for that takes all of the {size / 1e9:.1f} GB at once: eval.py does")
         return
     with Checkpoints(target, read_only=True) as converted:
-        one, other = source.params(step), converted.params(step)
-    difference = relative_difference(one, other)
-    print(f"largest difference of their logits on random inputs: {difference:.1e} of the largest ({one[0].dtype})")
-
-
-def relative_difference(one: tuple[ModelConfig, Any], other: tuple[ModelConfig, Any]) -> float:
-    """Largest |difference| of two models' logits on random inputs, as a fraction of the largest |logit|."""
-    inputs = build_model(one[0]).example(batch=2, seed=0)
-    logits = [jax.jit(build_model(model).apply)({"params": params}, inputs) for model, params in (one, other)]
-    return float(jnp.abs(logits[0] - logits[1]).max() / jnp.abs(logits[0]).max())
+        both = source.params(step), converted.params(step)
+    model = both[0][0]
+    inputs = build_model(model).example(batch=2, seed=0)
+    old, new = (jax.jit(build_model(config).apply)({"params": params}, inputs) for config, params in both)
+    difference = float(jnp.abs(old - new).max() / jnp.abs(old).max())
+    print(f"largest difference of their logits on random inputs: {difference:.1e} of the largest ({model.dtype})")
 
 
 @contextlib.contextmanager

@@ -15,14 +15,12 @@ from prenorm_jax.base.files import only_process
 from prenorm_jax.base.processes import check_same, is_first, of_first, refused_alike, wait_for_all
 from prenorm_jax.base.trees import count
 from prenorm_jax.config import load_data
-from prenorm_jax.data import Data
-from prenorm_jax.data.prefetch import prefetch
+from prenorm_jax.data import Data, prefetch
 from prenorm_jax.train.checkpoint import Checkpoints, complete_steps
 from prenorm_jax.train.checks import check_config, check_workdir
 from prenorm_jax.train.evaluation import evaluate
 from prenorm_jax.train.metrics import MetricsWriter, NonFinite, drop_after
 from prenorm_jax.train.nonfinite import describe_nonfinite
-from prenorm_jax.train.record import RunRecord, device_name
 from prenorm_jax.train.restore import load_init_from, start_state
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
@@ -30,7 +28,7 @@ from prenorm_jax.train.step import TrainState, make_eval_step, make_train_step
 from prenorm_jax.train.stop import StopSignals
 from prenorm_jax.train.tracing import traced
 from prenorm_jax.train.utilisation import Utilisation
-from prenorm_jax.train.workdir import flat_config, write_config
+from prenorm_jax.train.workdir import RunRecord, device_name, flat_config, write_config
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:

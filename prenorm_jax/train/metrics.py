@@ -48,7 +48,13 @@ class MetricsWriter:
     def __init__(self, workdir: Path, start: int, config: ConfigDict, data: Data, utilisation: Utilisation):
         """Opens the files, to go on after step `start`. Call `drop_after` first."""
         self._file = (workdir / "metrics.jsonl" if is_first() else Path(os.devnull)).open("a")
-        self._events = _Events(workdir / "tensorboard", start) if config.tensorboard and is_first() else None
+        self._events: EventsWriter | None = None
+        if config.tensorboard and is_first():
+            with self._or_no_events():
+                (workdir / "tensorboard").mkdir(exist_ok=True)
+                self._events = EventsWriter(str(workdir / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}")
+                # What was written after this step, by a run that was interrupted, is not to be shown.
+                self._event(start + 1, session_log=SessionLog(status=SessionLog.START))
         self._bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=not is_first())
         self._log_every = config.log_every
         self._stop = config.on_nonfinite == "stop"
@@ -67,7 +73,8 @@ class MetricsWriter:
         finally:
             self._bar.close()
             if self._events is not None:
-                self._events.close()
+                with self._or_no_events():
+                    self._events.close()
             # What could not be written at first is tried again here; the error under way says it already.
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 self._file.close()
@@ -92,7 +99,27 @@ class MetricsWriter:
                 "the same command again: it goes on from the last complete checkpoint"
             ) from error
         if self._events is not None:
-            self._events.write(step, values)
+            with self._or_no_events():
+                for name, value in values.items():
+                    self._event(step, summary=scalar(name, value))
+                self._events.flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        # Written as it comes. (The usual SummaryWriter has a thread and a queue: where the disk is full the thread
+        # dies, the queue fills up, and the training waits for ever.)
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    @contextlib.contextmanager
+    def _or_no_events(self) -> Iterator[None]:
+        """TensorBoard's file is a copy for viewing: if it cannot be written, the run goes on without it."""
+        try:
+            yield
+        except OSError as error:
+            writer, self._events = self._events, None
+            # Else what it could not write is tried again, and complained about, when the interpreter ends.
+            with contextlib.suppress(OSError, AttributeError):
+                writer._py_recordio_writer.close()
+            say(f"warning: no more TensorBoard events: {error.strerror}; metrics.jsonl has all numbers")
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -110,54 +137,13 @@ class MetricsWriter:
         units_per_s = self._units_per_step * len(ready) / seconds
         rates = {f"{self._unit}s_per_s": units_per_s, **self._utilisation.rates(seconds / len(ready))}
         for (step, _), arrays in zip(ready, fetched, strict=True):
-            values = {name: float(value) for name, value in arrays.items()}
+            values = jax.tree.map(float, arrays)
             if self._stop and not all(map(math.isfinite, values.values())):
                 raise NonFinite(step, values)
             self.write(step, values | rates)
         loss = float(fetched[-1]["loss"])
         used = f"{rates['mfu']:.1%} mfu" if "mfu" in rates else f"{rates['model_flops_per_s'] / 1e9:,.0f} GFLOP/s"
         self._bar.set_postfix_str(f"loss {loss:.4f}, {units_per_s:,.0f} {self._unit}s/s, {used}", refresh=False)
-
-
-class _Events:
-    """TensorBoard's event file, written as the numbers come. (The usual writer has a thread and a queue: where the
-    disk is full the thread dies, the queue fills up, and the training waits for ever.) It is a copy for viewing: if it
-    cannot be written, the run says so and goes on without it."""
-
-    def __init__(self, folder: Path, start: int):
-        self._writer: EventsWriter | None = None
-        with self._or_without():
-            folder.mkdir(exist_ok=True)
-            self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
-            # What was written after this step, by a run that was interrupted, is not to be shown.
-            self._writer.write_event(
-                Event(step=start + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
-            )
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self._or_without():
-            for name, value in values.items():
-                if self._writer is not None:
-                    event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-                    self._writer.write_event(event)
-            if self._writer is not None:
-                self._writer.flush()
-
-    def close(self) -> None:
-        with self._or_without():
-            if self._writer is not None:
-                self._writer.close()
-
-    @contextlib.contextmanager
-    def _or_without(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            writer, self._writer = self._writer, None
-            # Else what it could not write is tried again, and complained about, when the interpreter ends.
-            with contextlib.suppress(OSError, AttributeError):
-                writer._py_recordio_writer.close()
-            say(f"warning: no more TensorBoard events: {error.strerror}; metrics.jsonl has all numbers")
 
 
 def drop_after(path: Path, step: int, first: int) -> None:

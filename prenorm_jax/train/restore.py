@@ -36,8 +36,7 @@ def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = Non
             damaged[step] = str(error)
             continue
         for bad, why in damaged.items():
-            place = checkpoints.set_aside(bad)
-            say(f"warning: {why}; moved to {place}")
+            say(f"warning: {why}; moved to {checkpoints.set_aside(bad)}")
         if damaged:
             say(f"warning: falling back to step {step}")
         return state
@@ -49,12 +48,11 @@ def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = Non
     formats = state_sharding(run)
     if given is None:
         return jax.jit(lambda: init_state(run), out_shardings=formats)()
-    return _fresh(run, 0, put_everywhere(given, formats.params), formats)
+    return _state(run, formats, 0, 0, put_everywhere(given, formats.params))
 
 
 def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainState:
-    metadata = checkpoints.metadata(step)
-    place = checkpoints.directory / str(step)
+    metadata, place = checkpoints.metadata(step), checkpoints.directory / str(step)
     if metadata["data"] not in (None, data.digest):
         raise PrenormError(
             f"the data are not those that {place} was trained on, but {data.description}: that would be another run; "
@@ -76,18 +74,16 @@ def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainSta
             opt_state = jax.jit(restack, out_shardings=formats.opt_state)(opt_state)
     if opt_state is None:
         say("this checkpoint was converted and carries no optimizer state: its moments start anew")
-        return _fresh(run, step, params, formats)
-    counts = np.int32(step), np.int32(metadata["nonfinite"])
-    counts = put_everywhere(counts, (formats.step, formats.nonfinite))
-    return to_formats(TrainState(*counts, params, opt_state), formats)
+    return _state(run, formats, step, metadata["nonfinite"], params, opt_state)
 
 
-def _fresh(run: Run, step: int, params: Any, formats: TrainState) -> TrainState:
-    """The state at `step` with these parameters and a new optimizer."""
+def _state(run: Run, formats: TrainState, step: int, nonfinite: int, params: Any, opt_state: Any = None) -> TrainState:
+    """The state in these formats; of `opt_state` None, with a new optimizer."""
     params = to_formats(params, formats.params)
-    opt_state = jax.jit(make_optimizer(run.config).init, out_shardings=formats.opt_state)(params)
-    counts = put_everywhere((np.int32(step), np.int32(0)), (formats.step, formats.nonfinite))
-    return TrainState(*counts, params, opt_state)
+    if opt_state is None:
+        opt_state = jax.jit(make_optimizer(run.config).init, out_shardings=formats.opt_state)(params)
+    counts = put_everywhere((np.int32(step), np.int32(nonfinite)), (formats.step, formats.nonfinite))
+    return TrainState(*counts, params, to_formats(opt_state, formats.opt_state))
 
 
 def load_init_from(run: Run) -> Any:

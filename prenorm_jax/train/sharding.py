@@ -30,7 +30,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     """
     if devices is None:
         check_joined()
-    devices = jax.devices() if devices is None else devices
+        devices = jax.devices()
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
     for axis in ("fsdp", "tensor"):
         check_range(f"mesh.{axis}", config.mesh[axis], at_least=1)
@@ -40,12 +40,10 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         )
     shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
     check_range("accumulate", config.accumulate, at_least=1)
-    groups = shape[0] * fsdp * config.accumulate
-    if config.batch_size % groups:
-        pieces = f"{shape[0] * fsdp} groups of devices" + (
-            f" times accumulate={config.accumulate}" * (groups > shape[0] * fsdp)
-        )
-        raise PrenormError(f"batch_size={config.batch_size} is not a multiple of the {pieces} it is split over")
+    groups = shape[0] * fsdp
+    if config.batch_size % (groups * config.accumulate):
+        pieces = f"{groups} groups of devices times accumulate={config.accumulate}"
+        raise PrenormError(f"batch_size={config.batch_size} is not a multiple of the {pieces} that it is split over")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -61,12 +59,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def params_sharding(config: ModelConfig, mesh: Mesh) -> Any:
     """The tree of shardings in which the parameters of a model are stored."""
-    return unflatten_dict(
-        {
-            path: NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh, stored=True))
-            for path, leaf in abstract_params(config).items()
-        }
-    )
+    shardings = {
+        path: NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh, stored=True))
+        for path, leaf in abstract_params(config).items()
+    }
+    return unflatten_dict(shardings)
 
 
 def tree_sharding(tree: Any, config: ModelConfig, mesh: Mesh) -> Any:

@@ -17,29 +17,23 @@ from prenorm_jax.train.run import Run
 # GPUs: NVIDIA's data sheets "A100 80GB", "H100", "H200" and "Blackwell" (HGX B200, an eighth of its eight GPUs); H100
 # SXM to a decimal from the white paper "H100 Tensor Core GPU Architecture".
 _TPU = {
-    **dict.fromkeys(("TPU v4",), 275.0),
+    "TPU v4": 275.0,
     **dict.fromkeys(("TPU v5 lite", "TPU v5e"), 197.0),
     **dict.fromkeys(("TPU v5", "TPU v5p"), 459.0),
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 918.0),
-    **dict.fromkeys(("TPU7x",), 2307.0 / 2),
+    "TPU7x": 2307.0 / 2,
 }
 _GPU = {
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312.0),
     **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312.0),
     **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), 989.4),
     **dict.fromkeys(("NVIDIA H100 NVL", "NVIDIA H200 NVL"), 835.5),
-    **dict.fromkeys(("NVIDIA H100 PCIe",), 756.0),
-    **dict.fromkeys(("NVIDIA B200",), 2250.0),
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA B200": 2250.0,
 }
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     kind: {"bfloat16": peak, "float32": peak} for kind, peak in _TPU.items()
 } | {kind: {"bfloat16": peak, "float16": peak, "float32": peak / 2} for kind, peak in _GPU.items()}
-
-
-def data_sheet_flops(kind: str, dtype: str) -> float | None:
-    """Peak FLOP/s of one device of this `device_kind` for a computation in `dtype`; None where it is not known."""
-    peak = PEAK_TFLOPS.get(kind, {}).get(dtype)
-    return None if peak is None else 1e12 * peak
 
 
 def mfu(flops: float, seconds: float, devices: int, kind: str, dtype: str) -> float | None:
@@ -47,8 +41,8 @@ def mfu(flops: float, seconds: float, devices: int, kind: str, dtype: str) -> fl
 
     `flops` are those of all `devices` in these `seconds`. None where the peak is not known, such as on a CPU.
     """
-    peak = data_sheet_flops(kind, dtype)
-    return None if peak is None else flops / seconds / (devices * peak)
+    peak = PEAK_TFLOPS.get(kind, {}).get(dtype)
+    return None if peak is None else flops / seconds / (devices * 1e12 * peak)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +79,6 @@ class Utilisation:
         """One line: how the FLOPs of a step are counted, and the peak they are held against."""
         attention = f"{2 if self.causal else 4} · tokens · length · heads · head_dim a layer"
         formula = f"3 × (2 · tokens · numbers in kernels + {attention}) = {self.flops:.4g} model FLOPs a step"
-        peak = data_sheet_flops(self.kind, self.dtype)
-        of = f"{self.devices} × {self.kind} in {self.dtype}"
-        known = "the peak is not known, so no mfu" if peak is None else f"mfu is of {peak / 1e12:g} TFLOP/s each"
-        return f"{formula}; {of}: {known}"
+        peak = PEAK_TFLOPS.get(self.kind, {}).get(self.dtype)
+        known = "the peak is not known, so no mfu" if peak is None else f"mfu is of {peak:g} TFLOP/s each"
+        return f"{formula}; {self.devices} × {self.kind} in {self.dtype}: {known}"

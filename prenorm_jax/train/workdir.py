@@ -13,13 +13,17 @@ profile/         what `config.profile` traced; of many processes, a folder for e
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.allocator import keep_freed_memory
+from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import read_json, write_json
 from prenorm_jax.config import base_config
@@ -27,29 +31,15 @@ from prenorm_jax.models.config import EXECUTION
 from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.run import Run
 
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+
 # What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the
 # data lie may change because their content may not: `restore._load` sees to that.
-MAY_CHANGE = (
-    "data.path",
-    "data.eval_path",
-    "data.tokenizer",
-    "data.cache",
-    "steps",
-    "stop_at",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "tensorboard",
-    "profile",
-    "on_nonfinite",
-    "grace_seconds",
-    "accumulate",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.largest_replicated",
-    *(f"model.{key}" for key in EXECUTION),
-)
+MAY_CHANGE = {"data.path", "data.eval_path", "data.tokenizer", "data.cache"}
+MAY_CHANGE |= {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
+MAY_CHANGE |= {"profile", "on_nonfinite", "grace_seconds"}
+MAY_CHANGE |= {"accumulate", "mesh.fsdp", "mesh.tensor", "mesh.largest_replicated"}
+MAY_CHANGE |= {f"model.{key}" for key in EXECUTION}
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
@@ -60,9 +50,8 @@ def load_config(workdir: str | Path) -> ConfigDict:
     if not path.is_file():
         raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
     stored = read_json(path)
-    try:
-        family = stored.get("model", {}).get("family", "gpt")
-        config = base_config(family)  # for the types of keys that are None, and keys that came later
+    try:  # base_config for the types of keys that are None, and keys that came later
+        config = base_config(stored.get("model", {}).get("family", "gpt"))
         config.update(stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}; restore it from a copy") from error
@@ -94,9 +83,8 @@ def literal_config(config: ConfigDict) -> ConfigDict:
 def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """ "key: old -> new" for each key in which two literal configs describe different runs."""
     old_values, new_values = flat_config(old), flat_config(new)
-    may_change = set(MAY_CHANGE)
-    if old.parameterization == new.parameterization == "pre_ln":
-        may_change.add("model.norm")  # the trained parameters are the same Pre-LN tree for all three
+    pre_ln = old.parameterization == new.parameterization == "pre_ln"
+    may_change = MAY_CHANGE | ({"model.norm"} if pre_ln else set())  # the same Pre-LN tree is trained for all three
     return [
         f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
         for key in sorted(old_values.keys() | new_values.keys())
@@ -104,15 +92,9 @@ def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     ]
 
 
-def flat_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+def flat_config(config: ConfigDict) -> dict[str, Any]:
     """{"model.norm": "layernorm", ...}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            flat |= flat_config(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    return flatten_dict(config.to_dict(), sep=".")
 
 
 def configure_jax(config: ConfigDict) -> None:
@@ -126,3 +108,49 @@ def configure_jax(config: ConfigDict) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "float64" in (config.model.get("dtype"), config.model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)
+
+
+class RunRecord:
+    """`run.json`: what is known about a run beside its configuration. One that is damaged is said, and starts anew."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "run.json"
+        self._values: dict[str, Any] = {}
+        if self._path.exists():
+            try:
+                self._values = read_json(self._path)
+            except PrenormError as error:
+                say(f"warning: {error}; the run's history starts anew")
+
+    @property
+    def last_saved(self) -> int:
+        """The last step whose checkpoint is known to be complete; 0 if none is."""
+        return self._values.get("last_saved", 0)
+
+    @property
+    def first_step(self) -> int:
+        """Where the training in this folder began: 0, or the step of a converted checkpoint."""
+        return self._values["sessions"][0]["step"]
+
+    def start(self, run: Run, step: int, counts: dict[str, int]) -> None:
+        """Adds a start at `step`; says so if the norm is another than before."""
+        sessions, norm = self._values.get("sessions", []), run.computed.norm
+        if sessions and sessions[-1]["norm"] != norm:
+            say(f"the norm is switched from {sessions[-1]['norm']} to {norm} after step {step}")
+        made_with = {"device": device_name(), "versions": {name: version(name) for name in LIBRARIES}}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        session = {"step": step, "norm": norm, "date": date, **made_with}
+        self._values |= {"norm": norm, "parameters": counts, **made_with, "last_saved": step}
+        self._values["sessions"] = [*sessions, session]
+        write_json(self._path, self._values)
+
+    def saved(self, steps: list[int]) -> None:
+        """Notes that the checkpoints of these steps are complete."""
+        if steps and steps[-1] > self.last_saved:
+            self._values["last_saved"] = steps[-1]
+            write_json(self._path, self._values)
+
+
+def device_name() -> str:
+    """Such as "2 × NVIDIA H100", or "1 × cpu"."""
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
