@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_commands import error_of
+from commands import error_of
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import count

@@ -26,7 +26,9 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "run")
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize(
+    "how", ["flip", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncate", "delete"))]
+)
 def test_damage_to_any_file_is_found_or_harmless(copy, how):
     run = small_run(copy, dropout=0.1)
     config, models = ModelConfig.create(run.model), run_models(run)
