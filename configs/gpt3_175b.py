@@ -3,8 +3,8 @@
     python train.py --config=configs/gpt3_175b.py --workdir=runs/gpt3-175b --config.model.norm=crmsnorm
     python -m prenorm_jax.aot --config=configs/gpt3_175b.py --topology=v5p:4x4x8 --norm=crmsnorm
 
-175 G parameters; a step is 3.1 M tokens, 3.3e18 FLOPs. What was run: its step was compiled for these devices (README,
-"Many devices"). What was not: a step of it.
+175 G parameters; a step is 3.1 M tokens, 3.3e18 FLOPs. What was run: its step was compiled for these devices (see
+docs/devices.md). What was not: a step of it.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     python -m prenorm_jax.aot --config=configs/vit_22b.py --topology=v5p:4x4x4 --norm=crmsnorm
 
 Its own data (JFT-4B) are not public: the settings are a beginning for measurements, on ImageNet-1k, with AdamW, because
-LAMB treats the matrices of scanned blocks as one. What was run: its step was compiled for these devices (README, "Many
-devices"). What was not: a step of it.
+LAMB treats the matrices of scanned blocks as one. What was run: its step was compiled for these devices (see
+docs/devices.md). What was not: a step of it.
 """
 
 from ml_collections import ConfigDict

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
-from prenorm_jax.models.config import model_defaults
+from prenorm_jax.data import Data
+from prenorm_jax.data.kinds import KINDS, Kind
+from prenorm_jax.models.registry import family, model_defaults
 
 PARAMETERIZATIONS = ("pre_ln", "native")
 
 
-def base_config(family: str = "gpt") -> ConfigDict:
+def data_kind(config: ConfigDict) -> Kind:
+    """The kind of data that the model of a run takes. Raises PrenormError for an unknown family."""
+    return KINDS[family(config.model.family).config_class.inputs]
+
+
+def load_data(config: ConfigDict) -> Data:
+    """Reads the data of a run. Raises PrenormError."""
+    return data_kind(config).load(config)
+
+
+def base_config(model_family: str = "gpt") -> ConfigDict:
     """A run's configuration with every key at its default; files in `configs/` change what they need.
 
-    `family` is that of the model, gpt or vit: it decides the keys of `model` (`model_config.py`) and of `data`. Keys
-    that are None and typed (`data.path`, `model.kv_heads`, ...) may be set on the command line.
+    The family of the model, gpt or vit, decides the keys of `model` (`models/config.py` and its own file) and of
+    `data`. Keys that are None and typed (`data.path`, `model.kv_heads`, ...) may be set on the command line. Raises
+    PrenormError for an unknown family.
     """
     config = ConfigDict()
     config.seed = 0
@@ -24,7 +39,7 @@ def base_config(family: str = "gpt") -> ConfigDict:
     config.grace_seconds = 60  # SIGTERM and Ctrl-C: time to save before the process ends regardless
     config.batch_size = 16  # sequences or images in one optimizer step, over all devices
     config.accumulate = 1  # pieces that a batch is computed in, one after the other: less memory
-    config.parameterization = "pre_ln"  # pre_ln | native: which parameters are trained (README, "Training")
+    config.parameterization = "pre_ln"  # pre_ln | native: which parameters are trained (docs/training.md)
     config.eval_every = 200  # steps; 0: only at the end
     config.checkpoint_every = 200  # steps; 0: only at the end
     config.keep_checkpoints = 3
@@ -32,16 +47,12 @@ def base_config(family: str = "gpt") -> ConfigDict:
     config.tensorboard = True
     config.profile = config_dict.placeholder(str)  # FIRST:END, as 10:13: trace steps 10 to 12 into workdir/profile
 
-    config.mesh = ConfigDict()  # of the devices (`sharding.py`); what these leave is the axis data
+    config.mesh = ConfigDict()  # of the devices (`train/sharding.py`); what these leave is the axis data
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
     config.mesh.largest_replicated = 2**22  # numbers: a larger parameter must not be whole on every device
 
-    if family == "vit":
-        config.data, config.augment = _image_data(), _augment()
-        config.loss = "softmax"  # softmax | sigmoid: in training, each class for itself (arXiv 2110.00476)
-    else:
-        config.data = _text_data()
+    config.update(_DATA[family(model_family).config_class.inputs]())
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | sgd | adafactor | lamb | muon
@@ -54,11 +65,11 @@ def base_config(family: str = "gpt") -> ConfigDict:
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
 
-    config.model = model_defaults(family)
+    config.model = model_defaults(model_family)
     return config
 
 
-def _text_data() -> ConfigDict:
+def _text() -> dict[str, Any]:
     data = ConfigDict()
     data.path = config_dict.placeholder(str)  # file, folder or glob: .txt .md .py .jsonl .json .parquet
     data.hub = config_dict.placeholder(str)  # a hub data set's name; give path or hub, or neither: stdlib
@@ -74,10 +85,10 @@ def _text_data() -> ConfigDict:
     data.tokenizer = "bytes"  # bytes, a tokenizers .json file, or a hub name such as gpt2
     data.eot_token = config_dict.placeholder(str)  # None: the first usual one that the tokenizer knows
     data.seq_len = 128  # tokens a training example predicts
-    return data
+    return {"data": data}
 
 
-def _image_data() -> ConfigDict:
+def _images() -> dict[str, Any]:
     data = ConfigDict()
     data.path = config_dict.placeholder(str)  # folder of IDX files (the MNIST family), or of a folder for each class
     data.hub = config_dict.placeholder(str)  # a hub data set's name; give path or hub, or neither: digits
@@ -90,7 +101,8 @@ def _image_data() -> ConfigDict:
     data.image_size = config_dict.placeholder(int)  # pixels to resize images to, before they are cropped to the model's
     data.mean = (0.5,)  # of all channels or of each, in units of the largest pixel value: subtracted,
     data.std = (0.5,)  # then divided by
-    return data
+    # softmax | sigmoid: in training, each class for itself (arXiv 2110.00476)
+    return {"data": data, "augment": _augment(), "loss": "softmax"}
 
 
 def _augment() -> ConfigDict:
@@ -102,3 +114,6 @@ def _augment() -> ConfigDict:
     augment.cutmix = 0.0  # the same (arXiv 1905.04899); with both, each batch draws one
     augment.label_smoothing = 0.0  # mass that is spread over all classes
     return augment
+
+
+_DATA = {"text": _text, "images": _images}  # the kind of data -> its groups of keys

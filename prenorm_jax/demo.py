@@ -19,21 +19,14 @@ from prenorm_jax.base.errors import PrenormError
 
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
 
-
 # source run, converted folder, norm: there, and back again from the smallest form.
 CONVERSIONS = (
     ("layernorm", "layernorm-as-rmsnorm", "rmsnorm"),
     ("layernorm", "layernorm-as-crmsnorm", "crmsnorm"),
     ("layernorm-as-crmsnorm", "crmsnorm-back-as-layernorm", "layernorm"),
 )
-
-
 QUICK = ("steps=60", "eval_every=30", "checkpoint_every=30", "data.seq_len=64", "data.holdout=0.005")
-
-
 QUICK += ("model.depth=2", "model.d_model=64")
-
-
 SAME_LOSS = 1e-5  # relative, between a checkpoint and its conversion: float32
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.processes import check_same, initialize, is_first, refused_alike
-from prenorm_jax.data import load_data
+from prenorm_jax.config import load_data
 from prenorm_jax.train.evaluation import evaluate, load_as, mesh_for
-from prenorm_jax.train.sharding import split_batch
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.step import make_eval_step
 from prenorm_jax.train.workdir import configure_jax, load_config
 
@@ -31,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with refused_alike():
         config = load_config(args.workdir)
         configure_jax(config)
-        mesh = mesh_for(config)
-        norm = args.norm or config.model.norm
+        mesh, norm = mesh_for(config), args.norm or config.model.norm
         step, model, params = load_as(args.workdir, norm, args.step, mesh)
         data = load_data(config)
     check_same("the checkpoint, the norm or the data", (step, norm, data.digest))
-    result = evaluate(make_eval_step(config, model, mesh), params, data, config, split_batch(mesh))
+    run = Run.create(config, mesh).computing(model)
+    result = evaluate(run, make_eval_step(run), params, data)
 
     if not is_first():
         return

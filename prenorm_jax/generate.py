@@ -13,7 +13,7 @@ from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.continuation import write_texts
 from prenorm_jax.models.decoding import as_read, generate
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import build_model, family
 from prenorm_jax.models.sampling import Sampling
 from prenorm_jax.train.evaluation import load_as
 from prenorm_jax.train.workdir import configure_jax, load_config
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     config = load_config(args.workdir)
-    if config.model.family != "gpt":
+    if not family(config.model.family).config_class.causal:
         raise PrenormError(f"{args.workdir} is the run of a {config.model.family}: only a gpt writes text")
     configure_jax(config)
     norm = args.norm or config.model.norm

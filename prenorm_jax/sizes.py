@@ -18,11 +18,9 @@ _VIT = {
     "22B": (6144, 48, 24576, 48),
 }
 
-
 # GPT-2's tokenizer has 50,257 ids. That is 29 × 1733: the table is padded to a multiple of 128, so that it divides over
 # devices and fills their tiles. No text has the ids beyond, and training soon makes them improbable.
 GPT_VOCAB = 50304
-
 
 # name -> (d_model, depth, heads, head_dim): arXiv 2005.14165, table 2.1.
 _GPT3 = {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ACTIVATIONS, GPTConfig, ModelConfig, ViTConfig
 from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import model_config
 
 TINY = {
     "vocab_size": 11,
@@ -29,12 +30,12 @@ TINY_VIT |= {key: TINY[key] for key in ("depth", "d_model", "heads", "dtype", "p
 
 def tiny(**changes: Any) -> ModelConfig:
     """A float64 GPT that compiles in a second."""
-    return ModelConfig.create(TINY | changes)
+    return model_config(TINY | changes)
 
 
 def tiny_vit(**changes: Any) -> ModelConfig:
     """A float64 ViT of 9 patches."""
-    return ModelConfig.create(TINY_VIT | changes)
+    return model_config(TINY_VIT | changes)
 
 
 def transformer_options(draw: st.DrawFn) -> dict[str, Any]:

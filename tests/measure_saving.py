@@ -14,17 +14,19 @@ import time
 import jax
 
 from configs.gpt_stdlib import get_config
-from prenorm_jax.data import load_data
+from prenorm_jax.config import load_data
 from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.step import init_state, make_train_step, run_models
+from prenorm_jax.train.step import init_state, make_train_step
 
 STRETCH, ROUNDS = 8, 6
 
 config = get_config()
-models, data = run_models(config), load_data(config.copy_and_resolve_references())
-train_step = make_train_step(config, models, make_mesh(config, jax.devices()[:1]))
-state = jax.jit(lambda: init_state(config, models))()
+run = Run.create(config, make_mesh(config, jax.devices()[:1]))
+data = load_data(config.copy_and_resolve_references())
+train_step = make_train_step(run)
+state = jax.jit(lambda: init_state(run))()
 state, _ = jax.block_until_ready(train_step(state, data.train_batch(config, 0)))
 
 plain, calls, saving, complete = [], [], [], []
@@ -32,7 +34,7 @@ with Checkpoints(sys.argv[1], keep=2) as checkpoints:
     for number in range(2 * ROUNDS):
         begin = time.perf_counter()
         if number % 2:
-            checkpoints.save(number, state.params, state.opt_state, models.trained)
+            checkpoints.save(number, state.params, state.opt_state, run.trained)
             complete.append(number in checkpoints.steps())
             calls.append(time.perf_counter() - begin)
         for step in range(STRETCH):

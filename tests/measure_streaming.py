@@ -19,6 +19,7 @@ from pathlib import Path
 
 from prenorm_jax.equivalence import stored as streamed
 from prenorm_jax.train import convert_run as convert
+from prenorm_jax.models.registry import model_config
 
 
 def memory_mb(which: str) -> float:
@@ -40,7 +41,7 @@ def make_run(folder: Path, model: str, vocab: int) -> float:
 
     config = base_config()
     config.model.update(sizes.model(model) | {"vocab_size": vocab, "tie_embeddings": False})
-    model_config, rng = ModelConfig.create(config.model), np.random.default_rng(0)
+    model_config, rng = model_config(config.model), np.random.default_rng(0)
     params = {
         path: jax.numpy.asarray(rng.standard_normal(leaf.value.shape, np.float32))
         for path, leaf in abstract_params(model_config).items()

@@ -22,10 +22,9 @@ from prenorm_jax.bench.tasks import TASKS, contenders_of, make_task
 from prenorm_jax.bench.timing import ratios, real_batch
 from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
 from prenorm_jax.models.placement import computing_device
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import run_models
 
@@ -137,7 +136,7 @@ def test_batches_are_real():
 def test_sizes_by_name():
     counts = {"Small": 125e6, "Medium": 350e6, "175B": 175e9}
     for name, count in counts.items():
-        leaves = abstract_params(ModelConfig.create(sizes.model(f"gpt3:{name}")))
+        leaves = abstract_params(model_config(sizes.model(f"gpt3:{name}")))
         assert sum(leaf.value.size for leaf in leaves.values()) == pytest.approx(count, rel=0.02)
 
 

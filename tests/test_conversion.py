@@ -20,6 +20,7 @@ from prenorm_jax.equivalence.rules import center_heads
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.coordinates import center
+from prenorm_jax.models.registry import model_config
 
 model_configs = st.one_of(gpt_configs(), vit_configs())
 # From each norm to each other one, both ways: six directions.
@@ -58,7 +59,7 @@ def test_all_six_directions_in_float64(config):
 @settings(max_examples=3)
 def test_from_networks_born_as_a_variant(start, config):
     """With an affine of their own in their norms, and, for rmsnorm, zero-mean writers."""
-    config = ModelConfig.create({**vars(config), "norm": start})
+    config = model_config({**vars(config), "norm": start})
     params = random_params(config, 2)
     # What makes it the equivalent of a Pre-LN network: zero-mean writers, and queries and keys under a QK-norm.
     roles, flat = parameter_roles(config), flatten_dict(params)
@@ -81,7 +82,7 @@ def test_from_networks_born_as_a_variant(start, config):
 @given(config=model_configs)
 @settings(max_examples=4)
 def test_in_training_too_with_the_same_dropout_masks(config):
-    config = ModelConfig.create({**vars(config), "dropout": 0.4, "attention_dropout": 0.4})
+    config = model_config({**vars(config), "dropout": 0.4, "attention_dropout": 0.4})
     params, tokens = random_params(config, 1), random_inputs(config)
     key = jax.random.key(5)
     expected = logits(config, params, tokens, train=True, rngs={"dropout": key})
@@ -215,7 +216,7 @@ def wrongly(config: ModelConfig, params: dict, changes: dict, edit=lambda flat: 
     """Relative error of an rmsnorm network with `changes` in its config and `edit` on its converted leaves."""
     rms = convert_config(config, "rmsnorm")
     flat = flatten_dict(convert_params(params, config, "rmsnorm"))
-    wrong = ModelConfig.create({**vars(rms), **changes})
+    wrong = model_config({**vars(rms), **changes})
     tokens = random_inputs(config)
     actual = logits(wrong, unflatten_dict(edit(flat)), tokens)
     return relative(actual, logits(config, params, tokens))
@@ -224,7 +225,7 @@ def wrongly(config: ModelConfig, params: dict, changes: dict, edit=lambda flat: 
 def test_a_swap_of_the_norm_without_recentring_is_another_function():
     config = tiny(norm_affine=False, tie_embeddings=False)
     params, tokens = random_params(config, 1, embedding_mean=1.0), random_inputs(config)
-    swapped = ModelConfig.create({**vars(config), "norm": "rmsnorm"})
+    swapped = model_config({**vars(config), "norm": "rmsnorm"})
     assert relative(logits(swapped, params, tokens), logits(config, params, tokens)) > 0.1
 
 

@@ -11,11 +11,12 @@ import pytest
 from commands import ROOT, clean_environment, damage, digests, losses_of, small_run
 
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.checkpoint import Checkpoints
 from prenorm_jax.train.checksum import digest
 from prenorm_jax.train.loop import train
-from prenorm_jax.train.step import init_state, run_models
+from prenorm_jax.train.run import Run
+from prenorm_jax.train.step import init_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -31,8 +32,8 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 )
 def test_damage_to_any_file_is_found_or_harmless(copy, how):
     run = small_run(copy, dropout=0.1)
-    config, models = ModelConfig.create(run.model), run_models(run)
-    abstract = jax.eval_shape(lambda: init_state(run, models).opt_state)
+    config = model_config(run.model)
+    abstract = jax.eval_shape(lambda: init_state(Run.create(run)).opt_state)
     files = [path for path in (copy / "checkpoints" / "6").rglob("*") if path.is_file() and path.stat().st_size]
     found = []
     with Checkpoints(copy, read_only=True) as checkpoints:
@@ -92,11 +93,11 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damage(copy, text, capsy
 
 def test_a_checkpoint_of_another_model_is_no_damage(copy, text):
     other = small_run(text, d_model=14)
-    state = init_state(other, run_models(other))
+    state = init_state(Run.create(other))
     with Checkpoints(copy, read_only=True) as checkpoints:
         data = checkpoints.metadata(6)["data"]
     with Checkpoints(copy) as checkpoints:
-        checkpoints.save(8, state.params, state.opt_state, ModelConfig.create(other.model), 0, data)
+        checkpoints.save(8, state.params, state.opt_state, model_config(other.model), 0, data)
     with pytest.raises(PrenormError, match=r"/8 is of another model .*model\.d_model: 12 -> 14.*move it away"):
         train(small_run(text, steps=9, dropout=0.1), copy)
     assert not (copy / "damaged").exists()

@@ -287,8 +287,7 @@ def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
 
 SCRIPT = """
 import hashlib, sys
-from prenorm_jax.config import base_config
-from prenorm_jax.data import load_data
+from prenorm_jax.config import base_config, load_data
 from prenorm_jax.data.windows import train_batch
 from prenorm_jax.data.text import load_text
 *texts, images = sys.argv[1:]

@@ -16,8 +16,8 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
-from prenorm_jax.models.placement import axes_spec
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.placement import partition_spec
+from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.train.sharding import check_sharding, make_mesh, sharding_table, tree_sharding
 from prenorm_jax.train.step import init_params, init_state, make_train_step, run_models, state_sharding
@@ -208,9 +208,9 @@ def test_axes_that_do_not_divide_are_not_split():
     config = run_config("gpt", "rmsnorm", "float64")
     config.mesh.fsdp, config.mesh.tensor = 2, 4
     mesh = make_mesh(config)
-    assert axes_spec(("read", "mlp"), (15, 32), mesh, stored=True) == jax.P(None, ("tensor", "fsdp"))
-    assert axes_spec(("read", "mlp"), (15, 32), mesh, stored=False) == jax.P(None, ("tensor",))
-    assert axes_spec(("read", "mlp"), (15, 6), mesh, stored=True) == jax.P(None, ("fsdp",))
+    assert partition_spec(("read", "mlp"), (15, 32), mesh, stored=True) == jax.P(None, ("tensor", "fsdp"))
+    assert partition_spec(("read", "mlp"), (15, 32), mesh, stored=False) == jax.P(None, ("tensor",))
+    assert partition_spec(("read", "mlp"), (15, 6), mesh, stored=True) == jax.P(None, ("fsdp",))
 
 
 @pytest.mark.parametrize("norm", ["crmsnorm", *(pytest.param(n, marks=pytest.mark.slow) for n in NORMS[:2])])
@@ -236,4 +236,4 @@ def test_scan_refuses_what_differs_by_block():
     config.model.scan, config.optimizer.name = True, "lamb"
     with pytest.raises(PrenormError, match="stacks those of all blocks"):
         init_state(config, run_models(config))
-    assert ModelConfig.create(config.model).scan
+    assert model_config(config.model).scan

@@ -34,14 +34,17 @@ from ml_collections import ConfigDict
 import prenorm_jax.train.sharding as sharding_module
 import prenorm_jax.train.step as step_module
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.data import load_data
+from prenorm_jax.config import load_data
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.config import NORMS
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train import loop
 from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.evaluation import evaluate as evaluate_params
 from prenorm_jax.train.evaluation import load_as, mesh_for
-from prenorm_jax.train.loop import train, worst_leaf
-from prenorm_jax.train.sharding import split_batch
+from prenorm_jax.train.loop import train
+from prenorm_jax.train.nonfinite import worst_leaf
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.step import make_eval_step
 from prenorm_jax.train.workdir import MAY_CHANGE, config_differences, flat_config, literal_config, write_config
 
@@ -217,7 +220,7 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
         return jax.tree.map(lambda s, leaf: Format(Layout(tuple(reversed(range(leaf.ndim)))), s), shardings, tree)
 
     for module in (sharding_module, step_module):
-        monkeypatch.setattr(module, "row_major", reversed_axes)
+        monkeypatch.setattr(module, "row_major_formats", reversed_axes)
     config.stop_at = 4
     train(config, tmp_path / "run")
     config.stop_at, config.model.scan = 6, scan
@@ -228,9 +231,8 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
     for norm in NORMS:
         mesh = mesh_for(config)
         _, model, params = load_as(tmp_path / "run", norm, None, mesh)
-        result = loop.evaluate(
-            make_eval_step(config, model, mesh), params, load_data(config), config, split_batch(mesh)
-        )
+        run = Run.create(config, mesh).computing(model)
+        result = evaluate_params(run, make_eval_step(run), params, load_data(config))
         assert result["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-9)
     more = small_run(text, steps=1, init_from=str(tmp_path / "run"))
     train(more, tmp_path / "more")
@@ -291,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text,
     good = max(losses_of(tmp_path / "run"), default=0)
     assert f"step {good + 1} is not finite" in message
     assert f"examples {good * 8} to {good * 8 + 7}" in message
-    leaves = abstract_params(ModelConfig.create(config.model))  # the worst gradient's, or where none is finite:
+    leaves = abstract_params(model_config(config.model))  # the worst gradient's, or where none is finite:
     assert any(f"{what} in {'/'.join(path)}" in message for path in leaves for what in ("gradient", "parameter is"))
     with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
         assert checkpoints.steps() == [good]

@@ -16,25 +16,26 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.bench.contenders import Setting
 from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.decoding import prefill
 from prenorm_jax.models.flops import model_flops
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.train import tracing as profiling
 from prenorm_jax.train import utilisation
 from prenorm_jax.train.loop import train
+from prenorm_jax.train.run import Run
+from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.tracing import parse_steps, traced
 from prenorm_jax.train.utilisation import Utilisation, mfu
 
 
 def test_flops_are_those_of_the_kernels_and_of_attention():
-    config = ModelConfig.create(Setting("gpt:2x64", batch=2, length=16, dtype="float64").run_config().model)
+    config = model_config(Setting("gpt:2x64", batch=2, length=16, dtype="float64").run_config().model)
     kernels = sum(leaf.value.size for path, leaf in abstract_params(config).items() if path[-1] == "kernel")
     head = config.d_model * config.vocab_size  # tied
     attention = config.depth * 4 * 16 * 16 * config.d_model / 2
     assert model_flops(config, 2, 16, training=False) == 2 * (2 * 16 * (kernels + head) + attention)
     assert model_flops(config, 2, 16, training=True) == 3 * model_flops(config, 2, 16, training=False)
-    vit = ModelConfig.create(sizes.model("vit:Ti/16"))
+    vit = model_config(sizes.model("vit:Ti/16"))
     assert model_flops(vit, 1, 0, training=False) == pytest.approx(2 * 1.26e9, rel=0.02)  # multiply-adds of ViT-Ti/16
 
 
@@ -42,7 +43,7 @@ def test_flops_are_those_of_the_kernels_and_of_attention():
 def test_flops_are_those_that_xla_counts(name):
     keys = {"depth": 2, "d_model": 256, "heads": 4, "kv_heads": 2, "gated_mlp": True}
     own = {"family": "vit", "image_size": 96} if name == "vit" else {"vocab_size": 500, "max_len": 48}
-    config = ModelConfig.create(keys | own)
+    config = model_config(keys | own)
     model, inputs = build_model(config), random_inputs(config)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs)["params"])
     counted = jax.jit(lambda params: model.apply({"params": params}, inputs)).lower(params).cost_analysis()["flops"]
@@ -51,7 +52,7 @@ def test_flops_are_those_that_xla_counts(name):
 
 
 def test_a_prompt_is_read_without_the_logits_of_all_but_its_last_token():
-    config = ModelConfig.create({"depth": 1, "d_model": 64, "heads": 1, "vocab_size": 5000, "max_len": 64})
+    config = model_config({"depth": 1, "d_model": 64, "heads": 1, "vocab_size": 5000, "max_len": 64})
     model, tokens = build_model(config), jax.ShapeDtypeStruct((2, 64), "int32")
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((2, 64), int))["params"])
     counted = prefill.lower(model, params, tokens, 64).cost_analysis()["flops"]
@@ -83,7 +84,7 @@ def test_a_run_logs_it_says_how_it_is_counted_and_traces_the_steps_asked_for(tex
     config.profile = "3:5"
     with few_devices(2):
         train(config, tmp_path / "run")
-    flops = model_flops(ModelConfig.create(config.model), 8, 4, training=True)
+    flops = model_flops(model_config(config.model), 8, 4, training=True)
     lines = [line for line in lines_of(tmp_path / "run") if "loss" in line]
     assert len(lines) == 6
     for line in lines:
@@ -104,11 +105,13 @@ def test_a_run_logs_it_says_how_it_is_counted_and_traces_the_steps_asked_for(tex
 
 
 def test_without_a_known_peak_there_is_no_mfu():
-    config = base_config()
-    used = Utilisation.of(config, devices=3)
+    def on_devices(count: int, config: ConfigDict) -> Utilisation:
+        return Utilisation.of(Run.create(config, make_mesh(config, jax.devices()[:count])))
+
+    used = on_devices(4, base_config())
     assert used.rates(2.0) == {"model_flops_per_s": used.flops / 2}
     assert "the peak is not known, so no mfu" in used.describe() and "\n" not in used.describe()
-    images = Utilisation.of(base_config("vit"), devices=1)
+    images = on_devices(1, base_config("vit"))
     assert "4 · tokens · length" in images.describe() and "2 · tokens · length" in used.describe()
 
 

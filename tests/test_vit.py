@@ -16,6 +16,7 @@ from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.positions import sincos2d_table
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.models.transformer import activate
 from prenorm_jax.models.vit import PatchEmbedding
 
@@ -128,13 +129,13 @@ def test_leaving_the_mean_in_normed_heads_is_another_function():
 )
 def test_sizes_are_those_of_the_papers(name, millions):
     """With a class token and 1,000 classes at 224 pixels (the g and G of arXiv 2106.04560 differ in their head)."""
-    config = ModelConfig.create(base_config("vit").model.to_dict() | sizes.vit(name))
+    config = model_config(base_config("vit").model.to_dict() | sizes.vit(name))
     count = sum(leaf.value.size for leaf in abstract_params(config).values()) / 1e6
     assert count == pytest.approx(millions, rel=0.01)
 
 
 def test_22b_has_its_parameters():
-    config = ModelConfig.create(base_config("vit").model.to_dict() | sizes.vit("22B"))
+    config = model_config(base_config("vit").model.to_dict() | sizes.vit("22B"))
     assert sum(leaf.value.size for leaf in abstract_params(config).values()) == pytest.approx(21.7e9, rel=0.03)
     assert convert_config(config, "crmsnorm").qk_norm
 

@@ -20,8 +20,8 @@ from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.trees import count
 from prenorm_jax.bench import hlo
 from prenorm_jax.bench.compiled import abstract_batch
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import H_SCOPE, OPTIMIZER_SCOPE, init_state, make_train_step, run_models
 
@@ -83,7 +83,7 @@ def compile_step(config: ConfigDict, devices: list[Any]) -> dict[str, Any]:
         "arguments": arguments,
         "temporaries": temporaries,
         "peak": arguments + temporaries + others,  # at most: not all of the temporaries need live at once
-        "model_flops": model_flops(ModelConfig.create(config.model), config.batch_size, length, training=True),
+        "model_flops": model_flops(model_config(config.model), config.batch_size, length, training=True),
         "collectives": {kind: tuple(value) for kind, value in sorted(collectives.items())},
         "cycles": {part: parts[part] for part in [*_PARTS, "other"]},
         "trace_s": traced - start,

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from prenorm_jax import sizes
 from prenorm_jax.config import base_config
 from prenorm_jax.equivalence.convert import convert_config
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
 from prenorm_jax.models.norms import Norm, Scaled
+from prenorm_jax.models.registry import model_config
 
 
 class NoNorm(Norm):
@@ -83,7 +83,7 @@ class Contender:
     def config(self, config: ConfigDict) -> ConfigDict:
         """The run's configuration for this contender, from that of the Pre-LN run."""
         changed = ConfigDict(config.to_dict())  # resolved: no shared placeholders
-        pre_ln = ModelConfig.create(config.model)
+        pre_ln = model_config(config.model)
         changes: dict[str, Any] = {"norm": self.norm}
         if self.wider:
             changes |= {"d_model": pre_ln.d_model + 1, "head_dim": pre_ln.head_dim, "mlp_dim": pre_ln.mlp_dim}

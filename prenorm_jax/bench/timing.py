@@ -30,8 +30,8 @@ from prenorm_jax.bench import report as benchmark_report
 from prenorm_jax.bench.contenders import BASELINES, BOUND, CONTENDERS, Setting, baseline_of
 from prenorm_jax.bench.tasks import Task, make_task
 from prenorm_jax.data import load_data
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.record import device_name
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.workdir import configure_jax
@@ -193,7 +193,7 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
     seconds = measure(calls, rounds, in_a_row)
     baseline = baseline_of({name: float(np.quantile(times, QUIET)) for name, times in seconds.items()})
     logits = 1 if task == "prefill" else None
-    flops = model_flops(ModelConfig.create(config.model), setting.batch, setting.length, task == "step", logits)
+    flops = model_flops(model_config(config.model), setting.batch, setting.length, task == "step", logits)
     peak = peak_flops(setting.dtype)
     is_text = config.model.family == "gpt"
     units = setting.batch * (setting.length if is_text and task != "decode" else 1)

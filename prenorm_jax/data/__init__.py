@@ -1,9 +1,11 @@
-"""Examples to train on: one interface, `Data`, for text and for images. What is read is never executed."""
+"""Examples to train on: text and images behind one interface, `Data`. What is read is never executed.
+
+It imports `base`. Start with `kinds.py`, which says what a kind of data is, then `text.py` or `images.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +15,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 class Data(Protocol):
-    """A training and an evaluation split. `config` is the run's whole configuration, as in `load_data`.
+    """A training and an evaluation split. `config` is the run's whole configuration, as in `Kind.load`.
 
     Attributes:
       unit: what the loss is the mean over, and speed counts: token or image.
@@ -38,27 +40,4 @@ class Data(Protocol):
         """Batches of one shape that hold every unit of the evaluation split once, with weight 1; `rows` of each."""
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
-        """{eval_loss, ...} from the sums of `step.make_eval_step` over all batches."""
-
-
-def prefetch(make: Callable[[int], HostBatch], steps: range) -> Iterator[HostBatch]:
-    """`make(step)` for each step; while one is used, the next is made in a thread of its own."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, steps.start)
-        for step in steps:
-            batch = coming.result()
-            if step + 1 in steps:
-                coming = pool.submit(make, step + 1)
-            yield batch
-
-
-def load_data(config: ConfigDict) -> Data:
-    """Reads what `config.data` names, as `config.model` needs it. Raises PrenormError."""
-    # Imported here: the libraries behind them take half a second, for which commands that read no data do not wait.
-    if config.model.family == "vit":
-        from prenorm_jax.data.images import load_images
-
-        return load_images(config)
-    from prenorm_jax.data.text import load_text
-
-    return load_text(config.data)
+        """{eval_loss, ...} from the sums of an evaluation step over all batches."""

@@ -1,4 +1,4 @@
-"""From a batch of data to what a model takes and is to give, on the device: text shifted by one, images augmented.
+"""From a batch of images to what a model takes and is to give, on the device: crops, flips, mixtures.
 
 Shapes: B batch, H W image, C channels, V classes; images are (B, H, W, C). All randomness is drawn from one key, which
 the training step derives from (seed, step).
@@ -21,10 +21,8 @@ class Examples(NamedTuple):
     weights: jax.Array
 
 
-def make_examples(config: ConfigDict, batch: dict[str, jax.Array], key: jax.Array | None = None) -> Examples:
-    """Of {tokens, weights} or {images, labels, weights}. With a key (in training), images are augmented by it."""
-    if "tokens" in batch:
-        return Examples(batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["weights"])
+def image_examples(config: ConfigDict, batch: dict[str, jax.Array], key: jax.Array | None = None) -> Examples:
+    """Of {images, labels, weights}. With a key (in training), images are augmented by it."""
     images = batch["images"].astype(jnp.float32) / 255
     size = config.model.image_size
     if key is None:

@@ -23,11 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from prenorm_jax.base.errors import PrenormError, first_line
 
 KINDS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text"}
-
-
 KINDS |= {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 

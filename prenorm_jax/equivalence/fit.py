@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.equivalence.convert import check_tree, convert_config, convert_params
-from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import EXECUTION, ModelConfig
 from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
 
@@ -33,11 +33,10 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
     PrenormError if the tree has a leaf, or a shape, that `to_config` has no place for, or if what its fields say of the
     function (heads, activation, ε, ...) differs.
     """
-    layout = {"norm", "reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
-    layout |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
-    rates = {"dropout", "attention_dropout", "branch_dropout", "embed_dropout"}
+    parameters = {"norm", "reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
+    parameters |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
     training = {"stochastic_depth", "stochastic_depth_schedule", "init", "dtype", "param_dtype", *EXECUTION}
-    if differences := model_differences(config, to_config, ignored=layout | rates | training):
+    if differences := model_differences(config, to_config, ignored={*parameters, *config.rates, *training}):
         raise PrenormError(
             f"the checkpoint is of another network ({'; '.join(differences)}): change the config to match"
         )
@@ -53,15 +52,15 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
         # By way of the Pre-LN tree, which alone is the same whether there is dropout on what is written or not.
         if config.norm != "layernorm":
             params, config = convert_params(params, config, "layernorm"), convert_config(config, "layernorm")
-        config = dataclasses.replace(config, **{rate: getattr(to_config, rate) for rate in rates})
+        config = dataclasses.replace(config, **{rate: getattr(to_config, rate) for rate in config.rates})
         if to_config.norm != "layernorm":
             params, config = convert_params(params, config, to_config.norm), convert_config(config, to_config.norm)
     flat, fitted = flatten_dict(dict(params)), {}
-    for path, leaf in abstract_params(to_config).items():
+    for path, leaf in param_shapes(to_config).items():
         if path in flat:
-            fitted[path] = flat.pop(path).astype(leaf.value.dtype)
+            fitted[path] = flat.pop(path).astype(leaf.dtype)
         elif path[-1].endswith(("scale", "bias")):
-            fitted[path] = jnp.full(leaf.value.shape, path[-1].endswith("scale"), leaf.value.dtype)
+            fitted[path] = jnp.full(leaf.shape, path[-1].endswith("scale"), leaf.dtype)
     left = ["/".join(path) for path in flat]
     if left:
         raise PrenormError(

@@ -1,108 +1,114 @@
-"""What each parameter does to the residual stream, from the axis names it is created with."""
+"""What each leaf of a parameter tree does to the residual stream: all that conversion needs to know of a network.
+
+Our own models' roles follow from what their parameters are created with (`models/parameters.py`). Another tree's may be
+written by hand: conversion works on (tree, roles).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import Path
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
-
-STREAM_AXES = ("write", "read", "norm", "layer_scale")
-
-
-NORMED_AXES = ("normed_heads", "normed_kv_heads")
-
-
-OTHER_AXES = (
-    "raw",
-    "vocab",
-    "position",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "mlp",
-    "patch",
-    "channel",
-    "token",
-    "class",
-    "layer",
-)
+from prenorm_jax.models.parameters import HEAD_AXES, OTHER_AXES, STREAM_AXES, NormSite, Parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What one leaf of a parameter tree does to the stream.
+    """What one leaf does to residual streams; nothing, if all is None. A leaf may read one stream and write another.
+
+    Axes are counted from the end (negative), so that stacking layers in front changes nothing.
 
     Attributes:
-      kind: writer, reader, norm, layer_scale, or internal (nothing).
-      axis: the stream axis, counted from the end (negative), so that stacking layers in front changes nothing.
-      normed_axis: the axis, counted likewise, whose every head_dim entries are what a norm over a head takes.
-      scale, shift: of a reader: the leaves γ and β of the norm that feeds it; None where there is no such norm.
-      bias: of a reader: the leaf that takes up Wβ; it need not exist yet.
+      writes: the axis along which it adds to a stream.
+      stream: the name of that stream, in networks that have several. (The one that a leaf reads is its norm's.)
+      reads: the axis along which it consumes a normalised stream.
+      norm: of a reader, the norm that feeds it (None: a norm without parameters); of γ and β, the norm they are of.
+      affine: of γ "scale", of β "bias".
+      bias: of a reader, the leaf that takes up Wβ; it need not exist yet.
+      scales: of a LayerScale λ, the leaves that it multiplies, each with the axis along which it does.
+      heads: the axis whose every `head_dim` entries a norm over a head takes.
+      head_dim: see heads.
     """
 
-    kind: str
-    axis: int | None = None
-    normed_axis: int | None = None
-    scale: Path | None = None
-    shift: Path | None = None
+    writes: int | None = None
+    stream: str = ""
+    reads: int | None = None
+    norm: NormSite | None = None
+    affine: str | None = None
     bias: Path | None = None
+    scales: tuple[tuple[Path, int], ...] = ()
+    heads: int | None = None
+    head_dim: int | None = None
+
+    @property
+    def is_internal(self) -> bool:
+        """Whether conversion leaves it as it is (unless it is some reader's bias, or scaled)."""
+        return self.writes is self.reads is self.affine is self.heads is None and not self.scales
 
 
-Roles = dict[Path, Role]
-
-
-_KINDS = {"write": "writer", "read": "reader", "norm": "norm", "layer_scale": "layer_scale"}
+Roles = Mapping[Path, Role]
 
 
 @functools.lru_cache
 def parameter_roles(config: ModelConfig) -> Roles:
-    """The role of every leaf of the model's parameter tree, from the axis names given where it is created.
+    """The role of every leaf of the model's parameter tree, from what it is created with.
 
-    Raises ValueError for a leaf whose names are unknown or put it on the stream twice: no leaf is internal by default.
+    Raises ValueError for a leaf whose axis names are unknown or put it on the stream twice: no leaf is internal by
+    default.
     """
     leaves = abstract_params(config)
-    roles = {}
-    for path, leaf in leaves.items():
-        names = getattr(leaf, "names", ())
-        on_stream = [name for name in names if name in STREAM_AXES]
-        known = STREAM_AXES + NORMED_AXES + OTHER_AXES
-        if not names or len(on_stream) > 1 or any(name not in known for name in names):
-            raise ValueError(f"parameter {'/'.join(path)}: axis names {names} do not give it a role")
-        normed_axis = next((i - len(names) for i, name in enumerate(names) if name in NORMED_AXES), None)
-        if not on_stream:
-            roles[path] = Role("internal", normed_axis=normed_axis)
-            continue
-        axis = names.index(on_stream[0]) - len(names)
-        if on_stream == ["read"]:
-            norm = _feeding_norm(path, leaves)
-            scale, shift = ((*norm, leaf_name) for leaf_name in ("scale", "bias"))
-            roles[path] = Role(
-                "reader",
-                axis,
-                normed_axis,
-                scale=scale if scale in leaves else None,
-                shift=shift if shift in leaves else None,
-                bias=(*path[:-1], "bias"),
-            )
-        else:
-            roles[path] = Role(_KINDS[on_stream[0]], axis)
+    roles = {path: _role(path, leaf, leaves) for path, leaf in leaves.items()}
+    check_roles(roles)
     return roles
 
 
-def _feeding_norm(path: Path, leaves: dict[Path, Any]) -> Path:
-    """The norm that feeds the reader at `path`: beside some module X around it, `X_norm`, or else `norm`.
+def _role(path: Path, leaf: Parameter, leaves: Mapping[Path, Any]) -> Role:
+    names = getattr(leaf, "names", ())
+    on_stream = [name for name in names if name in STREAM_AXES]
+    known = STREAM_AXES + HEAD_AXES + OTHER_AXES
+    if not names or len(on_stream) > 1 or any(name not in known for name in names):
+        raise ValueError(f"parameter {'/'.join(path)}: axis names {names} do not give it a role")
+    heads = next((i - len(names) for i, name in enumerate(names) if name in HEAD_AXES), None)
+    role = Role(heads=heads, head_dim=leaf.head_dim)
+    if not on_stream:
+        return role
+    axis = names.index(on_stream[0]) - len(names)
+    if on_stream == ["write"]:
+        return dataclasses.replace(role, writes=axis)
+    if on_stream == ["read"]:
+        return dataclasses.replace(role, reads=axis, norm=leaf.norm, bias=(*path[:-1], "bias"))
+    if on_stream == ["norm"]:
+        return dataclasses.replace(role, norm=leaf.norm, affine=path[-1])
+    scaled = [(*leaf.scaled, name) for name in ("kernel", "bias")]
+    return dataclasses.replace(role, scales=tuple((leaf, -1) for leaf in scaled if leaf in leaves))
 
-    So `block_0/attention/query/kernel` is fed by `block_0/attention_norm`, or by `block_0/norm` if both branches share
-    it. Where neither has parameters, the path returned holds none.
-    """
-    norms = {leaf_path[:-1] for leaf_path, leaf in leaves.items() if leaf.names[-1:] == ("norm",)}
-    for depth in range(len(path) - 2, -1, -1):
-        for name in (f"{path[depth]}_norm", "norm"):
-            candidate = (*path[:depth], name)
-            if candidate in norms:
-                return candidate
-    return ("norm",)
+
+def with_biases(roles: Roles) -> dict[Path, Role]:
+    """The roles, and those of the biases that folding may give to readers which have none."""
+    new = {
+        role.bias: Role(
+            writes=None if role.writes is None else -1,
+            stream=role.stream,
+            heads=None if role.heads is None else -1,
+            head_dim=role.head_dim,
+        )
+        for role in roles.values()
+        if role.bias is not None and role.bias not in roles
+    }
+    return {**roles, **new}
+
+
+def check_roles(roles: Roles) -> None:
+    """Raises PrenormError for a γ or β that no reader would take up, and for a λ that multiplies nothing."""
+    feeding = {role.norm for role in roles.values() if role.reads is not None}
+    for path, role in roles.items():
+        if role.affine is not None and role.norm not in feeding:
+            raise PrenormError(f"{'/'.join(path)} is of a norm that feeds no reader: name it as the norm of one")
+        if missing := [leaf for leaf, _ in role.scales if leaf not in roles]:
+            raise PrenormError(f"{'/'.join(path)} scales {'/'.join(missing[0])}, which is not in the tree")

@@ -1,65 +1,72 @@
-"""The steps of conversion, each a few lines on (tree, roles)."""
+"""The steps of conversion, each a few lines on (tree, roles), whatever network the tree belongs to.
+
+A tree is flat here, {path: array}, and may be part of one: whole modules, as `modules` says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from prenorm_jax.base.trees import Array, Path
+from prenorm_jax.base.trees import Array, Flat, Path
 from prenorm_jax.equivalence.roles import Roles
 from prenorm_jax.models.coordinates import center, drop_last, entries, restore_last
-
-Flat = dict[Path, Array]
+from prenorm_jax.models.parameters import NormSite
 
 
 def fold_norms(flat: Flat, roles: Roles) -> Flat:
     """Moves each norm's γ and β into the readers it feeds: W(γ ⊙ n + β) + b = (W diag(γ)) n + (b + Wβ)."""
-    folded = {path: leaf for path, leaf in flat.items() if roles[path].kind != "norm"}
+    folded = {path: leaf for path, leaf in flat.items() if roles[path].affine is None}
     for path, role in roles.items():
-        if role.kind != "reader" or path not in flat:
+        if role.reads is None or role.norm is None or path not in flat:
             continue
-        kernel = flat[path]
-        if role.shift is not None:
-            added = (kernel * _along(flat[role.shift], kernel, role.axis)).sum(role.axis)
+        kernel, (scale, shift) = flat[path], affine_leaves(role.norm)
+        if shift in flat:
+            added = (kernel * _along(flat[shift], kernel, role.reads)).sum(role.reads)
             folded[role.bias] = folded[role.bias] + added if role.bias in folded else added
-        if role.scale is not None:
-            folded[path] = kernel * _along(flat[role.scale], kernel, role.axis)
+        if scale in flat:
+            folded[path] = kernel * _along(flat[scale], kernel, role.reads)
     return folded
+
+
+def affine_leaves(norm: NormSite) -> tuple[Path, Path]:
+    """Where the norm's γ and β are, if it has them."""
+    return (*norm.path, "scale"), (*norm.path, "bias")
 
 
 def fold_layer_scales(flat: Flat, roles: Roles) -> Flat:
-    """Moves each LayerScale λ, called `X_scale`, into kernel and bias of the writer X beside it: λ ⊙ (W a + b)."""
+    """Moves each LayerScale λ into what it multiplies: λ ⊙ (W a + b) = (diag(λ) W) a + λ ⊙ b."""
     folded = dict(flat)
     for path, role in roles.items():
-        if role.kind != "layer_scale" or path not in flat:
-            continue
-        scale, writer = folded.pop(path), _scaled_writer(path)
-        for leaf in (*writer, "kernel"), (*writer, "bias"):
-            if leaf in folded:
-                folded[leaf] = folded[leaf] * _along(scale, folded[leaf], -1)
+        if role.scales and path in flat:
+            scale = folded.pop(path)
+            for leaf, axis in role.scales:
+                folded[leaf] = folded[leaf] * _along(scale, folded[leaf], axis)
     return folded
 
 
-def _scaled_writer(path: Path) -> Path:
-    return (*path[:-1], path[-1].removesuffix("_scale"))
-
-
-def center_heads(flat: Flat, roles: Roles, head_dim: int) -> Flat:
+def center_heads(flat: Flat, roles: Roles) -> Flat:
     """Removes the mean over each head from what a norm over each head takes."""
     centered = dict(flat)
     for path, role in roles.items():
-        if role.normed_axis is not None:
-            for leaf in {path, role.bias} & flat.keys():
-                centered[leaf] = center(_split_heads(flat[leaf], head_dim)).reshape(flat[leaf].shape)
+        if role.heads is not None and path in flat:
+            centered[path] = map_heads(center, flat[path], role.heads, role.head_dim)
     return centered
 
 
-def _split_heads(x: Array, head_dim: int) -> Array:
+def map_heads(function: Callable[[Array], Array], x: Array, axis: int, head_dim: int) -> Array:
+    """x with the function, of (..., heads, head_dim), applied along its axis of heads · head_dim entries."""
+    xp = x.__array_namespace__()
+    moved = xp.moveaxis(x, axis, -1)
+    return xp.moveaxis(function(split_heads(moved, head_dim)).reshape(moved.shape), -1, axis)
+
+
+def split_heads(x: Array, head_dim: int) -> Array:
     """(..., heads · head_dim) -> (..., heads, head_dim)."""
     return x.reshape(*x.shape[:-1], -1, head_dim)
 
 
 def _along(vector: Array, like: Array, axis: int) -> Array:
-    """Shapes a norm's (..., D) parameter to multiply `like` along `axis`; leading (stacked) axes stay aligned."""
+    """Shapes a (..., D) parameter to multiply `like` along `axis`; leading (stacked) axes stay aligned."""
     stacked = vector.shape[:-1]
     own_axes = range(len(stacked) - like.ndim, 0)
     return vector.reshape(stacked + tuple(vector.shape[-1] if i == axis else 1 for i in own_axes))
@@ -81,17 +88,13 @@ def _read_compressed(kernel: Array, axis: int) -> Array:
     return drop_last(kernel, axis) - entries(kernel, slice(-1, None), axis)
 
 
-# norm -> (map of writers, map of readers)
+# norm -> (what becomes of writers, of readers), along their stream axis
 _StreamMap = Callable[[Array, int], Array]
-
-
 _TO_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
     "layernorm": (center, _keep),
     "rmsnorm": (center, _keep),  # of what its dtype had rounded off: dropping an entry would multiply it by d
     "crmsnorm": (restore_last, _read_restored),
 }
-
-
 _FROM_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
     "layernorm": (_keep, _keep),
     "rmsnorm": (_keep, _keep),
@@ -99,9 +102,31 @@ _FROM_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
 }
 
 
-def _map_stream(flat: Flat, roles: Roles, map_writer: _StreamMap, map_reader: _StreamMap) -> Flat:
-    maps = {"writer": map_writer, "reader": map_reader}
-    return {
-        path: maps[roles[path].kind](leaf, roles[path].axis) if path in roles and roles[path].kind in maps else leaf
-        for path, leaf in flat.items()
-    }
+def change_coordinates(flat: Flat, roles: Roles, norm: str, to: str) -> Flat:
+    """Writers and readers in the stream's coordinates under the norm `to`, from those under `norm`."""
+    if (norm, to) == ("rmsnorm", "layernorm"):
+        return flat  # the same numbers
+    changed = dict(flat)
+    for maps in (_TO_RMS[norm], _FROM_RMS[to]):
+        for path in flat:
+            for axis, change in zip((roles[path].writes, roles[path].reads), maps, strict=True):
+                if axis is not None:
+                    changed[path] = change(changed[path], axis)
+    return changed
+
+
+def modules(roles: Roles) -> dict[Path, list[Path]]:
+    """Module -> the leaves of a tree that conversion needs for the module's own: those, and what is folded into them.
+
+    Each leaf of the converted tree is made of the leaves of one module.
+    """
+    result: dict[Path, list[Path]] = {}
+    for path, role in roles.items():
+        if role.affine is None and not role.scales:
+            result.setdefault(path[:-1] or path, []).append(path)
+    for path, role in roles.items():
+        if role.reads is not None and role.norm is not None:
+            result[path[:-1] or path] += [leaf for leaf in affine_leaves(role.norm) if leaf in roles]
+        for module in {leaf[:-1] or leaf: None for leaf, _ in role.scales}:
+            result[module].append(path)
+    return result

@@ -10,14 +10,14 @@ from typing import Protocol
 import numpy as np
 
 from prenorm_jax.base.trees import Path
-from prenorm_jax.equivalence.convert import convert_config, convert_leaves, modules
-from prenorm_jax.equivalence.roles import NORMED_AXES, STREAM_AXES, parameter_roles
+from prenorm_jax.equivalence.convert import convert_config, convert_leaves
+from prenorm_jax.equivalence.roles import parameter_roles
+from prenorm_jax.equivalence.rules import modules
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.parameters import HEAD_AXES, STREAM_AXES
 
 PART = 2**22  # entries of the largest leaf that are converted at once
-
-
 Part = tuple[slice, ...]  # an index of a leaf: a slice for each axis
 
 
@@ -45,21 +45,18 @@ def convert_stored(stored: Readable, new: Writable, source: ModelConfig, to: str
     A QK-norm's means that have to be zero are measured by the largest heads of a part. Raises what `convert_params`
     does of the leaves' values, NotRead and NotWritten.
     """
-    old_names = {path: leaf.names for path, leaf in abstract_params(source).items()}
-    new_names = {path: leaf.names for path, leaf in abstract_params(convert_config(source, to)).items()}
-    sizes = {path: leaf.value.shape for path, leaf in abstract_params(source).items()}
-    roles = parameter_roles(source)
-    shared = {path: stored.read(path) for path, role in roles.items() if role.kind in ("norm", "layer_scale")}  # small
-    for paths in modules(source).values():
-        axes = {path: list(zip(old_names[path], sizes[path], strict=True)) for path in paths}
+    target, roles = convert_config(source, to), parameter_roles(source)
+    old, new_axes = abstract_params(source), {path: leaf.names for path, leaf in abstract_params(target).items()}
+    small = {path: stored.read(path) for path, role in roles.items() if role.affine is not None or role.scales}
+    for paths in modules(roles).values():
+        axes = {path: list(zip(old[path].names, old[path].value.shape, strict=True)) for path in paths}
         for tile in tiles(axes, source.head_dim, part_size):
-            parts = {path: part(old_names[path], tile) for path in paths}
+            parts = {path: part(old[path].names, tile) for path in paths}
             flat = {
-                path: shared[path][index] if path in shared else stored.read(path, index)
-                for path, index in parts.items()
+                path: small[path][index] if path in small else stored.read(path, index) for path, index in parts.items()
             }
-            for path, leaf in convert_leaves(flat, source, to).items():
-                new.write(path, part(new_names[path], tile), leaf)
+            for path, leaf in convert_leaves(flat, roles, source.norm, to, new_axes).items():
+                new.write(path, part(new_axes[path], tile), leaf)
 
 
 def tiles(leaves: Mapping[object, list[tuple[str, int]]], head_dim: int, part_size: int) -> Iterator[Tile]:
@@ -73,7 +70,7 @@ def tiles(leaves: Mapping[object, list[tuple[str, int]]], head_dim: int, part_si
     for name, size in largest:
         entries = math.prod(steps[name] for name, _ in largest)
         if entries > part_size and name not in whole:
-            unit = head_dim if name in NORMED_AXES else 1
+            unit = head_dim if name in HEAD_AXES else 1
             units = -(-size // unit)
             parts = -(-units // max(part_size // (entries // size) // unit, 1))
             steps[name] = -(-units // parts) * unit  # of about one size

@@ -1,22 +1,27 @@
-"""A model's parameters without their numbers: axis names, shapes, dtypes."""
+"""A model's parameters without their numbers: axis names, what belongs to each, shapes, dtypes."""
 
 from __future__ import annotations
 
 import functools
 
-import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
 from prenorm_jax.base.trees import Path
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.parameters import Parameter
+from prenorm_jax.models.registry import build_model
 
 
 @functools.lru_cache
-def abstract_params(config: ModelConfig) -> dict[Path, nn.LogicallyPartitioned]:
-    """Path -> the leaf's logical axis names (`.names`) and its shape and dtype (`.value`); no array is made."""
-    from prenorm_jax.models.registry import build_model  # the models are built on this module
-
+def abstract_params(config: ModelConfig) -> dict[Path, Parameter]:
+    """Path -> the leaf's annotations and, as `.value`, its shape and dtype; no array is made."""
     model = build_model(config)
     variables = jax.eval_shape(model.annotated_init, jax.random.key(0), model.example())
     return flatten_dict(variables["params"])
+
+
+@functools.lru_cache
+def param_shapes(config: ModelConfig) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Path -> the leaf's shape and dtype."""
+    return {path: leaf.value for path, leaf in abstract_params(config).items()}

@@ -2,7 +2,7 @@
 
 The queries go in blocks, each against the keys that it may see: with 4 blocks, 5/8 of the full product. Each block is
 under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
-its sum after the product with the values, which is the smaller. On TPUs that sum is a column of the product.
+its sum after the product with the values, which is the smaller.
 
 On NVIDIA GPUs cuDNN's kernel, which writes no attention matrix at all, does the same for numbers of two bytes. Of its
 derivatives JAX has the first alone, and only in reverse mode.
@@ -18,15 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from prenorm_jax.models.placement import computing_device, computing_platform, is_split_by, parts_by
+from prenorm_jax.models.placement import computing_device, mesh_axis_size, platform
 
 CAUSAL_BLOCKS = 4
-
-
 SMALLEST_BLOCK = 32  # queries
-
-
-TPU_COLUMNS = 128  # that a TPU multiplies at once
 
 
 class CacheUse(NamedTuple):
@@ -52,8 +47,9 @@ def attend(
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
 
-    Scores and softmax are in float32 at least, but that its sum, on TPUs, is that of the numbers which are multiplied
-    with the values, so in v's dtype. With a `dropout_key`, each probability is dropped with `dropout_rate`.
+    Scores and softmax are in float32 at least; its sum, where it is a column of the product (`Platform.sum_as_column`),
+    adds the probabilities as they are multiplied with the values, rounded to v's dtype. With a `dropout_key`, each
+    probability is dropped with `dropout_rate`.
     `kernel` is `ModelConfig.attention_kernel`.
     """
     B, T, _, K = q_BxTxHxK.shape
@@ -63,8 +59,8 @@ def attend(
         return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, -1)
     q_LxRxTxK = _group(q_BxTxHxK, G)
     k_LxSxK, v_LxSxK = (x.transpose(0, 2, 1, 3).reshape(*_leading(B, G), S, K) for x in (k_BxSxGxK, v_BxSxGxK))
-    if dropout_key is None and computing_platform() == "tpu" and K % TPU_COLUMNS:
-        # The sum then costs nothing, and a pass over the scores is saved. On CPUs 65 columns take longer than 64.
+    columns = platform().sum_as_column
+    if dropout_key is None and columns and K % columns:
         v_LxSxK = jnp.concatenate([v_LxSxK, jnp.ones_like(v_LxSxK[..., :1])], axis=-1)
     size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal else T
     blocks = []
@@ -74,9 +70,10 @@ def attend(
         seen, position = (S - T + end, S - T + start) if causal else (S, None)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
 
-        # Around the slices, so that all blocks keep the same arrays. (Merged with the forward pass it would be slower.)
+        # The slices are inside, so that the residuals of all blocks are the same three arrays. With `prevent_cse`:
+        # without its barriers XLA merges what is recomputed with the forward pass, and is slower.
         @jax.checkpoint
-        def block(q, k, v, key, start=start, end=end, seen=seen, position=position):  # bound now: the loop goes on
+        def block(q, k, v, key, start=start, end=end, seen=seen, position=position):  # defaults bind this iteration's
             seen_kv = (x[..., :seen, :] for x in (k, v))
             return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate)
 
@@ -106,15 +103,15 @@ def _cudnn_serves(q_BxTxHxK: jax.Array, S: int, G: int) -> bool:
     if device.platform != "gpu" or not device.device_kind.startswith("NVIDIA"):
         return False
     fits = q_BxTxHxK.dtype.itemsize == 2 and K <= 128 and K % 8 == 0 and T % 2 == S % 2 == 0
-    return fits and G % parts_by("tensor") == 0 and float(device.compute_capability) >= 8
+    return fits and G % mesh_axis_size("tensor") == 0 and float(device.compute_capability) >= 8
 
 
 def _leading(B: int, G: int) -> tuple[int, ...]:
-    """L, the axes of batch and key heads in which products are the fastest: one on CPUs, else two.
+    """L, the axes of batch and key heads: one or two, as the platform is told.
 
-    One of both would be gathered where `tensor` splits G and other axes of the mesh B.
+    Two where `tensor` splits G: merged with B, which other mesh axes split, XLA would gather them.
     """
-    return (B * G,) if computing_platform() == "cpu" and not is_split_by("tensor") else (B, G)
+    return (B * G,) if platform().merge_batch_and_heads and mesh_axis_size("tensor") == 1 else (B, G)
 
 
 def _group(q_BxTxHxK: jax.Array, G: int) -> jax.Array:
@@ -143,8 +140,8 @@ def _attend_block(
     """
     *leading, R, T, K = q_LxRxTxK.shape
     S = k_LxSxK.shape[-2]
-    # Query heads of one key head are further rows of one product. In between they stay so where L is one axis: CPUs
-    # are the faster with three axes all through, TPUs with five.
+    # Query heads of one key head are further rows of one product. Softmax keeps them merged where L is one axis, for
+    # platforms that are the faster with three axes throughout.
     queries = (R * T,) if len(leading) == 1 else (R, T)
     scores = jnp.einsum("...mk,...sk->...ms", q_LxRxTxK.reshape(*leading, R * T, K), k_LxSxK)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(*leading, *queries, S)

@@ -1,29 +1,24 @@
 """What a model is: the checked, frozen form of `config.model` that the modules and the converter work on.
 
-One dataclass per family of models on one with the fields of all. It also answers the questions that several keys decide
-together.
+Each family has a dataclass of its own on this one, which has the fields of all (`gpt.py`, `vit.py`). It also answers
+the questions that several keys decide together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import jax
-from ml_collections import ConfigDict, config_dict
 
 from prenorm_jax.base.errors import PrenormError, check_choice, check_range
 
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
-
-
 EXECUTION = ("scan", "remat", "attention_kernel")  # keys of `model` that do not change what is computed
-
-
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
-
-
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -33,7 +28,7 @@ class ModelConfig:
 
     These are the fields of every family; the subclasses add their own. `d_model` is the width d of the Pre-LN network
     for all three norms; under crmsnorm the stream has d-1 numbers. A default of None means "as the field named in the
-    comment" and is resolved by `create`.
+    comment" and is resolved by `resolve`.
     """
 
     family: str = "gpt"  # gpt | vit
@@ -78,6 +73,7 @@ class ModelConfig:
     causal: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     tie_embeddings: ClassVar[bool] = False
+    inputs: ClassVar[str]  # the kind of data that it takes: a key of `data.KINDS`
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm": NORMS,
         "activation": ACTIVATIONS,
@@ -93,37 +89,17 @@ class ModelConfig:
         "d_model": 2,
         "epsilon": 0,
     }
+    rates: ClassVar[tuple[str, ...]] = ("dropout", "attention_dropout", "branch_dropout", "embed_dropout")
 
-    @staticmethod
-    def create(config: ModelConfig | Mapping[str, Any] | ConfigDict) -> ModelConfig:
-        """The checked, resolved form of `config.model`. Raises PrenormError naming the first key that is wrong."""
-        config = dict(vars(config) if isinstance(config, ModelConfig) else config.items())
-        family = config.get("family") or "gpt"
-        check_choice("model.family", family, tuple(FAMILIES))
-        cls = FAMILIES[family]
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in config.items() if value is not None}
-        for key in config:
-            if key not in fields:
-                raise PrenormError(f"unknown key model.{key}; the keys are {', '.join(fields)}")
-        for key, value in given.items():
-            given[key] = _typed(f"model.{key}", value, str(fields[key].type).split(" |")[0])
-        raw = cls(**given)
-        for key, choices in cls.choices.items():
-            check_choice(f"model.{key}", getattr(raw, key), choices)
-        for key, minimum in cls.at_least.items():
-            check_range(f"model.{key}", getattr(raw, key), at_least=minimum)
-        for key in ("dtype", "param_dtype"):
-            if getattr(raw, key) == "float64" and not jax.config.jax_enable_x64:
-                raise PrenormError(f"model.{key}='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
-        for key in ("dropout", "attention_dropout", "branch_dropout", "embed_dropout", "stochastic_depth"):
-            check_range(f"model.{key}", getattr(raw, key), at_least=0, below=1)
-        if raw.head_dim is None and raw.d_model % raw.heads:
-            raise PrenormError(
-                f"model.heads={raw.heads} does not divide model.d_model={raw.d_model}: change one or set model.head_dim"
-            )
-        if raw.kv_heads is not None and raw.heads % raw.kv_heads:
-            raise PrenormError(f"model.kv_heads={raw.kv_heads} does not divide model.heads={raw.heads}")
+    @classmethod
+    def resolve(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The checked config of these values, with defaults for None. Raises PrenormError naming the wrong key."""
+        types = cls.value_types()
+        if unknown := [key for key in values if key not in types]:
+            raise PrenormError(f"unknown key model.{unknown[0]}; the keys are {', '.join(types)}")
+        given = {key: value for key, value in values.items() if value is not None}
+        raw = cls(**{key: _typed(f"model.{key}", value, types[key]) for key, value in given.items()})
+        raw._check_values()
         reader_bias = _default(raw.reader_bias, raw.use_bias)
         resolved = dataclasses.replace(
             raw,
@@ -134,26 +110,49 @@ class ModelConfig:
             qkv_bias=_default(raw.qkv_bias, reader_bias),
             final_norm_affine=_default(raw.final_norm_affine, raw.norm_affine),
             kept_norm_affine=_default(raw.kept_norm_affine, raw.norm_affine),
-            attention_dropout=_default(raw.attention_dropout, raw.dropout),
-            branch_dropout=_default(raw.branch_dropout, raw.dropout),
-            embed_dropout=_default(raw.embed_dropout, raw.dropout),
+            **{rate: _default(getattr(raw, rate), raw.dropout) for rate in cls.rates},
         )
-        if resolved.shared_norm and not resolved.parallel:
+        resolved.check()
+        return resolved
+
+    @classmethod
+    def value_types(cls) -> dict[str, type]:
+        """Field -> the type of its values other than None."""
+        hints = typing.get_type_hints(cls)
+        return {field.name: (*typing.get_args(hints[field.name]), hints[field.name])[0] for field in fields(cls)}
+
+    def _check_values(self) -> None:
+        """Raises PrenormError for a value that is wrong by itself, or for heads."""
+        for key, choices in self.choices.items():
+            check_choice(f"model.{key}", getattr(self, key), choices)
+        for key, minimum in self.at_least.items():
+            check_range(f"model.{key}", getattr(self, key), at_least=minimum)
+        for key in ("dtype", "param_dtype"):
+            if getattr(self, key) == "float64" and not jax.config.jax_enable_x64:
+                raise PrenormError(f"model.{key}='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
+        for key in (*self.rates, "stochastic_depth"):
+            check_range(f"model.{key}", getattr(self, key), at_least=0, below=1)
+        if self.head_dim is None and self.d_model % self.heads:
+            raise PrenormError(
+                f"model.heads={self.heads} does not divide model.d_model={self.d_model}: change one or set "
+                "model.head_dim"
+            )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise PrenormError(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}")
+
+    def check(self) -> None:
+        """Raises PrenormError for keys that contradict each other. Families add their own."""
+        if self.shared_norm and not self.parallel:
             raise PrenormError(
                 "model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn"
             )
-        if resolved.post_norm and resolved.parallel:
+        if self.post_norm and self.parallel:
             raise PrenormError("model.post_norm=True and model.parallel=True exclude each other: set one to False")
-        if resolved.scan and resolved.stochastic_depth and resolved.stochastic_depth_schedule == "linear":
+        if self.scan and self.stochastic_depth and self.stochastic_depth_schedule == "linear":
             raise PrenormError(
                 "model.scan=True makes all blocks one, but model.stochastic_depth differs by block: set "
                 "model.stochastic_depth_schedule='constant', or model.scan=False"
             )
-        resolved.check()
-        return resolved
-
-    def check(self) -> None:
-        """Raises PrenormError for what no single key of the family shows to be wrong."""
 
     @property
     def stream_width(self) -> int:
@@ -174,108 +173,36 @@ class ModelConfig:
         """Whether branch outputs stay d wide and uncentred, because dropout comes between them and the stream."""
         return self.branch_dropout > 0
 
-
-@dataclasses.dataclass(frozen=True)
-class GPTConfig(ModelConfig):
-    """A decoder-only language model (`models/gpt.py`)."""
-
-    vocab_size: int = 257
-    max_len: int = 1024  # longest sequence; the length of a learned position table
-    positions: str = "learned"  # learned | sinusoidal | rotary | none
-    rotary_base: float = 10000.0
-    tie_embeddings: bool = True
-
-    causal: ClassVar[bool] = True
-    choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
-    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1}
+    # What conversion asks of a family (`equivalence/convert.py`).
 
     @property
-    def rotary(self) -> bool:
-        """Whether queries and keys are turned by their position."""
-        return self.positions == "rotary"
-
-    def check(self) -> None:
-        """Raises PrenormError for an odd head_dim under rotary positions."""
-        if self.rotary and self.head_dim % 2:
-            raise PrenormError(f"model.positions='rotary' needs an even model.head_dim, not {self.head_dim}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTConfig(ModelConfig):
-    """A Vision Transformer that classifies square images (`models/vit.py`)."""
-
-    family: str = "vit"
-    activation: str = "gelu"
-    head_bias: bool = True
-    epsilon: float = 1e-6
-    init: str = "xavier"
-
-    image_size: int = 224  # pixels, both ways
-    patch_size: int = 16  # divides image_size
-    channels: int = 3
-    classes: int = 1000
-    patch_bias: bool = True  # of the patch embedding
-    positions: str = "learned"  # learned | sincos2d | none
-    class_token: bool = True
-    class_position: bool = True  # a learned position table has a row for the class token too
-    registers: int = 0  # further tokens without position or output (arXiv 2309.16588)
-    pooling: str = "class"  # class token | mean of the patches | class_mean: both, side by side | attention
-    norm_after_pooling: bool = False  # the final norm takes what the pooling gives, not what it is given
-
-    choices = ModelConfig.choices | {
-        "positions": ("learned", "sincos2d", "none"),
-        "pooling": ("class", "mean", "class_mean", "attention"),
-    }
-    at_least = ModelConfig.at_least | {
-        **dict.fromkeys(("image_size", "patch_size", "channels", "classes"), 1),
-        "registers": 0,
-    }
+    def final_norm_bias(self) -> str | None:
+        """The key of the bias that takes up the final norm's β. None: a tied head, under which the norm keeps it."""
+        return None if self.tie_embeddings else "head_bias"
 
     @property
-    def patches(self) -> int:
-        """Patches in an image."""
-        return (self.image_size // self.patch_size) ** 2
+    def raw_reader(self) -> str | None:
+        """What reads the stream with no norm in between, and by which key, if anything does."""
+        return None if self.final_norm else "model.final_norm=False: the head reads"
 
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patches: the class token and the registers."""
-        return self.class_token + self.registers
+    # What counting FLOPs asks of a family (`flops.py`).
 
-    def check(self) -> None:
-        """Raises PrenormError for sizes that do not divide, and for a class token that is read but not there."""
-        if self.image_size % self.patch_size:
-            raise PrenormError(
-                f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}: change one"
-            )
-        if self.positions == "sincos2d" and self.d_model % 4:
-            raise PrenormError(f"model.positions='sincos2d' needs a model.d_model divisible by 4, not {self.d_model}")
-        if self.pooling.startswith("class") and not self.class_token:
-            raise PrenormError(f"model.pooling={self.pooling!r} needs model.class_token=True")
+    def tokens(self, length: int) -> int:
+        """Tokens in the stream of an example of so many."""
+        raise NotImplementedError
 
-
-FAMILIES: dict[str, type[ModelConfig]] = {"gpt": GPTConfig, "vit": ViTConfig}
-
-
-def model_defaults(family: str) -> ConfigDict:
-    """`config.model` with the defaults of the family's dataclass."""
-    placeholders = {"int | None": int, "float | None": float, "bool | None": bool}
-    return ConfigDict(
-        {
-            field.name: config_dict.placeholder(placeholders[str(field.type)])
-            if field.default is None
-            else field.default
-            for field in dataclasses.fields(FAMILIES[family])
-        }
-    )
+    def flops_outside_blocks(self, length: int, logits: int | None) -> int:
+        """FLOPs of an example's matrix products outside the blocks, with logits at so many tokens (None: all)."""
+        raise NotImplementedError
 
 
 def _default(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _typed(key: str, value: Any, type_name: str) -> Any:
-    if type_name == "float" and isinstance(value, int) and not isinstance(value, bool):
+def _typed(key: str, value: Any, wanted: type) -> Any:
+    if wanted is float and type(value) is int:
         return float(value)
-    if type(value).__name__ != type_name:
-        raise PrenormError(f"{key}={value!r} must be of type {type_name}, not {type(value).__name__}")
+    if type(value) is not wanted:
+        raise PrenormError(f"{key}={value!r} must be of type {wanted.__name__}, not {type(value).__name__}")
     return value

@@ -1,23 +1,9 @@
-"""The residual stream: its coordinates under each norm, and which parameter does what to it.
+"""The residual stream's coordinates under each norm.
 
 Under layernorm a position of the stream is x in R^d. Under rmsnorm it is z = Cx, the same without its mean
 (C = I - 11ᵀ/d). Under crmsnorm it is y = Pz: the last of z's entries is dropped, being minus the sum of the others.
 `center`, `drop_last` and `restore_last` are these maps; they work on NumPy and JAX arrays along any axis, so the
 models (on activations) and the converter (on parameters) use the same ones.
-
-Every parameter of a model names its axes where it is created, and at most one of them lies on the stream:
-
-    write        adds to the stream: embeddings, attention output, MLP down
-    read         consumes a normalised stream: query, key, value, up, gate, head
-    norm         the affine map of the norm that feeds readers
-    layer_scale  multiplies what a branch writes
-    raw          d wide, but not in stream coordinates: what follows at run time centres it (ModelConfig.raw_embedding,
-                 ...), or it belongs to what comes after the stream
-
-Off the stream, `normed_heads` and `normed_kv_heads` are the outputs of query and key that a LayerNorm over each head
-follows: a linear map into another small stream, whose mean can be removed from the map's weights by the same argument.
-
-`parameter_roles` turns these names into what the converter needs.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,13 +12,49 @@ import numpy as np
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.attention import CacheUse
-from prenorm_jax.models.config import GPTConfig
+from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
 from prenorm_jax.models.linear import matmul, reader
 from prenorm_jax.models.norms import Affine
-from prenorm_jax.models.placement import apart
+from prenorm_jax.models.parameters import annotated
+from prenorm_jax.models.placement import fusion_barrier
 from prenorm_jax.models.positions import sinusoidal_table
 from prenorm_jax.models.transformer import StreamModel, blocks, constant_table, enter_stream, make_norm, table
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig(ModelConfig):
+    """A decoder-only language model."""
+
+    vocab_size: int = 257
+    max_len: int = 1024  # longest sequence; the length of a learned position table
+    positions: str = "learned"  # learned | sinusoidal | rotary | none
+    rotary_base: float = 10000.0
+    tie_embeddings: bool = True
+
+    causal: ClassVar[bool] = True
+    inputs: ClassVar[str] = "text"
+    choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
+    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1}
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are turned by their position."""
+        return self.positions == "rotary"
+
+    def check(self) -> None:
+        """Raises PrenormError for keys that contradict each other."""
+        super().check()
+        if self.rotary and self.head_dim % 2:
+            raise PrenormError(f"model.positions='rotary' needs an even model.head_dim, not {self.head_dim}")
+
+    def tokens(self, length: int) -> int:
+        """Tokens in the stream of an example of so many."""
+        return length
+
+    def flops_outside_blocks(self, length: int, logits: int | None) -> int:
+        """FLOPs of the head's product, for logits at so many tokens (None: all)."""
+        return 2 * (length if logits is None else logits) * self.d_model * self.vocab_size
 
 
 @jax.custom_jvp
@@ -24,8 +63,8 @@ def _embed(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
     return jnp.take(table_VxW, tokens_BxT, axis=0)
 
 
-# The same, in float32 at least, so that the derivative by a row is summed so: over the thousands of times that a
-# frequent token comes, numbers of two bytes would stop growing, and GPUs add such numbers one after the other.
+# In float32 at least, so that its transpose, a scatter-add, sums in it: over the thousands of times that a frequent
+# token comes, bfloat16 sums stop growing, and GPUs add bfloat16 numbers one after the other.
 @_embed.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (table, tokens), (dtable, _) = primals, tangents
@@ -46,6 +85,7 @@ class GPT(StreamModel):
     """
 
     config: GPTConfig
+    config_class: ClassVar[type[ModelConfig]] = GPTConfig
 
     @nn.compact
     def __call__(
@@ -57,52 +97,64 @@ class GPT(StreamModel):
         at_B: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
-        T = tokens_BxT.shape[1]
-        if config.max_len < T:
-            raise PrenormError(f"a sequence of {T} tokens is longer than model.max_len={config.max_len}")
-        if cache_size is not None and not (position is None and T <= cache_size <= config.max_len):
-            raise PrenormError(
-                f"cache_size={cache_size} must be from {T}, the tokens given, to model.max_len={config.max_len}, "
-                "and excludes position"
-            )
+        self._check(tokens_BxT.shape[1], cache_size, position)
         cache = None
         if cache_size is not None or position is not None:
             cache = CacheUse(cache_size, 0 if position is None else position)
-
-        def rows(table_NxW: jax.Array) -> jax.Array:
-            """Those of the tokens' positions."""
-            return table_NxW[:T] if position is None else jax.lax.dynamic_slice_in_dim(table_NxW, position, T)
-
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab")
-        x_BxTxW = _embed(table_VxW, tokens_BxT)
-        if config.positions == "learned":
-            x_BxTxW += rows(table(self, config, "position_embedding", config.max_len, "position"))
-        elif config.positions == "sinusoidal":
-            length = T if position is None else config.max_len
-            x_BxTxW += rows(constant_table(config, sinusoidal_table(length, config.d_model)))
+        x_BxTxW = self._add_positions(_embed(table_VxW, tokens_BxT), position)
         x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
         if at_B is not None:
             x_BxTxD = jnp.take_along_axis(x_BxTxD, at_B[:, None, None], axis=1)
+        if config.tie_embeddings:
+            return self._tied_head(x_BxTxD, table_VxW, train)
+        head = reader(config, "head", config.vocab_size, "vocab", config.head_bias)
+        if not config.final_norm:
+            return head(x_BxTxD)
+        return head(make_norm(config, "head_norm", config.final_norm_affine).for_readers(x_BxTxD))
 
-        if not config.tie_embeddings:
-            head = reader(config, "head", config.vocab_size, "vocab", config.head_bias)
-            if not config.final_norm:
-                return head(x_BxTxD)
-            return head(make_norm(config, "head_norm", config.final_norm_affine).for_readers(x_BxTxD))
+    def _check(self, T: int, cache_size: int | None, position: jax.Array | int | None) -> None:
+        max_len = self.config.max_len
+        if max_len < T:
+            raise PrenormError(f"a sequence of {T} tokens is longer than model.max_len={max_len}")
+        if cache_size is not None and not (position is None and T <= cache_size <= max_len):
+            raise PrenormError(
+                f"cache_size={cache_size} must be from {T}, the tokens given, to model.max_len={max_len}, "
+                "and excludes position"
+            )
 
-        # A tied table is read in its raw form, so the stream goes back to d numbers, and γ, β cannot be folded into it.
+    def _add_positions(self, x_BxTxW: jax.Array, position: jax.Array | int | None) -> jax.Array:
+        """With the rows of the tokens' positions, where there is a table of them."""
+        config, T = self.config, x_BxTxW.shape[1]
+
+        def rows(table_NxW: jax.Array) -> jax.Array:
+            return table_NxW[:T] if position is None else jax.lax.dynamic_slice_in_dim(table_NxW, position, T)
+
+        if config.positions == "learned":
+            return x_BxTxW + rows(table(self, config, "position_embedding", config.max_len, "position"))
+        if config.positions == "sinusoidal":
+            length = T if position is None else config.max_len
+            return x_BxTxW + rows(constant_table(config, sinusoidal_table(length, config.d_model)))
+        return x_BxTxW
+
+    def _tied_head(self, x_BxTxD: jax.Array, table_VxW: jax.Array, train: bool) -> jax.Array:
+        """Logits by the raw table: the stream goes back to d numbers, and γ, β, which cannot be folded, are applied."""
+        config = self.config
         if config.final_norm:
             x_BxTxD = make_norm(config, "head_norm", affine=False)(x_BxTxD)
         x_BxTxW = COORDINATES[config.norm].leave(x_BxTxD)
         if config.final_norm and config.final_norm_affine:
             affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
             x_BxTxW = affine(x_BxTxW.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)
-        if train:  # else the logits' derivative would be kept through that of all blocks, for the table's alone
-            x_BxTxW, table_VxW = apart((x_BxTxW, table_VxW))
+        if (
+            train
+        ):  # the barrier's transpose: the table's cotangent is computed before that of the blocks begins, and the
+            # logits' cotangent is freed
+            x_BxTxW, table_VxW = fusion_barrier((x_BxTxW, table_VxW))
         logits_BxTxV = matmul(x_BxTxW, table_VxW.T)
         if config.head_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("vocab",))
-            logits_BxTxV += self.param("head_bias", bias_init, (config.vocab_size,), config.param_dtype)
+            init = annotated(nn.initializers.zeros_init(), "vocab")
+            logits_BxTxV += self.param("head_bias", init, (config.vocab_size,), config.param_dtype)
         return logits_BxTxV.astype(config.dtype)
 
     @nn.nowrap

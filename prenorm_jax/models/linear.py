@@ -12,8 +12,9 @@ import numpy as np
 
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
-from prenorm_jax.models.norms import Scaled
-from prenorm_jax.models.placement import computing_platform, constrain, is_split_by
+from prenorm_jax.models.norms import Normed
+from prenorm_jax.models.parameters import NormSite, annotated
+from prenorm_jax.models.placement import constrain, mesh_axis_size, platform
 
 
 class Linear(nn.Module):
@@ -21,6 +22,7 @@ class Linear(nn.Module):
 
     Attributes:
       stddev: of the kernel under init "normal".
+      head_dim: of outputs that a norm over each head takes: the width of a head.
     """
 
     config: ModelConfig
@@ -28,57 +30,56 @@ class Linear(nn.Module):
     axes: tuple[str, str]
     use_bias: bool
     stddev: float = 0.02
+    head_dim: int | None = None
 
     @nn.compact
-    def weights(self, width: int) -> list[jax.Array]:
-        """Kernel (width, features) and, if there is one, bias (features,), in config.dtype."""
+    def weights(self, width: int, norm: NormSite | None = None) -> list[jax.Array]:
+        """Kernel (width, features) and, if there is one, bias (features,), in config.dtype. `norm` feeds it."""
         config = self.config
         init = nn.initializers.xavier_uniform() if config.init == "xavier" else nn.initializers.normal(self.stddev)
-        boxed_init = nn.with_logical_partitioning(init, self.axes)
-        kernel = self.param("kernel", boxed_init, (width, self.features), config.param_dtype)
-        weights = [kernel]
+        init = annotated(init, *self.axes, norm=norm, head_dim=self.head_dim)
+        kernel = self.param("kernel", init, (width, self.features), config.param_dtype)
+        weights = [constrain(kernel.astype(config.dtype), *self.axes)]
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            weights.append(self.param("bias", bias_init, (self.features,), config.param_dtype))
-        axes = (self.axes, self.axes[1:])
-        return [
-            constrain(leaf.astype(config.dtype), *names)
-            for leaf, names in zip(weights, axes[: len(weights)], strict=True)
-        ]
+            init = annotated(nn.initializers.zeros_init(), self.axes[1], head_dim=self.head_dim)
+            bias = self.param("bias", init, (self.features,), config.param_dtype)
+            weights.append(constrain(bias.astype(config.dtype), self.axes[1]))
+        return weights
 
-    def __call__(self, x: jax.Array | Scaled) -> jax.Array:
-        return apply_together([self], x if isinstance(x, Scaled) else Scaled(x))[0]
+    def __call__(self, x: jax.Array | Normed) -> jax.Array:
+        return apply_fused([self], x if isinstance(x, Normed) else Normed(x))[0]
 
 
-def apply_together(layers: Sequence[Linear], normed: Scaled) -> list[jax.Array]:
+def apply_fused(layers: Sequence[Linear], normed: Normed) -> list[jax.Array]:
     """What each of the linear layers, which all have a bias or all have none, makes of n; by one matrix product."""
     x = normed.x
-    # Of one token a sequence, to copy the kernels would be most of the work; and kernels that are split along their
-    # features would be shuffled between devices.
-    if len(layers) > 1 and (x.shape[-2] == 1 or is_split_by("tensor")):
-        normed = Scaled(normed.product)  # once: else devices would add up the derivative by each n for itself
+    # Not fused: one token a sequence, for which concatenating the kernels would be most of the work; and kernels whose
+    # features are sharded over `tensor`, which concatenation would reshuffle between devices.
+    if len(layers) > 1 and (x.shape[-2] == 1 or mesh_axis_size("tensor") > 1):
+        normed = Normed(normed.product, site=normed.site)  # one n, whose cotangents are summed before their all-reduce
         return [layer(normed) for layer in layers]
-    weights = [layer.weights(x.shape[-1]) for layer in layers]
+    weights = [layer.weights(x.shape[-1], normed.site) for layer in layers]
     kernel, *bias = (jnp.concatenate(leaves, axis=-1) for leaves in zip(*weights, strict=True))
-    # The backward pass multiplies n out anew, so that only x is kept; as does all that is computed anew by `remat`. Not
-    # so in unrolled blocks on CPUs: XLA:CPU then writes more, n included, and needs no less memory.
+    # Rematerialise n in the backward pass, so that only x is a residual. Where `remat` rematerialises the whole block
+    # a second level would only compute n once more; in unrolled blocks the platform decides.
     config = layers[0].config
-    anew = config.remat == "none" and (config.scan or computing_platform() != "cpu")
-    y = (computed_anew(config, read) if anew else read)(normed, kernel)
+    remat = config.remat == "none" and (config.scan or platform().remat_normed)
+    y = (rematerialised(config, read) if remat else read)(normed, kernel)
     y = y + bias[0] if bias else y
     if len(layers) == 1:
         return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]
     return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
 
 
-def computed_anew(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose intermediate results the backward pass computes anew from its arguments."""
-    # Between the forward and the backward scan over blocks XLA can merge nothing, unless `remat` puts both passes into
-    # the second; and what would keep it from merging (prevent_cse) also keeps it from fusing.
+def rematerialised(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.checkpoint` of a function in a block: its residuals are its arguments alone."""
+    # `prevent_cse=True` puts optimization barriers around what is recomputed, across which XLA does not fuse. Inside
+    # `lax.scan` they are not needed (see the documentation of `jax.checkpoint`): forward and backward pass are loops of
+    # their own, and no CSE reaches from one into the other. With `remat` both passes are in the backward loop's body.
     return jax.checkpoint(function, prevent_cse=not (config.scan and config.remat == "none"))
 
 
-def read(normed: Scaled, kernel: jax.Array) -> jax.Array:
+def read(normed: Normed, kernel: jax.Array) -> jax.Array:
     """n W: (..., in), (in, out) -> (..., out)."""
     return matmul(normed.product.astype(kernel.dtype), kernel)
 
@@ -86,17 +87,13 @@ def read(normed: Scaled, kernel: jax.Array) -> jax.Array:
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., in) @ (in, out), as one product of two matrices.
 
-    Its derivative by the kernel is then one too. Of three axes XLA:CPU would first copy an operand, transposed, and
-    fuse all that made it into the copy.
-
-    For GPUs widths are padded with zeros to whole multiples of 16 bytes, without which cuBLAS cannot use their matrix
-    units well: those of a crmsnorm's stream, of d-1 numbers, or of its tied table of d. Not where there is one token
-    a sequence, which takes little longer than to copy the kernel. (Of features that `tensor` splits each device's share
-    should be such a multiple by itself.)
+    Its derivative by the kernel is then one too: of three axes XLA:CPU transposes an operand into a copy first, and
+    fuses its producers into the copy. Widths are padded as the platform is told, but not for one token a sequence,
+    where padding the kernel would take as long as the product.
     """
     *leading, width = x.shape
     features, one_token = kernel.shape[-1], x.ndim > 2 and x.shape[-2] == 1
-    multiple = 16 // x.dtype.itemsize if computing_platform() == "gpu" and not one_token else 1
+    multiple = 1 if one_token else max(platform().pad_bytes // x.dtype.itemsize, 1)
     more_in, more_out = -width % multiple, -features % multiple
     if more_in:
         x = jnp.pad(x, [(0, 0)] * len(leading) + [(0, more_in)])
@@ -106,9 +103,9 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y[:, :features].reshape(*leading, features)
 
 
-def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool) -> Linear:
+def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool, head_dim: int | None = None) -> Linear:
     """A linear map from the normalised stream: (B, T, D) -> (B, T, features)."""
-    return Linear(config, features, ("read", axis), bias, name=name)
+    return Linear(config, features, ("read", axis), bias, head_dim=head_dim, name=name)
 
 
 def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN: jax.Array, train: bool) -> jax.Array:
@@ -124,7 +121,7 @@ def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN:
     write_map = Linear(config, features, (axis, "raw" if raw else "write"), config.use_bias, stddev, name=name)
     y_BxTxW = nn.Dropout(config.branch_dropout)(write_map(x_BxTxN), deterministic=not train)
     if config.layer_scale is not None:
-        init = nn.with_logical_partitioning(nn.initializers.constant(config.layer_scale), ("layer_scale",))
+        init = annotated(nn.initializers.constant(config.layer_scale), "layer_scale", scaled=write_map.path)
         scale_W = module.param(f"{name}_scale", init, (features,), config.param_dtype)
         y_BxTxW = y_BxTxW * scale_W.astype(config.dtype)
     return COORDINATES[config.norm].enter(y_BxTxW) if raw else y_BxTxW

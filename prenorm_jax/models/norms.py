@@ -11,31 +11,45 @@ Source: arXiv 2305.14858, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from prenorm_jax.models.parameters import NormSite, annotated
 
-class Scaled(flax.struct.PyTreeNode):
+
+class Statistics(NamedTuple):
+    """What a norm takes of a vector x of N numbers, in float32 at least: (..., 1) each.
+
+    Attributes:
+      rsqrt: r = (⟨x, x⟩ + ε)^(-1/2), where ⟨·, ·⟩ is `_mean_dot`.
+      total: of a CRMSNorm, the sum of x, which its ⟨x, ·⟩ takes. Of others None.
+    """
+
+    rsqrt: jax.Array
+    total: jax.Array | None = None
+
+
+class Normed(flax.struct.PyTreeNode):
     """A normalised vector n = x r that is not multiplied out yet: what reads it does, and may do so twice.
 
     Attributes:
       x: (..., N). The norm's input; of a LayerNorm, that centred.
-      root: r = (⟨x, x⟩ + ε)^(-1/2), (..., 1), in float32 at least, where ⟨·, ·⟩ is `_mean_dot`. None: 1.
-      total: of a CRMSNorm, the sum of x, (..., 1), in float32 at least, which its ⟨x, ·⟩ takes. Of others None.
+      statistics: None: x is n itself.
+      site: the norm, for the parameters that read n to name.
     """
 
     x: jax.Array
-    root: jax.Array | None = None
-    total: jax.Array | None = None
+    statistics: Statistics | None = None
+    site: NormSite | None = flax.struct.field(default=None, pytree_node=False)
 
     @property
     def product(self) -> jax.Array:
         """n, in x's dtype."""
-        return self.x if self.root is None else _multiply(self.x, self.root, self.total)
+        return self.x if self.statistics is None else _multiply(self.x, *self.statistics)
 
 
 @jax.custom_jvp
@@ -44,9 +58,8 @@ def _multiply(x: jax.Array, r: jax.Array, total: jax.Array | None) -> jax.Array:
     return (x * r).astype(x.dtype)
 
 
-# dn = r dx - x r³ ⟨x, dx⟩. The tangents of r and total are ignored, because dn already contains them; r and total
-# themselves are differentiated when this rule is. Derived line by line, the same keeps more for the backward pass, and
-# XLA fuses it worse.
+# dn = r dx - x r³ ⟨x, dx⟩. The tangents of r and total are not used, because this contains them; derivatives of the
+# rule itself go through r and total. JAX's own derivative saves more residuals, and XLA fuses it worse.
 @_multiply.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (x, r, total), (dx, *_) = primals, tangents
@@ -54,20 +67,20 @@ def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return _multiply(x, r, total), dn.astype(x.dtype)
 
 
-def scaled_rms(z: jax.Array, epsilon: float) -> Scaled:
+def rms_norm(z: jax.Array, epsilon: float) -> Normed:
     """RMSNorm of (..., d)."""
-    return Scaled(z, jax.lax.rsqrt(_mean_dot(z, None, z) + epsilon))
+    return Normed(z, Statistics(jax.lax.rsqrt(_mean_dot(z, None, z) + epsilon)))
 
 
-def scaled_crms(y: jax.Array, epsilon: float) -> Scaled:
+def crms_norm(y: jax.Array, epsilon: float) -> Normed:
     """CRMSNorm of (..., d-1)."""
     total = _sum(y)
-    return Scaled(y, jax.lax.rsqrt(_mean_dot(y, total, y) + epsilon), total)
+    return Normed(y, Statistics(jax.lax.rsqrt(_mean_dot(y, total, y) + epsilon), total))
 
 
-def scaled_layer_norm(x: jax.Array, epsilon: float) -> Scaled:
+def layer_norm(x: jax.Array, epsilon: float) -> Normed:
     """LayerNorm of (..., d). The variance by two passes: E[x²] - E[x]² cancels where |mean| ≫ std."""
-    return scaled_rms((x - _sum(x) / x.shape[-1]).astype(x.dtype), epsilon)
+    return rms_norm((x - _sum(x) / x.shape[-1]).astype(x.dtype), epsilon)
 
 
 def _mean_dot(x: jax.Array, total: jax.Array | None, y: jax.Array) -> jax.Array:
@@ -94,13 +107,15 @@ class Affine(nn.Module):
     """x -> scale ⊙ x + bias over the last axis. Parameters `scale` and `bias` of the input's width, as switched on.
 
     Attributes:
-      axis: the logical axis name of both parameters (see `stream.py`).
+      axis: the logical axis name of both parameters (see `parameters.py`).
+      site: the norm that it is of, if it is one's on the stream.
     """
 
     use_scale: bool = True
     use_bias: bool = True
     param_dtype: Any = jnp.float32
     axis: str = "norm"
+    site: NormSite | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,8 +124,8 @@ class Affine(nn.Module):
             ("bias", self.use_bias, nn.initializers.zeros_init()),
         ):
             if used:
-                boxed_init = nn.with_logical_partitioning(init, (self.axis,))
-                value = self.param(name, boxed_init, x.shape[-1:], self.param_dtype).astype(x.dtype)
+                init = annotated(init, self.axis, norm=self.site)
+                value = self.param(name, init, x.shape[-1:], self.param_dtype).astype(x.dtype)
                 x = x * value if name == "scale" else x + value
         return x
 
@@ -123,7 +138,7 @@ class Norm(nn.Module):
       use_scale, use_bias: whether there are parameters γ (`scale`) and β (`bias`).
       dtype: of the result; None: the input's. Statistics and the affine map are in float32 at least.
       param_dtype: of γ and β.
-      axis: the logical axis name of γ and β (see `stream.py`).
+      axis: the logical axis name of γ and β (see `parameters.py`).
     """
 
     epsilon: float = 1e-5
@@ -135,29 +150,35 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.scaled(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon).product
-        affine = Affine(self.use_scale, self.use_bias, self.param_dtype, self.axis)
+        y = self.normalise(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon).product
+        affine = Affine(self.use_scale, self.use_bias, self.param_dtype, self.axis, self.site)
         nn.share_scope(self, affine)
         return affine(y).astype(self.dtype or x.dtype)
 
-    def for_readers(self, x: jax.Array) -> Scaled:
-        """The same for what reads it by a matrix; not multiplied out where no affine map is in between."""
-        return Scaled(self(x)) if self.use_scale or self.use_bias else self.scaled(x, self.epsilon)
+    def for_readers(self, x: jax.Array) -> Normed:
+        """The same for linear maps to read; not multiplied out where no affine map is in between."""
+        affine = self.use_scale or self.use_bias
+        return (Normed(self(x)) if affine else self.normalise(x, self.epsilon)).replace(site=self.site)
+
+    @property
+    def site(self) -> NormSite:
+        """What readers name it by."""
+        return NormSite(self.path, self.epsilon)
 
 
 class LayerNorm(Norm):
     """LN over the last axis, of width d."""
 
-    scaled = staticmethod(scaled_layer_norm)
+    normalise = staticmethod(layer_norm)
 
 
 class RMSNorm(Norm):
     """RMSNorm over the last axis, of width d."""
 
-    scaled = staticmethod(scaled_rms)
+    normalise = staticmethod(rms_norm)
 
 
 class CRMSNorm(Norm):
     """CRMSNorm over the last axis, of width d-1: a zero-mean vector of width d without its last entry."""
 
-    scaled = staticmethod(scaled_crms)
+    normalise = staticmethod(crms_norm)

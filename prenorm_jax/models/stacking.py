@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 
 STACKED = "blocks"
-
-
 LAYER = "layer"  # the logical name of the leading axis
 
 

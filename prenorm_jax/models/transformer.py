@@ -9,7 +9,7 @@ Shape suffixes, here and in `models/`:
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,10 @@ import numpy as np
 from prenorm_jax.models.attention import CacheUse, attend, attend_cached
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
-from prenorm_jax.models.linear import apply_together, computed_anew, reader, write
-from prenorm_jax.models.norms import LayerNorm, Norm, RMSNorm, Scaled
-from prenorm_jax.models.placement import apart, constrain
+from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
+from prenorm_jax.models.norms import LayerNorm, Norm, Normed, RMSNorm, Statistics
+from prenorm_jax.models.parameters import NormSite, annotated
+from prenorm_jax.models.placement import constrain, fusion_barrier
 from prenorm_jax.models.positions import rotate
 from prenorm_jax.models.stacking import LAYER, STACKED
 
@@ -42,14 +43,12 @@ _ACTIVATIONS = {
     "silu": nn.silu,
     "tanh": jnp.tanh,
 }
-
-
 _REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
-    """The nonlinearity of the config's MLPs. The backward pass computes it anew: cheaper than keeping what it made."""
-    return computed_anew(config, _ACTIVATIONS[config.activation])(x)
+    """The nonlinearity of the config's MLPs, rematerialised: cheaper than storing its residuals."""
+    return rematerialised(config, _ACTIVATIONS[config.activation])(x)
 
 
 class StreamModel(nn.Module):
@@ -77,19 +76,29 @@ def make_norm(config: ModelConfig, name: str, affine: bool) -> Norm:
     )
 
 
-def with_statistics(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Scaled:
-    """The stream, and what the norm that reads it next needs of it, where that is known without the norm's parameters.
+class Stream(NamedTuple):
+    """The residual stream between two branches.
 
-    So the sums over x are taken by what makes x: in a scan over blocks, the next block would have to read x for them.
-    (A LayerNorm's are not: it would hand on x a second time, centred.) Without them the root is None, and the norm is
-    still to come.
+    Attributes:
+      x: (B, T, D).
+      statistics: what the norm that reads x next takes of it, where that is known without the norm's parameters. They
+        are computed with x, so that XLA fuses their sums with what adds to it: in a scan over blocks the next iteration
+        would have to read x again. None: that norm is still to come. (It is for a LayerNorm, whose x is centred first:
+        that would be a second array of x's size in the carry.)
     """
-    # In training TPUs would choose another order for the next block's attention, and copy x for all else.
-    x_BxTxD = constrain(x_BxTxD, "batch", None, None, in_order=train)
+
+    x: jax.Array
+    statistics: Statistics | None = None
+
+
+def as_stream(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Stream:
+    """The stream x, sharded by batch, with the statistics of its next norm where they may be known."""
+    # Row-major in training: else XLA:TPU picks the layout that attention's product reads, and copies x for the rest.
+    x_BxTxD = constrain(x_BxTxD, "batch", None, None, row_major=train)
     if config.norm == "layernorm" or config.norm_affine or config.post_norm:
-        return Scaled(x_BxTxD)
+        return Stream(x_BxTxD)
     with jax.named_scope("norm"):
-        return COORDINATES[config.norm].norm.scaled(x_BxTxD, config.epsilon)
+        return Stream(x_BxTxD, COORDINATES[config.norm].norm.normalise(x_BxTxD, config.epsilon).statistics)
 
 
 def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
@@ -107,7 +116,7 @@ def embedding_axis(config: ModelConfig) -> tuple[int, str]:
 def table(module: nn.Module, config: ModelConfig, name: str, rows: int, axis: str) -> jax.Array:
     """A learned parameter (rows, D or W) of `module`, added to the stream before the first block, in config.dtype."""
     width, stream_axis = embedding_axis(config)
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (axis, stream_axis))
+    init = annotated(nn.initializers.normal(0.02), axis, stream_axis)
     value = module.param(name, init, (rows, width), config.param_dtype).astype(config.dtype)
     return constrain(value, axis, stream_axis)
 
@@ -129,27 +138,27 @@ def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Ar
 def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
     """All of the model's blocks: (B, T, D) -> (B, T, D)."""
 
-    def apply(block: Block, stream_BxTxD: Scaled) -> Scaled:
-        return block(stream_BxTxD, train, cache)
+    def apply(block: Block, stream: Stream) -> Stream:
+        return block(stream, train, cache)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
-    stream_BxTxD = with_statistics(config, x_BxTxD, train)
+    stream = as_stream(config, x_BxTxD, train)
     if config.scan:
         scanned = nn.scan(
-            lambda block, stream_BxTxD, _: (apply(block, stream_BxTxD), None),
+            lambda block, stream, _: (apply(block, stream), None),
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True, "dropout": True},
             length=config.depth,
             metadata_params={nn.PARTITION_NAME: LAYER},
         )
-        return scanned(Block(config, config.stochastic_depth, name=STACKED), stream_BxTxD, None)[0].x
+        return scanned(Block(config, config.stochastic_depth, name=STACKED), stream, None)[0].x
     for i in range(config.depth):
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        stream_BxTxD = apply(Block(config, rate, name=f"block_{i}"), stream_BxTxD)
-    return stream_BxTxD.x
+        stream = apply(Block(config, rate, name=f"block_{i}"), stream)
+    return stream.x
 
 
 class Attention(nn.Module):
@@ -158,21 +167,18 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, normed: Scaled, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
+    def __call__(self, normed: Normed, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
         config = self.config
         B, T, _ = normed.x.shape
         H, G, K = config.heads, config.kv_heads, config.head_dim
 
-        prefix = "normed_" if config.qk_norm else ""
+        prefix, width = ("normed_", K) if config.qk_norm else ("", None)
         projections = [
-            reader(config, name, heads * K, axis, config.qkv_bias)
-            for name, heads, axis in (
-                ("query", H, f"{prefix}heads"),
-                ("key", G, f"{prefix}kv_heads"),
-                ("value", G, "kv_heads"),
-            )
+            reader(config, "query", H * K, f"{prefix}heads", config.qkv_bias, width),
+            reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width),
+            reader(config, "value", G * K, "kv_heads", config.qkv_bias),
         ]
-        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_together(projections, normed))
+        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_fused(projections, normed))
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
             q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
@@ -195,7 +201,7 @@ class Attention(nn.Module):
     def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:
         """Writes the tokens' keys or values into the cache, and returns all of it: (B·G, S, K).
 
-        In which XLA:CPU multiplies: of four axes each step would copy it, several times.
+        Of three axes, as XLA:CPU multiplies it: of four it would be copied at each step.
         """
         B, T, G, K = x_BxTxGxK.shape
         stored = self.variable("cache", name, jnp.zeros, (B * G, cache.size, K), x_BxTxGxK.dtype)
@@ -210,23 +216,23 @@ class Mlp(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, normed: Scaled, train: bool = False) -> jax.Array:
+    def __call__(self, normed: Normed, train: bool = False) -> jax.Array:
         config = self.config
         names = ["gate", "up"] if config.gated_mlp else ["up"]
         readers = [reader(config, name, config.mlp_dim, "mlp", config.reader_bias) for name in names]
-        h_BxTxF, *gated_BxTxF = apply_together(readers, normed)
+        h_BxTxF, *gated_BxTxF = apply_fused(readers, normed)
         h_BxTxF = activate(config, h_BxTxF)
         if config.gated_mlp:
             h_BxTxF *= gated_BxTxF[0]
-        if not train:  # one operation of both products takes longer
-            h_BxTxF = apart(h_BxTxF)
+        if not train:  # as one fused operation the two products take longer
+            h_BxTxF = fusion_barrier(h_BxTxF)
         return write(self, config, "down", "mlp", h_BxTxF, train)
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, (B, T, D), as `with_statistics` gives it: -> the same.
+    """Attention and MLP on the residual stream: Stream -> Stream.
 
-    The norm beside branch `X` is called `X_norm`, one that feeds both `norm`: conversion finds it by that name.
+    The norm that feeds branch `X` is called `X_norm`, one that feeds both `norm`.
 
     Attributes:
       drop_rate: of stochastic depth (arXiv 1603.09382): in training each branch is left out for this share of the
@@ -237,30 +243,31 @@ class Block(nn.Module):
     drop_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, stream_BxTxD: Scaled, train: bool = False, cache: CacheUse | None = None) -> Scaled:
+    def __call__(self, stream: Stream, train: bool = False, cache: CacheUse | None = None) -> Stream:
         config = self.config
         attention = functools.partial(Attention(config, name="attention"), cache=cache)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
-        def normalise(name: str, stream_BxTxD: Scaled) -> Scaled:
-            if stream_BxTxD.root is not None:
-                return stream_BxTxD
-            return make_norm(config, name, config.norm_affine).for_readers(stream_BxTxD.x)
-
-        def update(name: str, normed: Scaled) -> jax.Array:
+        def update(name: str, normed: Normed) -> jax.Array:
             drop = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), name=f"{name}_drop")
             return drop(branches[name](normed, train), deterministic=not train)
 
         if config.parallel:
             names = {branch: "norm" if config.shared_norm else f"{branch}_norm" for branch in branches}
-            normed = {name: normalise(name, stream_BxTxD) for name in dict.fromkeys(names.values())}
-            x_BxTxD = stream_BxTxD.x + sum(update(branch, normed[name]) for branch, name in names.items())
-            return with_statistics(config, x_BxTxD, train)
+            normed = {name: self._normalise(name, stream) for name in dict.fromkeys(names.values())}
+            x_BxTxD = stream.x + sum(update(branch, normed[name]) for branch, name in names.items())
+            return as_stream(config, x_BxTxD, train)
         for name in branches:
             if config.post_norm:
-                x_BxTxD = stream_BxTxD.x + update(name, Scaled(stream_BxTxD.x))
+                x_BxTxD = stream.x + update(name, Normed(stream.x))
                 x_BxTxD = make_norm(config, f"{name}_norm", config.norm_affine)(x_BxTxD)
             else:
-                x_BxTxD = stream_BxTxD.x + update(name, normalise(f"{name}_norm", stream_BxTxD))
-            stream_BxTxD = with_statistics(config, x_BxTxD, train)
-        return stream_BxTxD
+                x_BxTxD = stream.x + update(name, self._normalise(f"{name}_norm", stream))
+            stream = as_stream(config, x_BxTxD, train)
+        return stream
+
+    def _normalise(self, name: str, stream: Stream) -> Normed:
+        """The stream as the norm of this name gives it to its readers."""
+        if stream.statistics is None:
+            return make_norm(self.config, name, self.config.norm_affine).for_readers(stream.x)
+        return Normed(stream.x, stream.statistics, NormSite((*self.path, name), self.config.epsilon))

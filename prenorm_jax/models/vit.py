@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.models.config import ViTConfig
-from prenorm_jax.models.linear import Linear, apply_together, matmul, reader
-from prenorm_jax.models.norms import LayerNorm, Scaled
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.linear import Linear, apply_fused, matmul, reader
+from prenorm_jax.models.norms import LayerNorm, Normed
+from prenorm_jax.models.parameters import annotated
 from prenorm_jax.models.positions import sincos2d_table
 from prenorm_jax.models.transformer import (
     StreamModel,
@@ -27,6 +30,83 @@ from prenorm_jax.models.transformer import (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(ModelConfig):
+    """A Vision Transformer that classifies square images."""
+
+    family: str = "vit"
+    activation: str = "gelu"
+    head_bias: bool = True
+    epsilon: float = 1e-6
+    init: str = "xavier"
+
+    image_size: int = 224  # pixels, both ways
+    patch_size: int = 16  # divides image_size
+    channels: int = 3
+    classes: int = 1000
+    patch_bias: bool = True  # of the patch embedding
+    positions: str = "learned"  # learned | sincos2d | none
+    class_token: bool = True
+    class_position: bool = True  # a learned position table has a row for the class token too
+    registers: int = 0  # further tokens without position or output (arXiv 2309.16588)
+    pooling: str = "class"  # class token | mean of the patches | class_mean: both, side by side | attention
+    norm_after_pooling: bool = False  # the final norm takes what the pooling gives, not what it is given
+
+    inputs: ClassVar[str] = "images"
+    choices = ModelConfig.choices | {
+        "positions": ("learned", "sincos2d", "none"),
+        "pooling": ("class", "mean", "class_mean", "attention"),
+    }
+    at_least = ModelConfig.at_least | {
+        **dict.fromkeys(("image_size", "patch_size", "channels", "classes"), 1),
+        "registers": 0,
+    }
+
+    @property
+    def patches(self) -> int:
+        """Patches in an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token and the registers."""
+        return self.class_token + self.registers
+
+    def check(self) -> None:
+        """Raises PrenormError for keys that contradict each other."""
+        super().check()
+        if self.image_size % self.patch_size:
+            raise PrenormError(
+                f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}: change one"
+            )
+        if self.positions == "sincos2d" and self.d_model % 4:
+            raise PrenormError(f"model.positions='sincos2d' needs a model.d_model divisible by 4, not {self.d_model}")
+        if self.pooling.startswith("class") and not self.class_token:
+            raise PrenormError(f"model.pooling={self.pooling!r} needs model.class_token=True")
+
+    @property
+    def final_norm_bias(self) -> str:
+        """That of what reads the final norm's output: the head, or the pooling's key and value."""
+        return "qkv_bias" if self.pooling == "attention" else "head_bias"
+
+    @property
+    def raw_reader(self) -> str | None:
+        """As in ModelConfig; the norm behind an attention pooling is not on the stream."""
+        if self.final_norm and self.pooling == "attention" and self.norm_after_pooling:
+            keys = "model.pooling='attention' with model.norm_after_pooling=True"
+            return f"{keys}: pool/key and pool/value read"
+        return super().raw_reader
+
+    def tokens(self, length: int = 0) -> int:
+        """Tokens in the stream."""
+        return self.patches + self.prefix
+
+    def flops_outside_blocks(self, length: int = 0, logits: int | None = None) -> int:
+        """FLOPs of the patch embedding and the head, without attention pooling."""
+        patch = self.patch_size**2 * self.channels
+        return 2 * self.d_model * (self.patches * patch + self.classes)
+
+
 class PatchEmbedding(nn.Module):
     """A linear map of each patch: (B, height, width, C) images -> (B, T, D or W). The kernel (P, P, C, D) is that of a
     convolution with stride P, which this is; as one matrix product it is the faster."""
@@ -39,19 +119,19 @@ class PatchEmbedding(nn.Module):
         P, C, side = config.patch_size, config.channels, config.image_size // config.patch_size
         width, stream_axis = embedding_axis(config)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        axes = ("patch", "patch", "channel", stream_axis)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), (P, P, C, width), config.param_dtype)
+        init = annotated(init, "patch", "patch", "channel", stream_axis)
+        kernel = self.param("kernel", init, (P, P, C, width), config.param_dtype)
         patches_BxTxN = images.astype(config.dtype).reshape(-1, side, P, side, P, C).swapaxes(2, 3)
         patches_BxTxN = patches_BxTxN.reshape(-1, side * side, P * P * C)
         x_BxTxD = matmul(patches_BxTxN, kernel.astype(config.dtype).reshape(P * P * C, width))
         if config.patch_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (stream_axis,))
-            x_BxTxD += self.param("bias", bias_init, (width,), config.param_dtype).astype(config.dtype)
+            init = annotated(nn.initializers.zeros_init(), stream_axis)
+            x_BxTxD += self.param("bias", init, (width,), config.param_dtype).astype(config.dtype)
         return x_BxTxD
 
 
 class AttentionPool(nn.Module):
-    """Attention of one learned query to the normalised stream, then an MLP: (B, T, D) -> (B, W) (arXiv 2106.04560).
+    """Attention of one learned query to the stream, normalised, then an MLP: (B, T, D) -> (B, W) (arXiv 2106.04560).
 
     Key and value read the stream. What they make has a residual stream of its own, which no norm ends: its mean is
     read, so that all of it stays as it is in the variants, the LayerNorm (of one token) included.
@@ -60,15 +140,15 @@ class AttentionPool(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def __call__(self, normed: Normed) -> jax.Array:
         config = self.config
-        B, T, _ = x_BxTxD.shape
+        B, T, _ = normed.x.shape
         W, H, K = config.d_model, config.heads, config.head_dim
 
         projections = [reader(config, name, H * K, "heads", config.qkv_bias) for name in ("key", "value")]
-        k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_together(projections, Scaled(x_BxTxD)))
-        probe_init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("token", "raw"))
-        probe_1xW = self.param("probe", probe_init, (1, W), config.param_dtype).astype(config.dtype)
+        k_BxTxHxK, v_BxTxHxK = (y.reshape(B, T, H, K) for y in apply_fused(projections, normed))
+        init = annotated(nn.initializers.xavier_uniform(), "token", "raw")
+        probe_1xW = self.param("probe", init, (1, W), config.param_dtype).astype(config.dtype)
         q_HxK = Linear(config, H * K, ("raw", "heads"), config.use_bias, name="query")(probe_1xW).reshape(H, K)
         scores_BxHxT = jnp.einsum("hk,bthk->bht", q_HxK * K**-0.5, k_BxTxHxK)
         weights_BxHxT = jax.nn.softmax(scores_BxHxT.astype(jnp.promote_types(config.dtype, jnp.float32)))
@@ -80,17 +160,22 @@ class AttentionPool(nn.Module):
 
 
 class PairHead(nn.Module):
-    """A linear classifier of two normalised vectors side by side: (B, D), (B, D) -> (B, V)."""
+    """A linear classifier of two normalised vectors side by side, (B, D) each: -> (B, V)."""
 
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, class_BxD: jax.Array, mean_BxD: jax.Array) -> jax.Array:
+    def __call__(self, class_token: Normed, mean: Normed) -> jax.Array:
         config = self.config
         by_class, by_mean = (
             reader(config, name, config.classes, "class", config.head_bias) for name in ("class", "mean")
         )
-        return by_class(class_BxD) + by_mean(mean_BxD)
+        return by_class(class_token) + by_mean(mean)
+
+
+def _mean(normed: Normed) -> Normed:
+    """Over the tokens: (B, T, D) -> (B, D)."""
+    return normed.replace(x=normed.x.mean(1))
 
 
 class ViT(StreamModel):
@@ -101,6 +186,7 @@ class ViT(StreamModel):
     """
 
     config: ViTConfig
+    config_class: ClassVar[type[ModelConfig]] = ViTConfig
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -108,30 +194,36 @@ class ViT(StreamModel):
         expected = (config.image_size, config.image_size, config.channels)
         if images.shape[1:] != expected:
             raise PrenormError(f"images of shape {images.shape[1:]} do not fit the model's, {expected}")
+        x_BxTxD = blocks(config, enter_stream(config, self._embed(images), train), train)
+        return self._attention_head(x_BxTxD) if config.pooling == "attention" else self._head(x_BxTxD)
 
-        x_BxTxD = enter_stream(config, self._embed(images), train)
-        x_BxTxD = blocks(config, x_BxTxD, train)
+    def _attention_head(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The classifier behind attention pooling. What the pooling gives is not on the stream."""
+        config, normed = self.config, Normed(x_BxTxD)
+        if config.final_norm and not config.norm_after_pooling:
+            normed = self._final_norm("pool_norm")(x_BxTxD)
+        x_BxW = AttentionPool(config, name="pool")(normed)
+        if config.final_norm and config.norm_after_pooling:
+            x_BxW = kept_norm(config, "pooled_norm", LayerNorm, axis="raw")(x_BxW)
+        return Linear(config, config.classes, ("raw", "class"), config.head_bias, name="head")(x_BxW)
 
-        def final_norm(name: str) -> Callable[[jax.Array], jax.Array]:
-            return make_norm(config, name, config.final_norm_affine) if config.final_norm else lambda x: x
+    def _head(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The classifier of the class token, of the patches' mean, or of both."""
+        config = self.config
+        norm = self._final_norm("head_norm") if config.final_norm else Normed
+        class_token = norm(x_BxTxD[:, 0]) if config.pooling.startswith("class") else None  # whatever stands first
+        if config.pooling != "class":
+            x_BxTxD = x_BxTxD[:, config.prefix :]
+            mean = norm(x_BxTxD.mean(1)) if config.norm_after_pooling else _mean(norm(x_BxTxD))
+        if config.pooling == "class_mean":
+            return PairHead(config, name="head")(class_token, mean)
+        head = reader(config, "head", config.classes, "class", config.head_bias)
+        return head(class_token if config.pooling == "class" else mean)
 
-        if config.pooling == "attention":
-            if not config.norm_after_pooling:
-                x_BxTxD = final_norm("pool_norm")(x_BxTxD)
-            x_BxW = AttentionPool(config, name="pool")(x_BxTxD)
-            if config.norm_after_pooling and config.final_norm:
-                x_BxW = kept_norm(config, "pooled_norm", LayerNorm, axis="raw")(x_BxW)
-            return Linear(config, config.classes, ("raw", "class"), config.head_bias, name="head")(x_BxW)
-
-        norm = final_norm("head_norm")
-        class_BxD = norm(x_BxTxD[:, 0]) if config.pooling.startswith("class") else None  # whatever stands first
-        if config.pooling == "class":
-            return self._head(class_BxD)
-        x_BxTxD = x_BxTxD[:, config.prefix :]
-        mean_BxD = norm(x_BxTxD.mean(1)) if config.norm_after_pooling else norm(x_BxTxD).mean(1)
-        if config.pooling == "mean":
-            return self._head(mean_BxD)
-        return PairHead(config, name="head")(class_BxD, mean_BxD)
+    def _final_norm(self, name: str) -> Callable[[jax.Array], Normed]:
+        """The final norm, multiplied out: what it gives is sliced, averaged or read by two."""
+        norm = make_norm(self.config, name, self.config.final_norm_affine)
+        return lambda x: Normed(norm(x), site=norm.site)
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """(B, side, side, C) -> (B, T, D or W): class token, registers, patches."""
@@ -153,9 +245,6 @@ class ViT(StreamModel):
             before.append(table(self, config, "registers", config.registers, "token"))
         before = [jnp.broadcast_to(rows, (len(images), *rows.shape)) for rows in before]
         return jnp.concatenate([*before, x_BxTxW], axis=1)
-
-    def _head(self, x_BxD: jax.Array) -> jax.Array:
-        return reader(self.config, "head", self.config.classes, "class", self.config.head_bias)(x_BxD)
 
     @nn.nowrap
     def example(self, batch: int = 1, seed: int | None = None) -> np.ndarray:

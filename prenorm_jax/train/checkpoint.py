@@ -36,6 +36,7 @@ from prenorm_jax.equivalence.stored import PART, part, tiles
 from prenorm_jax.models import coordinates as stream
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.checksum import digest
 from prenorm_jax.train.leaves import NewLeaves, NotRead, NotWritten, StoredLeaves
 
@@ -217,7 +218,7 @@ class Checkpoints:
 
     def model(self, step: int) -> ModelConfig:
         """The model config of the stored tree. Raises PrenormError if the tree is not what its metadata describe."""
-        model = ModelConfig.create(self.metadata(step)["model"])
+        model = model_config(self.metadata(step)["model"])
         with _damaged_for_all():
             stored = self._shapes(step, "params")
             try:

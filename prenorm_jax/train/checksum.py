@@ -20,8 +20,6 @@ from jax.experimental import multihost_utils
 from prenorm_jax.base.trees import Array, Path
 
 _KEYS = 4
-
-
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # bytes of an entry -> what it is read as
 
 

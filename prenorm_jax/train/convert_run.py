@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.errors import PrenormError, check_choice
 from prenorm_jax.base.files import write_json
-from prenorm_jax.base.trees import Path as LeafPath
 from prenorm_jax.base.trees import count
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import convert_stored
-from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.registry import build_model
 from prenorm_jax.train.checkpoint import Checkpoints
@@ -48,66 +47,67 @@ def convert(
     run has to be asked for with `reset_optimizer`. Raises PrenormError; `target` is then not made.
     """
     target = Path(target)
-    if to not in NORMS:
-        raise PrenormError(f"--to={to} is not one of {', '.join(NORMS)}")
+    check_choice("--to", to, NORMS)
     config = load_config(source)
     if target.exists():
         raise PrenormError(f"{target} exists: name a new folder")
     configure_jax(config)
     with Checkpoints(source, read_only=True) as checkpoints:
         step = checkpoints.resolve(step)
-        model, metadata = checkpoints.model(step), checkpoints.metadata(step)
-        if to == config.model.norm and not (materialize and to != model.norm):
-            why = (
-                f"it trains its Pre-LN parameters; add --materialize to write the {to} parameters that they stand for"
-                if to != model.norm
-                else "there is nothing to convert"
-            )
-            raise PrenormError(f"{source} is {to} already: {why}")
-        has_optimizer = "optimizer" in metadata["digests"]
-        if has_optimizer and to != model.norm and config.parameterization == "native" and not reset_optimizer:
-            raise PrenormError(
-                f"the optimizer state of {source} belongs to its {model.norm} parameters and has no exact equivalent "
-                f"for {to}: add --reset-optimizer to start it anew"
-            )
+        model = checkpoints.model(step)
+        has_optimizer = "optimizer" in checkpoints.metadata(step)["digests"]
+        _check_wanted(source, config, model.norm, to, materialize, has_optimizer and not reset_optimizer)
         new_model = model if to == model.norm else convert_config(model, to)
-        new_config = config.copy_and_resolve_references()
-        with new_config.unlocked():
-            new_config.model = ConfigDict(dataclasses.asdict(new_model))
-            new_config.parameterization = "pre_ln" if to == "layernorm" else "native"
-
         with _in_the_making(target) as folder:
             if to == model.norm:
                 checkpoints.copy(step, folder)
                 print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
             else:
-                shapes = _shapes(new_model)
-                with (
-                    Checkpoints(folder) as made,
-                    made.save_leaves(step, shapes, new_model, metadata["nonfinite"], metadata["data"]) as new,
-                    checkpoints.leaves(step) as stored,
-                ):
-                    convert_stored(stored, new, model, to)
-                print(f"{source} at step {step}: {model.norm}, {count(_shapes(model)):,} parameters")
-                print(f"{target}: {to}, {count(shapes):,} parameters")
+                _write_converted(checkpoints, step, folder, new_model)
+                print(f"{source} at step {step}: {model.norm}, {count(param_shapes(model)):,} parameters")
+                print(f"{target}: {to}, {count(param_shapes(new_model)):,} parameters")
                 _compare(checkpoints, folder, step)
                 if has_optimizer:
                     print("the optimizer state is not carried over: its moments are the old parameters' and start anew")
-            write_json(folder / "config.json", new_config.to_dict())
-            counts = dict.fromkeys(("trained", "computed"), count(_shapes(new_model)))
+            parameterization = "pre_ln" if to == "layernorm" else "native"
+            changed = {"model": dataclasses.asdict(new_model), "parameterization": parameterization}
+            write_json(folder / "config.json", config.to_dict() | changed)
+            counts = dict.fromkeys(("trained", "computed"), count(param_shapes(new_model)))
             record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []}
             write_json(folder / "run.json", record)
     print(f"evaluate: python eval.py --workdir={target}")
     print(f"train on: python train.py --workdir={target} --config.steps=N   (now at step {step} of {config.steps})")
 
 
-def _shapes(model: ModelConfig) -> dict[LeafPath, jax.ShapeDtypeStruct]:
-    return {path: leaf.value for path, leaf in abstract_params(model).items()}
+def _check_wanted(
+    source: str | Path, config: ConfigDict, stored: str, to: str, materialize: bool, would_lose: bool
+) -> None:
+    """Raises PrenormError if the run has the norm already, or would lose an optimizer's state that is its own."""
+    if to == config.model.norm and not (materialize and to != stored):
+        why = "there is nothing to convert"
+        if to != stored:
+            why = f"it trains its Pre-LN parameters; add --materialize to write the {to} parameters that they stand for"
+        raise PrenormError(f"{source} is {to} already: {why}")
+    if would_lose and to != stored and config.parameterization == "native":
+        raise PrenormError(
+            f"the optimizer state of {source} belongs to its {stored} parameters and has no exact equivalent for {to}: "
+            "add --reset-optimizer to start it anew"
+        )
+
+
+def _write_converted(checkpoints: Checkpoints, step: int, folder: Path, new_model: ModelConfig) -> None:
+    metadata, shapes = checkpoints.metadata(step), param_shapes(new_model)
+    with (
+        Checkpoints(folder) as made,
+        made.save_leaves(step, shapes, new_model, metadata["nonfinite"], metadata["data"]) as new,
+        checkpoints.leaves(step) as stored,
+    ):
+        convert_stored(stored, new, checkpoints.model(step), new_model.norm)
 
 
 def _compare(source: Checkpoints, target: Path, step: int) -> None:
     """Prints how far the logits of two checkpoints are apart, if they are small enough to be held in memory."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in _shapes(source.model(step)).values())
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in param_shapes(source.model(step)).values())
     if size > COMPARED_BYTES:
         print(f"their logits are not compared, for that takes all of the {size / 1e9:.1f} GB at once: eval.py does")
         return

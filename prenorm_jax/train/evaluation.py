@@ -15,18 +15,16 @@ from ml_collections import ConfigDict
 from prenorm_jax.data import Data
 from prenorm_jax.equivalence.convert import convert_config, convert_params
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.train.arrays import global_batch, local_rows, put_everywhere
+from prenorm_jax.train.arrays import put_everywhere
 from prenorm_jax.train.checkpoint import Checkpoints
-from prenorm_jax.train.sharding import lay_out, make_mesh, params_format, params_sharding
+from prenorm_jax.train.run import Run
+from prenorm_jax.train.sharding import make_mesh, params_formats, params_sharding, to_formats
 
 
-def evaluate(
-    eval_step: Callable[..., Any], params: Any, data: Data, config: ConfigDict, sharding: jax.sharding.Sharding
-) -> dict[str, float]:
+def evaluate(run: Run, eval_step: Callable[..., Any], params: Any, data: Data) -> dict[str, float]:
     """What `data.summarize` says of the whole evaluation split: every token or image counts once."""
-    batches = data.eval_batches(config, local_rows(sharding, config.batch_size))
-    sums = [eval_step(params, global_batch(batch, sharding, config.batch_size)) for batch in batches]
-    sums = jax.device_get(sums)
+    batches = data.eval_batches(run.config, run.local_rows)
+    sums = jax.device_get([eval_step(params, run.global_batch(batch)) for batch in batches])
     return data.summarize({key: float(np.sum([batch[key] for batch in sums], dtype=np.float64)) for key in sums[0]})
 
 
@@ -35,8 +33,8 @@ def load_as(
 ) -> tuple[int, ModelConfig, dict[str, Any]]:
     """The step of a run's checkpoint (None: the latest), and what it holds as the model and parameters of `norm`.
 
-    With a mesh the parameters are split over it, and so is Pre-LN's conversion; that of others, whose equivalents need
-    not exist, is done whole. Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
+    With a mesh the parameters are sharded over it, and so is Pre-LN's conversion; that of others, whose equivalents
+    need not exist, is done whole. Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
     """
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.resolve(step)
@@ -44,12 +42,12 @@ def load_as(
         model = stored if norm == stored.norm else convert_config(stored, to=norm)
         split = mesh is not None and stored.norm in (norm, "layernorm")
         _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
-    formats = None if mesh is None else params_format(model, mesh)
+    formats = None if mesh is None else params_formats(model, mesh)
     if norm != stored.norm:
         convert = functools.partial(convert_params, config=stored, to=norm)
         params = (jax.jit(convert, out_shardings=formats) if split else convert)(params)
     if mesh is not None:
-        params = (lay_out if split else put_everywhere)(params, formats)
+        params = (to_formats if split else put_everywhere)(params, formats)
     return step, model, params
 
 

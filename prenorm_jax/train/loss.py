@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prenorm_jax.models.placement import computing_platform
+from prenorm_jax.models.placement import platform
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -26,16 +26,17 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _entry(x: jax.Array, index: jax.Array) -> jax.Array:
     """Of (..., N), one of each N: (...)."""
-    if computing_platform() == "tpu":  # to be indexed, they write all of x
-        return _entry_by_sum(x, index)
-    return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+    if platform().gather_label:
+        return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
+    return _entry_by_sum(x, index)
 
 
 def _entry_by_sum(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where(jnp.arange(x.shape[-1]) == index[..., None], x, 0).sum(-1)
 
 
-# JAX would derive a scatter, for which XLA writes the softmax of a loss in float32 and reads it again.
+# The transpose of a gather is a scatter-add, into which XLA does not fuse: it would write a loss's softmax in float32
+# and read it again. That of the sum is elementwise.
 @_entry.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (x, index), (dx, _) = primals, tangents

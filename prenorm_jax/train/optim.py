@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
@@ -17,15 +16,13 @@ from prenorm_jax.models.stacking import STACKED
 
 def make_schedule(config: ConfigDict) -> Callable[[Any], jax.Array]:
     """Updates made so far -> learning rate: linear warm-up to the peak, then a cosine that ends at `config.steps`."""
-    peak, final = config.optimizer.learning_rate, config.optimizer.final_learning_rate
-    warmup = config.optimizer.warmup_steps
-
-    def schedule(step: Any) -> jax.Array:
-        progress = jnp.clip((step - warmup) / max(config.steps - warmup, 1), 0, 1)
-        cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return peak * cosine * jnp.minimum(1, (step + 1) / max(warmup, 1))
-
-    return schedule
+    o = config.optimizer
+    warmup = o.warmup_steps
+    cosine = optax.cosine_decay_schedule(o.learning_rate, max(config.steps - warmup, 1), alpha=o.final_learning_rate)
+    if warmup < 2:  # the first step has the peak already
+        return optax.join_schedules([optax.constant_schedule(o.learning_rate), cosine], [warmup])
+    linear = optax.linear_schedule(o.learning_rate / warmup, o.learning_rate, warmup - 1)
+    return optax.join_schedules([linear, cosine], [warmup])
 
 
 def _is_matrix(params: Any) -> Any:

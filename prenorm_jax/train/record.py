@@ -12,7 +12,7 @@ import jax
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import read_json, write_json
-from prenorm_jax.train.step import RunModels
+from prenorm_jax.train.run import Run
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
@@ -39,10 +39,10 @@ class RunRecord:
         """Where the training in this folder began: 0, or the step of a converted checkpoint."""
         return self._values["sessions"][0]["step"]
 
-    def start(self, models: RunModels, step: int, counts: dict[str, int]) -> None:
+    def start(self, run: Run, step: int, counts: dict[str, int]) -> None:
         """Adds a start at `step`; says so if the norm is another than before."""
         sessions = self._values.get("sessions", [])
-        norm = models.computed.norm
+        norm = run.computed.norm
         if sessions and sessions[-1]["norm"] != norm:
             say(f"the norm is switched from {sessions[-1]['norm']} to {norm} after step {step}")
         made_with = {"device": device_name(), "versions": {name: version(name) for name in LIBRARIES}}

@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
@@ -18,18 +16,12 @@ from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.train.arrays import put_everywhere
 from prenorm_jax.train.checkpoint import Checkpoints, Damaged
 from prenorm_jax.train.optim import make_optimizer
-from prenorm_jax.train.sharding import lay_out, params_sharding, tree_sharding
-from prenorm_jax.train.step import RunModels, TrainState, init_state, run_models, state_sharding
+from prenorm_jax.train.run import Run
+from prenorm_jax.train.sharding import params_sharding, to_formats, tree_sharding
+from prenorm_jax.train.step import TrainState, init_state, state_sharding
 
 
-def start_state(
-    config: ConfigDict,
-    models: RunModels,
-    checkpoints: Checkpoints,
-    data: Data,
-    mesh: Mesh,
-    given: Any = None,
-) -> TrainState:
+def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = None) -> TrainState:
     """The state of the last checkpoint that can be read; only if there is none at all, step 0.
 
     Checkpoints that cannot be read are moved aside, unless no other is left: then PrenormError, and nothing changes.
@@ -39,7 +31,7 @@ def start_state(
     damaged: dict[int, str] = {}
     for step in reversed(checkpoints.steps()):
         try:
-            state = _load(step, config, models, checkpoints, data, mesh)
+            state = _load(run, step, checkpoints, data)
         except Damaged as error:
             damaged[step] = str(error)
             continue
@@ -54,15 +46,13 @@ def start_state(
             f"no checkpoint in {checkpoints.directory} can be read: {'; '.join(damaged.values())}; nothing changed: "
             "restore them from a copy, or start anew in another workdir"
         )
-    sharding = state_sharding(config, models, mesh)
+    formats = state_sharding(run)
     if given is None:
-        return jax.jit(lambda: init_state(config, models), out_shardings=sharding)()
-    return _fresh(0, config, put_everywhere(given, sharding.params), sharding)
+        return jax.jit(lambda: init_state(run), out_shardings=formats)()
+    return _fresh(run, 0, put_everywhere(given, formats.params), formats)
 
 
-def _load(
-    step: int, config: ConfigDict, models: RunModels, checkpoints: Checkpoints, data: Data, mesh: Mesh
-) -> TrainState:
+def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainState:
     metadata = checkpoints.metadata(step)
     place = checkpoints.directory / str(step)
     if metadata["data"] not in (None, data.digest):
@@ -71,39 +61,39 @@ def _load(
             f"restore them, or start one in another workdir with --config.init_from={checkpoints.directory.parent}"
         )
     model = checkpoints.model(step)
-    if differences := model_differences(models.trained, model, ignored=EXECUTION):
+    if differences := model_differences(run.trained, model, ignored=EXECUTION):
         raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
-    sharding = state_sharding(config, models, mesh)
-    _, params = checkpoints.params(step, params_sharding(model, mesh))
-    stored_config = config.copy_and_resolve_references()
+    formats = state_sharding(run)
+    _, params = checkpoints.params(step, params_sharding(model, run.mesh))
+    stored_config = run.config.copy_and_resolve_references()
     stored_config.model.scan = model.scan
-    abstract = jax.eval_shape(lambda: init_state(stored_config, run_models(stored_config)).opt_state)
-    opt_state = checkpoints.optimizer(step, abstract, tree_sharding(abstract, model, mesh))
-    if model.scan != models.trained.scan:
-        restack = stack_blocks if models.trained.scan else unstack_blocks
-        params = jax.jit(restack, out_shardings=sharding.params)(params)
+    abstract = jax.eval_shape(lambda: init_state(Run.create(stored_config)).opt_state)
+    opt_state = checkpoints.optimizer(step, abstract, tree_sharding(abstract, model, run.mesh))
+    if model.scan != run.trained.scan:
+        restack = stack_blocks if run.trained.scan else unstack_blocks
+        params = jax.jit(restack, out_shardings=formats.params)(params)
         if opt_state is not None:
-            opt_state = jax.jit(restack, out_shardings=sharding.opt_state)(opt_state)
+            opt_state = jax.jit(restack, out_shardings=formats.opt_state)(opt_state)
     if opt_state is None:
         say("this checkpoint was converted and carries no optimizer state: its moments start anew")
-        return _fresh(step, config, params, sharding)
+        return _fresh(run, step, params, formats)
     counts = np.int32(step), np.int32(metadata["nonfinite"])
-    counts = put_everywhere(counts, (sharding.step, sharding.nonfinite))
-    return lay_out(TrainState(*counts, params, opt_state), sharding)
+    counts = put_everywhere(counts, (formats.step, formats.nonfinite))
+    return to_formats(TrainState(*counts, params, opt_state), formats)
 
 
-def _fresh(step: int, config: ConfigDict, params: Any, sharding: TrainState) -> TrainState:
+def _fresh(run: Run, step: int, params: Any, formats: TrainState) -> TrainState:
     """The state at `step` with these parameters and a new optimizer."""
-    params = lay_out(params, sharding.params)
-    opt_state = jax.jit(make_optimizer(config).init, out_shardings=sharding.opt_state)(params)
-    counts = put_everywhere((np.int32(step), np.int32(0)), (sharding.step, sharding.nonfinite))
+    params = to_formats(params, formats.params)
+    opt_state = jax.jit(make_optimizer(run.config).init, out_shardings=formats.opt_state)(params)
+    counts = put_everywhere((np.int32(step), np.int32(0)), (formats.step, formats.nonfinite))
     return TrainState(*counts, params, opt_state)
 
 
-def load_init_from(config: ConfigDict, models: RunModels) -> Any:
+def load_init_from(run: Run) -> Any:
     """The parameters of the last checkpoint of `config.init_from`, whatever its norm, as those of the trained model."""
-    with Checkpoints(config.init_from, read_only=True) as source:
+    with Checkpoints(run.config.init_from, read_only=True) as source:
         step = source.resolve(None)
         model, params = source.params(step)
-    say(f"parameters from {config.init_from} at step {step} ({model.norm})")
-    return fit_params(params, model, models.trained)
+    say(f"parameters from {run.config.init_from} at step {step} ({model.norm})")
+    return fit_params(params, model, run.trained)

@@ -1,12 +1,6 @@
-"""Where arrays live: a mesh of devices with the axes data, fsdp and tensor, and one table from logical axes to them.
+"""Where arrays lie: the mesh, and the shardings and formats of parameters, states and batches on it.
 
-    data    splits the batch; every group of devices along the other axes holds all parameters
-    fsdp    splits the batch too, and the stored parameters and optimizer state, which are gathered layer by layer where
-            they are used (ZeRO stage 3, arXiv 1910.02054)
-    tensor  splits heads, MLP and vocabulary, in storage and in computation (arXiv 1909.08053)
-
-The stream axis of a parameter or an activation is never split: under crmsnorm it has d-1 entries, which nothing
-divides, and a norm needs all of them. So both fsdp and tensor split the other axis of a matrix.
+Which mesh axes split which logical axis is in `models/placement.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +17,10 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError, check_range
 from prenorm_jax.base.processes import check_joined
-from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.abstract import abstract_params, param_shapes
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.models.placement import _SPLIT_BY, MESH_AXES, _in_order, axes_spec
+from prenorm_jax.models.placement import MESH_AXES, SPLIT_BY, constrain_row_major, partition_spec
+from prenorm_jax.models.platform import PLATFORMS, Platform
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -59,16 +54,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(_SPLIT_BY["batch"][0]))
+    return NamedSharding(mesh, PartitionSpec(SPLIT_BY["batch"][0]))
 
 
 def params_sharding(config: ModelConfig, mesh: Mesh) -> Any:
     """The tree of shardings in which the parameters of a model are stored."""
     return unflatten_dict(
         {
-            path: NamedSharding(mesh, axes_spec(leaf.names, leaf.value.shape, mesh, stored=True))
+            path: NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh, stored=True))
             for path, leaf in abstract_params(config).items()
         }
     )
@@ -90,12 +85,12 @@ def tree_sharding(tree: Any, config: ModelConfig, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def row_major(shardings: Any, tree: Any) -> Any:
-    """The same shardings, and with them the layout of arrays whose last axis is whole: their axes in order.
+def row_major_formats(shardings: Any, tree: Any) -> Any:
+    """The same shardings, with the row-major layout for arrays whose last axis is not sharded.
 
-    TPUs would store a table whose rows just exceed a tile, such as (vocabulary, d+1) under crmsnorm, the other way
-    round, and copy it at each step: parameters, both moments, in and out. (Where the last axis is split, a row may be
-    much less than a tile: there they choose.)
+    XLA:TPU would store a table whose rows just exceed a tile, such as (vocabulary, d+1) under crmsnorm, column by
+    column, and copy it at each step: parameters, both moments, in and out. (Where the last axis is sharded a row may be
+    much less than a tile: there the compiler chooses.)
     """
 
     def place(sharding: NamedSharding, leaf: Any) -> Format | NamedSharding:
@@ -105,23 +100,18 @@ def row_major(shardings: Any, tree: Any) -> Any:
     return jax.tree.map(place, shardings, tree)
 
 
-def params_format(config: ModelConfig, mesh: Mesh) -> Any:
-    """`params_sharding` with the layout in which programs take the parameters of a model."""
-    shapes = unflatten_dict({path: leaf.value for path, leaf in abstract_params(config).items()})
-    return row_major(params_sharding(config, mesh), shapes)
+def params_formats(config: ModelConfig, mesh: Mesh) -> Any:
+    """`params_sharding` with the layouts in which programs take the parameters of a model."""
+    return row_major_formats(params_sharding(config, mesh), unflatten_dict(param_shapes(config)))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What XLA is to do otherwise than by default for the devices of the mesh.
-
-    TPUs would have the largest parameter, such as a table of embeddings, fetched into their fast memory before a
-    program starts, and keep it there to its end: the blocks in between have no room then.
-    """
-    return {"xla_max_cross_program_prefetches": 0} if mesh.devices.flat[0].platform == "tpu" else None
+    """What XLA is to do otherwise than by default for the devices of the mesh."""
+    return PLATFORMS.get(mesh.devices.flat[0].platform, Platform()).compiler_options
 
 
-def lay_out(tree: Any, formats: Any) -> Any:
-    """The tree, of arrays that are split as `formats` say, with those copied whose axes lie in another order."""
+def to_formats(tree: Any, formats: Any) -> Any:
+    """The tree, whose arrays have the formats' shardings, with those copied that have another layout."""
 
     def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
         if not isinstance(format, Format) or leaf.format.layout.major_to_minor == format.layout.major_to_minor:
@@ -131,11 +121,11 @@ def lay_out(tree: Any, formats: Any) -> Any:
     return jax.tree.map(place, tree, formats)
 
 
-def constrain_layout(tree: Any, formats: Any) -> Any:
-    """The tree, which is traced; on TPUs those of its arrays that have a `Format` lie with their axes in order."""
+def constrain_formats(tree: Any, formats: Any) -> Any:
+    """The tree, which is traced, in the layouts of the formats, on platforms that are told so."""
 
     def place(leaf: jax.Array, format: Format | NamedSharding) -> jax.Array:
-        return _in_order(leaf, format.sharding) if isinstance(format, Format) else leaf
+        return constrain_row_major(leaf, format.sharding) if isinstance(format, Format) else leaf
 
     return jax.tree.map(place, tree, formats)
 
@@ -151,7 +141,7 @@ def check_sharding(config: ModelConfig, mesh: Mesh, largest: int) -> None:
     unsplit = []
     for path, leaf in abstract_params(config).items():
         held = math.prod(shardings[path].shard_shape(leaf.value.shape))
-        axes = {axis for name in leaf.names for axes in _SPLIT_BY.get(name, ()) for axis in axes}
+        axes = {axis for name in leaf.names for axes in SPLIT_BY.get(name, ()) for axis in axes}
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if held > largest and (held == leaf.value.size or held * parts > leaf.value.size):
             unsplit.append(f"{held:,} numbers of {'/'.join(path)} {leaf.value.shape}")

@@ -9,72 +9,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.config import PARAMETERIZATIONS
-from prenorm_jax.data.augment import Examples, make_examples
-from prenorm_jax.equivalence.convert import convert_config, convert_params
-from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.data.augment import Examples
+from prenorm_jax.data.kinds import Batch
+from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.placement import computing_on, constrain
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.models.stacking import stack_blocks
 from prenorm_jax.train.loss import binary_cross_entropy, cross_entropy, rank_of_label
 from prenorm_jax.train.optim import make_optimizer, make_schedule
+from prenorm_jax.train.run import H_SCOPE, Params, Run
 from prenorm_jax.train.sharding import (
     check_sharding,
     compiler_options,
-    constrain_layout,
-    params_format,
+    constrain_formats,
     replicated,
-    row_major,
-    split_batch,
+    row_major_formats,
     tree_sharding,
 )
 
-H_SCOPE, OPTIMIZER_SCOPE = "conversion_h", "optimizer"  # as they are called in profiles
-
-
-Params = dict[str, Any]
-
-
-# tokens: (B, T+1) int32; weights: (B, T) float32, of the predictions of tokens[:, 1:]. Or images: (B, H, W, C) uint8;
-# labels: (B,) int32; weights: (B,) float32.
-Batch = dict[str, jax.Array]
-
-
-class RunModels(NamedTuple):
-    """The model whose parameters are trained (and stored), and the one that is computed. Often the same."""
-
-    trained: ModelConfig
-    computed: ModelConfig
-
-
-def run_models(config: ConfigDict) -> RunModels:
-    """What `config.model` and `config.parameterization` mean for a run. Raises PrenormError."""
-    if config.parameterization not in PARAMETERIZATIONS:
-        raise PrenormError(f"parameterization={config.parameterization!r} is not one of {', '.join(PARAMETERIZATIONS)}")
-    requested = ModelConfig.create(config.model)
-    pre_ln = dataclasses.replace(requested, norm="layernorm")
-    if requested.norm == "layernorm":
-        return RunModels(pre_ln, pre_ln)
-    variant = convert_config(pre_ln, requested.norm)
-    return RunModels(pre_ln if config.parameterization == "pre_ln" else variant, variant)
-
-
-def computed_params(params: Params, models: RunModels) -> Params:
-    """φ from the trained parameters: h(θ), or θ itself. Differentiable."""
-    if models.trained == models.computed:
-        return params
-    with jax.named_scope(H_SCOPE):
-        return convert_params(params, models.trained, models.computed.norm)
+OPTIMIZER_SCOPE = "optimizer"  # as it is called in profiles
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -90,27 +51,27 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
 
 
-def init_params(config: ConfigDict, models: RunModels) -> Params:
+def init_params(run: Run) -> Params:
     """The trained parameters at step 0: the Pre-LN initialisation of the seed, converted if a variant is trained."""
-    pre_ln = dataclasses.replace(ModelConfig.create(config.model), norm="layernorm")
-    model = build_model(dataclasses.replace(pre_ln, scan=False))  # so that both layouts begin with the same numbers
-    params = model.init(_keys(config)[0], model.example())["params"]
+    pre_ln = dataclasses.replace(model_config(run.config.model), norm="layernorm")
+    model = build_model(dataclasses.replace(pre_ln, scan=False))  # so that stacked blocks begin with the same numbers
+    params = model.init(_keys(run.config)[0], model.example())["params"]
     params = stack_blocks(params) if pre_ln.scan else params
-    return params if models.trained.norm == "layernorm" else convert_params(params, pre_ln, models.trained.norm)
+    return params if run.trained.norm == "layernorm" else convert_params(params, pre_ln, run.trained.norm)
 
 
-def init_state(config: ConfigDict, models: RunModels) -> TrainState:
-    """The state at step 0. Traceable: `jax.eval_shape(lambda: init_state(...))` makes no array."""
-    params = init_params(config, models)
+def init_state(run: Run) -> TrainState:
+    """The state at step 0. Traceable: `jax.eval_shape(lambda: init_state(run))` makes no array."""
+    params = init_params(run)
     step, nonfinite = (jnp.zeros((), jnp.int32) for _ in range(2))  # two buffers: the training step donates each
-    return TrainState(step, nonfinite, params, make_optimizer(config).init(params))
+    return TrainState(step, nonfinite, params, make_optimizer(run.config).init(params))
 
 
-def state_sharding(config: ConfigDict, models: RunModels, mesh: Mesh) -> TrainState:
-    """The tree of shardings in which the state is stored. Raises PrenormError: see `check_sharding`."""
-    check_sharding(models.trained, mesh, config.mesh.largest_replicated)
-    state = jax.eval_shape(lambda: init_state(config, models))
-    return row_major(tree_sharding(state, models.trained, mesh), state)
+def state_sharding(run: Run) -> TrainState:
+    """The tree of formats in which the state is stored. Raises PrenormError: see `check_sharding`."""
+    check_sharding(run.trained, run.mesh, run.config.mesh.largest_replicated)
+    state = jax.eval_shape(lambda: init_state(run))
+    return row_major_formats(tree_sharding(state, run.trained, run.mesh), state)
 
 
 def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
@@ -118,28 +79,26 @@ def _keys(config: ConfigDict) -> tuple[jax.Array, jax.Array]:
     return init_key, step_key
 
 
-def make_gradients(
-    config: ConfigDict, models: RunModels, mesh: Mesh | None = None
-) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Params]]:
+def make_gradients(run: Run) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Params]]:
     """(trained params, batch, step) -> mean loss over the batch's weights, in nats, and its gradient.
 
     Dropout and augmentation are on. The conversion h and its derivative are computed once, whatever
     `config.accumulate`: in that many pieces, one after the other, the sum over examples is computed, and divided by the
     whole batch's weight at the end.
     """
-    model = build_model(models.computed)
+    config, model = run.config, build_model(run.computed)
     criterion = binary_cross_entropy if config.get("loss") == "sigmoid" else cross_entropy
 
     def gradients(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
         dropout_key = jax.random.fold_in(_keys(config)[1], step)
-        examples = make_examples(config, batch, key=jax.random.fold_in(dropout_key, 0))
+        examples = run.kind.examples(config, batch, key=jax.random.fold_in(dropout_key, 0))
         weight = examples.weights.sum()
 
         def loss(computed: Params, piece: Examples, key: jax.Array) -> jax.Array:
             logits = model.apply({"params": computed}, piece.inputs, train=True, rngs={"dropout": key})
             return (criterion(logits, piece.targets) * piece.weights).sum() / weight
 
-        computed, pull_back = jax.vjp(lambda params: computed_params(params, models), params)
+        computed, pull_back = jax.vjp(run.computed_params, params)
         if config.accumulate == 1:
             value, grads = jax.value_and_grad(loss)(computed, examples, dropout_key)
         else:
@@ -147,13 +106,13 @@ def make_gradients(
         with jax.named_scope(H_SCOPE):
             return value, pull_back(grads)[0]
 
-    return computing_on(mesh)(gradients)
+    return computing_on(run.mesh)(gradients)
 
 
 def _accumulated(
     value_and_grad: Callable[..., Any], pieces: int, computed: Params, examples: Examples, key: jax.Array
 ) -> tuple[jax.Array, Params]:
-    """The sum over `pieces` pieces of the examples, each of which every device has its share of."""
+    """The sum over `pieces` pieces of the examples. Each is split over the devices as the whole batch is."""
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
@@ -170,23 +129,21 @@ def _accumulated(
     return jax.lax.scan(add, zero, (split_examples, keys))[0]
 
 
-def make_train_step(
-    config: ConfigDict, models: RunModels, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step: (state, batch) -> (state, {loss, grad_norm, param_norm, learning_rate}). It donates the state.
 
     `param_norm` is that of the new parameters. A step for which one of the three is not finite leaves parameters and
     optimizer as they are. With `config.on_nonfinite` "stop" so do all steps after it, `step` included: the host, which
     learns of it some steps late, then still finds the last good state.
     """
-    gradients = make_gradients(config, models, mesh)
-    stop = config.on_nonfinite == "stop"
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    gradients, stored = make_gradients(run), state_sharding(run)
+    stop = run.config.on_nonfinite == "stop"
+    optimizer, schedule = make_optimizer(run.config), make_schedule(run.config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         value, grads = gradients(state.params, batch, state.step)
-        with computing_on(mesh):
-            grads = constrain_layout(grads, stored.params)  # else the compiler may copy the state, to lie as they do
+        with computing_on(run.mesh):  # the state's formats, or the compiler may copy the state into the gradients'
+            grads = constrain_formats(grads, stored.params)
         rate = schedule(state.step)
         with jax.named_scope(OPTIMIZER_SCOPE):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -202,31 +159,27 @@ def make_train_step(
         step = state.step + (good if stop else 1)
         return TrainState(step, state.nonfinite + ~finite, params, opt_state), metrics | {"learning_rate": rate}
 
-    stored = state_sharding(config, models, mesh)
-    shardings = {"in_shardings": (stored, split_batch(mesh)), "out_shardings": (stored, replicated(mesh))}
-    return jax.jit(train_step, **shardings, donate_argnums=0, compiler_options=compiler_options(mesh))
+    shardings = {"in_shardings": (stored, run.batch_sharding), "out_shardings": (stored, replicated(run.mesh))}
+    return jax.jit(train_step, **shardings, donate_argnums=0, compiler_options=compiler_options(run.mesh))
 
 
-def make_eval_step(
-    config: ConfigDict, model_config: ModelConfig, mesh: Mesh
-) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+def make_eval_step(run: Run) -> Callable[[Params, Batch], dict[str, jax.Array]]:
     """The jitted evaluation step: (computed params, batch) -> sums over the batch.
 
-    They are of weight and nats (weight × loss) and, for images, of top1 and top5 (weight where the label is the first,
-    or among the first five).
+    They are of weight and nats (weight × loss) and, for each k of the kind of data's `top`, of topk: the weight where
+    the label is among the first k.
     """
-    model = build_model(model_config)
+    model = build_model(run.computed)
 
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        inputs, targets, weights = make_examples(config, batch)
-        with computing_on(mesh):
+        inputs, targets, weights = run.kind.examples(run.config, batch)
+        with computing_on(run.mesh):
             logits = model.apply({"params": params}, inputs)
             sums = {"weight": weights.sum(), "nats": (cross_entropy(logits, targets) * weights).sum()}
-            if model_config.family == "vit":
+            if run.kind.top:
                 rank = rank_of_label(logits, targets)
-                sums |= {f"top{k}": ((rank < k) * weights).sum() for k in (1, 5)}
+                sums |= {f"top{k}": ((rank < k) * weights).sum() for k in run.kind.top}
         return sums
 
-    shardings = (params_format(model_config, mesh), split_batch(mesh))
-    options = compiler_options(mesh)
-    return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(mesh), compiler_options=options)
+    shardings = {"in_shardings": (run.computed_formats, run.batch_sharding), "out_shardings": replicated(run.mesh)}
+    return jax.jit(eval_step, **shardings, compiler_options=compiler_options(run.mesh))

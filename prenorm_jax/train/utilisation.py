@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-from ml_collections import ConfigDict
-
-from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops
+from prenorm_jax.models.registry import model_config
+from prenorm_jax.train.run import Run
 
 # Dense peak TFLOP/s of one JAX device, by `device_kind` and the dtype of the computation; a kind that is not here is
 # not guessed. NVIDIA's data sheets give the products of sparse matrices, twice these. float32 is what JAX multiplies
@@ -25,8 +23,6 @@ _TPU = {
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 918.0),
     **dict.fromkeys(("TPU7x",), 2307.0 / 2),
 }
-
-
 _GPU = {
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), 312.0),
     **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312.0),
@@ -35,8 +31,6 @@ _GPU = {
     **dict.fromkeys(("NVIDIA H100 PCIe",), 756.0),
     **dict.fromkeys(("NVIDIA B200",), 2250.0),
 }
-
-
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     kind: {"bfloat16": peak, "float32": peak} for kind, peak in _TPU.items()
 } | {kind: {"bfloat16": peak, "float16": peak, "float32": peak / 2} for kind, peak in _GPU.items()}
@@ -76,11 +70,11 @@ class Utilisation:
     causal: bool
 
     @staticmethod
-    def of(config: ConfigDict, devices: int) -> Utilisation:
-        """For a run with this configuration on so many of JAX's devices."""
-        model = ModelConfig.create(config.model)
-        flops = model_flops(model, config.batch_size, config.data.get("seq_len", 0), training=True)
-        return Utilisation(flops, devices, jax.devices()[0].device_kind, model.dtype, model.causal)
+    def of(run: Run) -> Utilisation:
+        """For a run on its mesh."""
+        model, mesh = model_config(run.config.model), run.mesh
+        flops = model_flops(model, run.config.batch_size, run.kind.length(run.config), training=True)
+        return Utilisation(flops, mesh.size, mesh.devices.flat[0].device_kind, model.dtype, model.causal)
 
     def rates(self, seconds: float) -> dict[str, float]:
         """{model_flops_per_s, mfu (where the peak is known)} for steps that take so many seconds each."""

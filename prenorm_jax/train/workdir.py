@@ -23,11 +23,12 @@ from prenorm_jax.base.allocator import keep_freed_memory
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import read_json, write_json
 from prenorm_jax.config import base_config
-from prenorm_jax.models.config import EXECUTION, ModelConfig
-from prenorm_jax.train.step import run_models
+from prenorm_jax.models.config import EXECUTION
+from prenorm_jax.models.registry import model_config
+from prenorm_jax.train.run import Run
 
 # What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the
-# data lie may change because their content may not: `resume._load` sees to that.
+# data lie may change because their content may not: `restore._load` sees to that.
 MAY_CHANGE = (
     "data.path",
     "data.eval_path",
@@ -70,7 +71,7 @@ def load_config(workdir: str | Path) -> ConfigDict:
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Writes config.json: what was asked for, the model's keys resolved; without `stop_at`, which is of one start."""
-    model = dataclasses.asdict(ModelConfig.create(config.model))
+    model = dataclasses.asdict(model_config(config.model))
     write_json(workdir / "config.json", config.to_dict() | {"model": model, "stop_at": None})
 
 
@@ -79,13 +80,13 @@ def literal_config(config: ConfigDict) -> ConfigDict:
 
     (A `pre_ln` run keeps the Pre-LN description, with the norm that is computed.)
     """
-    models = run_models(config)
-    model = dataclasses.asdict(models.trained) | {"norm": models.computed.norm}
+    run = Run.create(config)
+    model = dataclasses.asdict(run.trained) | {"norm": run.computed.norm}
     result = config.copy_and_resolve_references()  # a plain copy shares the keys that are None
     with result.unlocked():
         result.model = ConfigDict(model)
         result.stop_at = None  # of this start, not of the run
-        if models.computed.norm == "layernorm":  # the two parameterisations are one
+        if run.computed.norm == "layernorm":  # the two parameterisations are one
             result.parameterization = "pre_ln"
     return result
 

@@ -1,0 +1,59 @@
+"""What is refused before a run begins: a configuration that makes no sense, and a workdir that holds another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from prenorm_jax.base.console import say
+from prenorm_jax.base.errors import PrenormError, check_choice, check_range
+from prenorm_jax.config import data_kind
+from prenorm_jax.train.checkpoint import complete_steps
+from prenorm_jax.train.optim import make_optimizer
+from prenorm_jax.train.record import RunRecord
+from prenorm_jax.train.tracing import parse_steps
+from prenorm_jax.train.workdir import config_differences, literal_config, load_config
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises PrenormError naming the first key that is wrong. (`Run.create` checks the model, `Data` the data.)"""
+    for key in ("steps", "batch_size", "log_every", "keep_checkpoints", "grace_seconds", "stop_at"):
+        check_range(key, config[key], at_least=1)
+    for key in ("eval_every", "checkpoint_every"):
+        check_range(key, config[key], at_least=0)
+    check_range("seed", config.seed, at_least=0, below=2**32)
+    for key in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
+        check_range(f"optimizer.{key}", config.optimizer[key], at_least=0)
+    for key in ("b1", "b2"):
+        check_range(f"optimizer.{key}", config.optimizer[key], at_least=0, below=1)
+    data_kind(config).check(config)
+    parse_steps(config.profile, config.steps)
+    check_choice("on_nonfinite", config.on_nonfinite, ("stop", "skip"))
+    make_optimizer(config)
+
+
+def check_workdir(workdir: Path, config: ConfigDict, record: RunRecord) -> bool:
+    """Raises PrenormError unless `workdir` is new or holds this very run; whether it has no checkpoint yet."""
+    checkpoints = complete_steps(workdir / "checkpoints")
+    if workdir.exists() and not workdir.is_dir():
+        raise PrenormError(f"--workdir={workdir} is a file: name a folder")
+    if not (workdir / "config.json").exists():
+        if (workdir / "checkpoints").exists():
+            raise PrenormError(f"{workdir} holds checkpoints but no config.json: name another workdir")
+        return True
+    differences = config_differences(literal_config(load_config(workdir)), literal_config(config))
+    if differences:
+        raise PrenormError(
+            f"{workdir} holds a run with another config ({'; '.join(differences)}): name another workdir, or leave out "
+            "--config to go on with the one it holds"
+        )
+    if record.last_saved and not checkpoints:
+        raise PrenormError(
+            f"{workdir} was saved at step {record.last_saved}, but there is no checkpoint in it any more: restore its "
+            "folder checkpoints, or start anew in another workdir"
+        )
+    if record.last_saved > max(checkpoints, default=0):
+        last = max(checkpoints)
+        say(f"warning: {workdir} was saved at step {record.last_saved}, but its last checkpoint is of step {last}")
+    return not checkpoints
