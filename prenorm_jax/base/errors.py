@@ -13,7 +13,7 @@ class PrenormError(ValueError):
     """
 
     status = 2
-    shared = False  # whether all of many processes raise it: then the first alone prints it (`distributed.end`)
+    shared = False  # whether all of many processes raise it: then the first alone prints it (`console.end`)
 
 
 class SharedError(PrenormError):

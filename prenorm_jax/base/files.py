@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import tempfile
@@ -11,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.processes import is_first
 
@@ -47,26 +49,36 @@ def check_folder(folder: Path) -> None:
         raise PrenormError(f"cannot write into {folder} ({error.strerror}): choose another --out") from error
 
 
-@contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """While entered, no other process can enter it with this folder; one that dies lets go of it.
+def only_process(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """While entered, no other run can enter it with this folder.
 
-    Of many processes that train as one, the first stands for all. Raises PrenormError if another is there already.
+    Of many processes that train as one, the first stands for all. Raises PrenormError if another run is there already.
     """
-    if not is_first():
+    return locked(folder, "training in") if is_first() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """While entered, no other process can enter it with this folder; one that dies lets go of it (flock).
+
+    If another is there already, which is doing `what`, says so and waits, or raises PrenormError.
+    """
+    path = folder / "lock"
+    # Where there is no flock, an OSError: a marker file in its place would outlive a process that is killed.
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        owner = path.read_text().strip() or "another process"
+        if not wait:
+            raise PrenormError(f"{owner} is {what} {folder}: wait for it, stop it, or name another one") from error
+        say(f"waiting: {owner} is {what} {folder}")
+        lock.acquire()
+    try:
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
         yield
-        return
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise PrenormError(f"{owner} is training in {folder}: wait for it, stop it, or name another one") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Many processes that train as one: who they are, which rows of a batch each reads, and how they end.
+"""Many processes that train as one: who they are, how they meet, and what they tell each other.
 
 Each process drives its own devices and runs the same program; every array that lives longer than a line is a global
 one. The first process alone logs and writes, but for the checkpoints, in which all have their part. Asking which
@@ -10,18 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import xxhash
 
 from prenorm_jax.base.errors import PrenormError, SharedError, check_range, first_line
 
-if TYPE_CHECKING:
-    import numpy as np
-
-
-HEARTBEAT_SECONDS = 30  # without a sign of life from a process for so long, it is dead
-
+HEARTBEAT_SECONDS = 30  # after so long without a sign of life from one process JAX ends the others, with status 134
 
 _process, _processes = 0, 1
 
@@ -41,123 +41,99 @@ def initialize(
 ) -> None:
     """Joins the other processes. To be called before any device is touched.
 
-    Without arguments what SLURM, Open MPI or a Cloud TPU pod says is taken, as JAX understands it; where none says that
-    there are several processes, nothing is done.
-
-    Args:
-      coordinator: HOST:PORT of the process number 0, which all can reach.
-      processes: how many there are.
-      process: the number of this one, from 0.
-      timeout: seconds to wait for the others.
-
-    Raises:
-      PrenormError: some arguments are given without the others, they do not fit, a launcher is not understood, or
-        the others do not come.
+    `coordinator` is HOST:PORT of the process number 0, which all can reach, `process` the number of this one, from 0.
+    Without the three what SLURM, Open MPI or a Cloud TPU pod says is taken, as JAX understands it; where none says that
+    there are several processes, nothing is done. Raises PrenormError if some are given without the others or do not
+    fit, if a launcher is not understood, or if the others do not come within `timeout` seconds.
     """
     global _process, _processes
-    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    missing = [name for name, value in given.items() if value is None]
-    launcher = _launcher() if len(missing) == len(given) else ""
-    if launcher:
-        coordinator, processes, process = _settings_of(launcher, timeout)
-    elif len(missing) == len(given):
-        return
-    elif missing:
-        raise PrenormError(f"{' and '.join(missing)} missing: give --coordinator, --processes and --process, or none")
-    else:
-        if not re.fullmatch(r"([^\s:]+|\[[0-9a-fA-F:]+\]):\d{1,5}", coordinator):
-            raise PrenormError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:1234")
+    given = (coordinator, processes, process)
+    if None not in given:
+        _check_address(coordinator)
         check_range("--processes", processes, at_least=1)
         check_range("--process", process, at_least=0, below=processes)
-        if processes == 1:
-            return
-    _process, _processes = process, processes  # from here on ending is for many (`end`)
+        count, where = processes, coordinator
+    elif given == (None, None, None):
+        launcher, count = _launcher()
+        where = os.environ.get("JAX_COORDINATOR_ADDRESS", f"the first host that {launcher} names")
+    else:
+        raise PrenormError("--coordinator, --processes and --process go together: give all three, or none")
+    if count == 1:
+        return
+    _processes = count  # from here on one that ends does so at once (`end`)
+    print(f"waiting for {count} processes at {where}, for at most {timeout} s", file=sys.stderr, flush=True)
+    _set_stdout_apart()
+    try:
+        # In a thread: it waits in C++, which hears no Ctrl-C and, when its own time is up, aborts with a stack trace.
+        _process = ThreadPoolExecutor(1).submit(_join, given, 2 * timeout).result(timeout)
+    except Exception as error:  # of many kinds: whatever JAX stumbles over in what a launcher says, a port in use, ...
+        raise PrenormError(
+            f"{count} processes did not meet at {where} ({first_line(error)}): start all within {timeout} s, with a "
+            f"free port of the first one's host as --coordinator, --processes={count} and --process=0 to {count - 1}"
+        ) from error
+
+
+def _join(given: tuple[str | None, int | None, int | None], timeout: int) -> int:
+    """Joins the others, as `initialize` is told; the number of this process."""
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for signals.py
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for `StopSignals`
+    jax.distributed.initialize(
+        *given,
+        # What a launcher says is JAX's to read; it also says which devices are ours.
+        cluster_detection_method="deactivate" if given[0] else None,
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
+    )
+    return jax.process_index()
+
+
+def _check_address(coordinator: str) -> None:
+    match = re.fullmatch(r"([^\s:]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", coordinator)
+    if not match or not 0 < int(match[2]) < 2**16:
+        raise PrenormError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:1234")
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            cluster_detection_method=None if launcher else "deactivate",  # it also says which devices are ours
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=2 * HEARTBEAT_SECONDS,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        why = f" ({first_line(error)})"
-        where = f"{launcher}'s first process at {coordinator}" if launcher else f"--coordinator={coordinator}"
-        whom = "the other processes did not come" if process == 0 else "it cannot be reached"
-        which = f"all {processes} processes" if launcher else f"--process=0 to --process={processes - 1}"
-        raise PrenormError(
-            f"{where}: {whom}{why}; start {which} within {timeout} s of each other, with the same free port of a host "
-            "that all can reach" + (": JAX_COORDINATOR_PORT sets the port" if launcher else "")
-        ) from error
-    _set_stdout_apart()
-    _process, _processes = jax.process_index(), jax.process_count()
+        socket.getaddrinfo(match[1].strip("[]"), None)
+    except (OSError, UnicodeError) as error:
+        raise PrenormError(f"--coordinator={coordinator}: no such host ({first_line(error)})") from error
+
+
+def _launcher() -> tuple[str, int]:
+    """Who started several processes, and how many, by the variables that it documents; ("", 1) if none did."""
+    told = os.environ.get
+    tpu_hosts = told("TPU_PROCESS_ADDRESSES") or told("TPU_WORKER_HOSTNAMES") or ""
+    counts = {
+        # In a batch script, outside srun, SLURM_NTASKS is set too, but there is one process.
+        "SLURM": told("SLURM_NTASKS") if told("SLURM_STEP_NODELIST") else 1,
+        "Open MPI": told("OMPI_COMM_WORLD_SIZE"),
+        "the Cloud TPU pod": len(tpu_hosts.split(",")) * int(told("MEGASCALE_NUM_SLICES") or 1),
+    }
+    return next(((name, int(count)) for name, count in counts.items() if int(count or 1) > 1), ("", 1))
 
 
 def _set_stdout_apart() -> None:
     """Leaves stdout to Python: gloo, which is C++, announces there how many it is connected to, each time."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-
-
-def _launcher() -> str:
-    """Which launcher says that it started several processes; "" if none does."""
-    environment = os.environ
-    # In a batch script, outside srun, SLURM_NTASKS is set too, but there is one process.
-    if _number("SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
-        return "SLURM"
-    if _number("OMPI_COMM_WORLD_SIZE") > 1:
-        return "Open MPI"
-    from jax._src.clusters import GceTpuCluster, GkeTpuCluster
-
-    for cluster in (GkeTpuCluster, GceTpuCluster):  # the second asks the network, but only where there are TPUs
-        with contextlib.suppress(Exception):  # no such server: `check_joined` sees if this is a pod all the same
-            if cluster.is_env_present() and cluster.get_process_count() > 1:
-                return "Cloud TPU"
-    return ""
-
-
-def _number(name: str) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdigit() else 0
-
-
-def _settings_of(launcher: str, timeout: int) -> tuple[str, int, int]:
-    """The coordinator, the number of processes and that of this one, as JAX reads them. Raises PrenormError."""
-    from jax._src.clusters import ClusterEnv
-
-    coordinator, why = os.environ.get("JAX_COORDINATOR_ADDRESS"), ""
-    try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(coordinator, None, None, None, None, timeout)[:3]
-    except Exception as error:  # whatever it stumbles over in what the launcher says
-        found, why = (None,), f" ({type(error).__name__}: {first_line(error)})"
-    if None in found:
-        raise PrenormError(
-            f"{launcher} started several processes, but its settings are not understood{why}: "
-            "give --coordinator, --processes and --process"
-        )
-    return found
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def check_joined() -> None:
-    """Raises PrenormError if JAX sees other processes than `initialize` joined. Touches the devices."""
+    """Raises PrenormError if JAX sees other processes than this one was told of. Touches the devices."""
     import jax
 
-    if jax.process_count() != _processes:
+    if (found := jax.process_count()) != _processes:
         raise PrenormError(
-            f"the devices here are part of a machine of {jax.process_count()} processes, which no launcher told of: "
-            "give --coordinator, --processes and --process"
+            f"the devices here are part of a machine of {found} processes, and this one was told of {_processes}: give "
+            "all the same --coordinator and --processes, and each its --process"
         )
 
 
 def gather(value: np.ndarray) -> np.ndarray:
     """The values of all processes, stacked: (processes, ...). Waits for all of them."""
+    if _processes == 1:
+        return np.asarray(value)[None]
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(value)
@@ -165,38 +141,17 @@ def gather(value: np.ndarray) -> np.ndarray:
 
 def of_first(value: bool) -> bool:
     """What the first process says, for all. Waits for all of them."""
-    if _processes == 1:
-        return value
-    import numpy as np
-
     return bool(gather(np.bool_(value))[0])
 
 
 def first_said(text: str) -> str:
     """The text of the first process that has one, cut to 1,000 bytes; "" if none has. Waits for all processes."""
-    if _processes == 1:
-        return text
-    import numpy as np
-
     texts = gather(np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8))
     said = (row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in texts)
     return next(filter(None, said), "")
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here."""
-    if _processes > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
-
-
 def _all_equal(text: str) -> bool:
-    if _processes == 1:
-        return True
-    import numpy as np
-    import xxhash
-
     digest = np.frombuffer(xxhash.xxh3_128(text.encode()).digest(), np.uint8)
     return bool((gather(digest) == digest).all())
 
@@ -210,28 +165,29 @@ def check_same(what: str, value: Any) -> None:
         )
 
 
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here."""
+    check_same("what they wait for", what)
+
+
 @contextlib.contextmanager
 def refused_alike() -> Iterator[None]:
     """What is refused in it (PrenormError) is refused by all processes, mostly in the same words: then one says it."""
-    error = None
     try:
         yield
-    except PrenormError as refused:
-        error = refused
-    shared = _all_equal(str(error))
-    if error is not None:
-        error.shared = shared
-        raise error
-    if not shared:
+    except PrenormError as error:
+        error.shared = _all_equal(str(error))
+        raise
+    if not _all_equal(""):
         raise PrenormError("another process refused to start and says why")
 
 
-# What XLA, gloo, NCCL and the coordination service, all C++, say of a process that is gone.
+# What XLA, gloo, NCCL and the coordination service, all C++, say of a process that is gone: a status, and why.
 _LOST = re.compile(
-    r"\bgloo\b|\bcoordination (service|agent)\b|\b(barrier|heartbeat)|^(UNAVAILABLE|DEADLINE_EXCEEDED)\b"
-    r"|\bconnection (closed|reset|refused)\b|\bsocket closed\b"
-    r"|\bnccl.*\b(remote|network|system error|timeout|aborted)\b",
-    re.IGNORECASE | re.DOTALL,
+    r"(?!RESOURCE_EXHAUSTED|(?i:.*out of memory))(UNAVAILABLE|DEADLINE_EXCEEDED|[A-Z_]{5,}: (?i:.*("
+    r"\bgloo\b|\bcoordination (service|agent)\b|\b(barrier|heartbeat)|\bconnection (closed|reset|refused)\b"
+    r"|\bsocket closed\b|\bnccl.*\b(remote|network|system error|timeout|aborted)\b)))",
+    re.DOTALL,
 )
 
 
@@ -239,12 +195,5 @@ def lost_process(error: BaseException | None) -> bool:
     """Whether this, or what it was raised from, is an error of JAX's runtime that says that another process is gone."""
     if _processes == 1 or error is None:
         return False
-    import jax
-
-    said = str(error)
-    # Some of the runtime's errors come as ValueError: as a status, such as "UNKNOWN: ...".
-    of_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (
-        isinstance(error, RuntimeError | ValueError) and re.match(r"[A-Z_]{5,}: ", said)
-    )
-    full = re.search(r"RESOURCE_EXHAUSTED|out of memory", said, re.IGNORECASE)
-    return bool(of_runtime and not full and _LOST.search(said)) or lost_process(error.__cause__)
+    of_runtime = isinstance(error, RuntimeError | ValueError)  # a JaxRuntimeError is one of the first
+    return bool(of_runtime and _LOST.match(str(error))) or lost_process(error.__cause__)

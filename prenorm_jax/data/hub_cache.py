@@ -7,7 +7,6 @@ if any were to be; about.json, written last, which says what they are and so tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError, check_range
-from prenorm_jax.base.files import write_whole
+from prenorm_jax.base.files import locked, write_whole
 from prenorm_jax.data.documents import check_holdout, holdout_score, stream_hub
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def stream_corpus(config: ConfigDict, tokenizer: TextTokenizer, hold_out: bool) 
     folder = _cache(config) / f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(asked).encode())}"
     if (about := _about(folder, asked)) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with locked(folder, "filling", wait=True):
             if (about := _about(folder, asked)) is None:  # another process may have just done it
                 about = _write(folder, asked, config, tokenizer)
     if (found := about["train"]["tokens"] - 1) < config.stream_tokens:
@@ -98,18 +97,6 @@ def _about(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def _map(path: Path, about: dict[str, Any], dtype: str) -> Split:
     return Split(np.memmap(path, dtype, "r"), about["documents"], about["bytes"])
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While entered, other processes that enter it with this folder wait."""
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that fills {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write(folder: Path, asked: dict[str, Any], config: ConfigDict, tokenizer: TextTokenizer) -> dict[str, Any]:

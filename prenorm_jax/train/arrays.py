@@ -23,6 +23,7 @@ def global_batch(local: dict[str, np.ndarray], sharding: Sharding, batch_size: i
     """The global arrays, (batch_size, ...), of which this process has the rows `local_rows`: (rows, ...) each."""
     import jax
 
+    # Not make_array_from_process_local_data: of rows that lie apart it takes those of the devices alone, packed.
     first = local_rows(sharding, batch_size).start
 
     def make(rows: np.ndarray) -> jax.Array:
@@ -36,7 +37,7 @@ def global_batch(local: dict[str, np.ndarray], sharding: Sharding, batch_size: i
 
 
 def put_everywhere(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, placed by a tree of shardings over the devices of all."""
+    """Arrays that every process has whole, placed by a tree of shardings (or Formats) over the devices of all."""
     import jax
     import numpy as np
 

@@ -38,40 +38,39 @@ def traced(
     """Gives `train_step` as it is to be called for steps `start` + 1 to `end`: the chosen ones are traced to `folder`.
 
     The trace holds nothing of the steps before the first, and the last to its end, however far the host is ahead. It
-    ends sooner where the run does. Chosen steps that are not among those to come are not traced; it is said if none
-    is. A trace that fails is said, and no reason to end the run. Of many processes each has a folder in `folder`: those
-    of one host would write the same files.
+    ends sooner where the run does. If none of the steps to come is chosen, or the trace fails, that is said: it ends no
+    run. Of many processes each has a folder in `folder`: those of one host would write the same files.
     """
-    chosen = parse_steps(profile)
-    if chosen and (chosen.start > end or chosen[-1] <= start):
+    chosen, number = parse_steps(profile), start
+    steps = range(max(chosen.start, start + 1), min(chosen.stop, end + 1))
+    if chosen and not steps:
         say(f"warning: steps {profile} are not traced: this start trains steps {start + 1} to {end}")
     if count_processes() > 1:
         folder = folder / f"process_{jax.process_index()}"
-    number, result = start, None  # of the last step
-    with contextlib.ExitStack() as trace:
 
-        def step(*arguments: Any) -> Any:
-            nonlocal number, result
-            number += 1
-            if number not in chosen:
-                return train_step(*arguments)
-            if number == max(chosen.start, start + 1):
-                jax.block_until_ready(arguments)
+    def step(*arguments: Any) -> Any:
+        nonlocal number
+        number += 1
+        if number not in steps:
+            return train_step(*arguments)
+        if number == steps[0]:
+            jax.block_until_ready(arguments)
+            with _or_say("the profiler does not start"):
+                jax.profiler.start_trace(folder)
                 trace.callback(stop)
-                with _or_say("the profiler does not start"):
-                    jax.profiler.start_trace(folder)
-            with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                result = train_step(*arguments)
-            if number == chosen[-1]:
-                trace.close()
-            return result
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            result = train_step(*arguments)
+        if number == steps[-1]:
+            jax.block_until_ready(result)
+            trace.close()
+        return result
 
-        def stop() -> None:
-            with _or_say(f"steps {profile} are not traced"):
-                jax.block_until_ready(result)
-                jax.profiler.stop_trace()
-                say(f"steps {max(chosen.start, start + 1)} to {min(number, chosen[-1])} are traced in {folder}")
+    def stop() -> None:
+        with _or_say(f"steps {profile} are not traced"):
+            jax.profiler.stop_trace()
+            say(f"steps {steps[0]} to {number} are traced in {folder}")
 
+    with contextlib.ExitStack() as trace:
         yield step
 
 
