@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
 
-.PHONY: demo demo-quick demo-switch test test-all lint format lock clean
+.PHONY: demo demo-quick demo-switch test test-all test-wide lint format lock clean
 
 demo: $(VENV)/.ready        ## train the three variants, convert, evaluate, compare: runs/demo/report/report.html
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo
@@ -18,10 +18,13 @@ demo-switch: $(VENV)/.ready ## one run whose norm is switched every 25 steps, be
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo-switch --switch
 
 test: $(VENV)/.ready        ## the tests, but for the long ones
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not wide" $(TESTS)
 
-test-all: $(VENV)/.ready    ## all tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+test-all: $(VENV)/.ready    ## the long ones too
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not wide" $(TESTS)
+
+test-wide: $(VENV)/.ready   ## searches for examples that nobody thought of: hours; after a change to what they search
+	$(BIN)/python -m pytest -n $(WORKERS) -m wide $(TESTS)
 
 lint: $(VENV)/.ready        ## what .ci/run checks before it tests
 	$(BIN)/ruff check .
@@ -47,5 +50,6 @@ $(VENV)/.ready: requirements.lock
 	    || { echo "error: $(PYTHON) is older than Python 3.11: name another, as in make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@echo "setting up $(VENV) (about a minute)"
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
 	@touch $@

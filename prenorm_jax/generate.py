@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.continuation import write_texts
-from prenorm_jax.models.decoding import as_read
+from prenorm_jax.models.decoding import as_read, generate
 from prenorm_jax.models.registry import build_model, family
 from prenorm_jax.models.sampling import Sampling
 from prenorm_jax.train.evaluation import load_as
 from prenorm_jax.train.workdir import configure_jax, load_config
+
+__all__ = ["generate", "main"]  # the first is the Python interface
 
 
 def main(argv: Sequence[str] | None = None) -> None:

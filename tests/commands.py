@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -20,8 +20,11 @@ from unittest import mock
 import jax
 import numpy as np
 from conftest import QUICK_TO_COMPILE
+from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import run_command
+from prenorm_jax.config import base_config
+from prenorm_jax.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -38,12 +41,13 @@ SMALL = [
 
 
 def clean_environment(devices: int = 1, x64: bool = False) -> dict[str, str]:
-    """That of a user, not of these tests; but it compiles quickly, and what one command compiled the next finds."""
+    """That of a user, not of these tests; but it compiles quickly, and what one command compiled the next finds.
+
+    (In the cache that conftest.py names.)
+    """
     left_out = ("XLA_FLAGS", "JAX_ENABLE_X64", "PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}"
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / f"jax-{sys.version_info.minor}")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return environment | ({"JAX_ENABLE_X64": "1"} if x64 else {})
 
 
@@ -71,6 +75,14 @@ def check_one_line(stderr: str) -> None:
     assert stderr.strip().splitlines()[-1].startswith("error: ")
 
 
+@contextlib.contextmanager
+def few_devices(count: int) -> Iterator[None]:
+    """As if this process had no more: programs for fewer compile sooner."""
+    found = jax.devices()[:count]
+    with mock.patch.object(jax, "devices", lambda: found), mock.patch.object(jax, "device_count", lambda: count):
+        yield
+
+
 @dataclass
 class Printed:
     """What a command printed, as of `subprocess.CompletedProcess`."""
@@ -86,7 +98,7 @@ def here(*arguments: object, status: int = 0, devices: int = 1, x64: bool = Fals
     """
     name, *flags = (str(argument) for argument in arguments if argument != "-m")
     module = {"train.py": "train", "eval.py": "prenorm_jax.evaluate"}.get(name, name)
-    main, found = importlib.import_module(module).main, jax.devices()[:devices]
+    main = importlib.import_module(module).main
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     ended = 0
     with (
@@ -96,8 +108,7 @@ def here(*arguments: object, status: int = 0, devices: int = 1, x64: bool = Fals
         warnings.catch_warnings(),
         jax.enable_x64(x64),
         mock.patch.object(sys, "argv", [name, *flags]),
-        mock.patch.object(jax, "devices", lambda: found),
-        mock.patch.object(jax, "device_count", lambda: devices),
+        few_devices(devices),
     ):
         warnings.filterwarnings(
             "ignore", "the load_module", DeprecationWarning
@@ -173,3 +184,24 @@ def make_text(folder: Path) -> Path:
         words = rng.choice(["def", "return", "norm", "stream", "(x)", "\n"], size=300)
         (folder / f"{i}.txt").write_text(" ".join(words))
     return folder
+
+
+def small_run(text: Path, **changes: object) -> ConfigDict:
+    """A configuration for `train` in this process, in float64. Changes are of the run's keys or of the model's."""
+    config = base_config()
+    config.update({"steps": 100, "batch_size": 8, "eval_every": 0, "checkpoint_every": 0, "tensorboard": False})
+    config.data.update({"path": str(text), "seq_len": 7})
+    # ε well above rounding: a parameter without a gradient (a key's bias) is moved by the sign of its rounding else.
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 10, "eps": 1e-6})
+    config.model.update(
+        {"depth": 1, "d_model": 12, "heads": 2, "max_len": 7, "dtype": "float64", "param_dtype": "float64"}
+    )
+    for key, value in changes.items():
+        (config.model if key in config.model else config)[key] = value
+    return config
+
+
+def digests(workdir: Path, step: int) -> dict[str, str]:
+    """Of the parameters and of the optimizer's state, as the checkpoint says."""
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.metadata(step)["digests"]

@@ -179,6 +179,9 @@ def test_compare_writes_a_report_of_them(runs, tmp_path):
         (["--config.steps=0"], "steps=0 must be at least 1"),
         (["--config.model.final_norm=False", "--config.model.norm=rmsnorm"], "model.final_norm=False"),
         (["surplus"], "'surplus' is not a flag"),
+        (["--config.stop_at=0"], "stop_at=0 must be at least 1"),
+        (["--config.on_nonfinite=ignore"], "on_nonfinite='ignore' is not one of stop, skip"),
+        (["--config.init_from=/nowhere"], "no such workdir: /nowhere"),
     ],
 )
 def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags, message):

@@ -7,14 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_commands import error_of
+from commands import error_of
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import count
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.step import init_state, make_train_step, run_models
+from prenorm_jax.train.step import init_state, make_train_step
 from prenorm_jax.train.workdir import config_differences, literal_config
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -22,6 +23,11 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").g
 
 def get_config(name: str):
     return importlib.import_module(f"configs.{name}").get_config()
+
+
+def models_of(config) -> tuple:
+    run = Run.create(config)
+    return run.trained, run.computed
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -33,12 +39,12 @@ def test_configs_are_valid_and_their_stored_form_means_the_same(name, norm, para
     config.stop_at = 7
     stored = literal_config(config)
     assert (config.stop_at, stored.stop_at) == (7, None), "a copy must not share keys with its source"
-    assert run_models(stored) == run_models(config)
+    assert models_of(stored) == models_of(config)
     assert config_differences(stored, literal_config(stored)) == []
 
 
 def test_gpt2_has_the_size_it_is_known_by():
-    trained = run_models(get_config("gpt2_wikitext103")).trained
+    trained = Run.create(get_config("gpt2_wikitext103")).trained
     assert sum(leaf.value.size for leaf in abstract_params(trained).values()) == 124_439_808
 
 
@@ -88,7 +94,7 @@ GPT3 = {
 def test_gpt3_has_the_sizes_it_is_known_by(size, billions):
     config = importlib.import_module("configs.gpt3").get_config(size)
     config.model.norm = "crmsnorm"
-    shapes = {path: leaf.value.shape for path, leaf in abstract_params(run_models(config).trained).items()}
+    shapes = {path: leaf.value.shape for path, leaf in abstract_params(Run.create(config).trained).items()}
     assert sum(map(math.prod, shapes.values())) == pytest.approx(1e9 * billions, rel=0.02)
     (vocabulary,) = [shape[0] for path, shape in shapes.items() if path[0] == "token_embedding"]
     assert vocabulary == 50304 and vocabulary % 128 == 0
@@ -107,7 +113,7 @@ VIT = {
 @pytest.mark.parametrize(("size", "millions"), quick_and_slow({"S/16": 22, "B/16": 86.6}, VIT))
 def test_vit_has_the_sizes_it_is_known_by(size, millions):
     config = importlib.import_module("configs.vit").get_config(size)
-    leaves = abstract_params(run_models(config).trained).values()
+    leaves = abstract_params(Run.create(config).trained).values()
     assert sum(leaf.value.size for leaf in leaves) == pytest.approx(1e6 * millions, rel=0.02)
 
 
@@ -133,7 +139,7 @@ def test_gpt2_on_a_streamed_corpus_takes_each_token_once():
 
 
 def size_of(config) -> int:
-    return count(jax.eval_shape(lambda: init_state(config, run_models(config))).params)
+    return count(jax.eval_shape(lambda: init_state(Run.create(config))).params)
 
 
 def check_steps(config, batch: dict, size: int) -> None:
@@ -146,10 +152,11 @@ def check_steps(config, batch: dict, size: int) -> None:
         config.model.norm = norm
         assert size_of(config) == size
     config.model.depth, losses = 2, []
-    start = jax.device_get(jax.jit(lambda: init_state(config, run_models(config)))())
+    start = jax.device_get(jax.jit(lambda: init_state(Run.create(config)))())
     for norm in NORMS:
         config.model.norm = norm
-        state, train_step = start, make_train_step(config, run_models(config), make_mesh(config, jax.devices()[:1]))
+        run = Run.create(config, make_mesh(config, jax.devices()[:1]))
+        state, train_step = start, make_train_step(run)
         for _ in range(2):
             state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))

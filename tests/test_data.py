@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
+from test_images import make_pictures
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from prenorm_jax.base.errors import PrenormError
@@ -286,22 +287,27 @@ def test_loading_leaves_nothing_behind(tmp_path, monkeypatch):
 
 SCRIPT = """
 import hashlib, sys
-from prenorm_jax.config import base_config
-from prenorm_jax.data.batches import train_batch
+from prenorm_jax.config import base_config, load_data
+from prenorm_jax.data.windows import train_batch
 from prenorm_jax.data.text import load_text
-for path in sys.argv[1:]:
+*texts, images = sys.argv[1:]
+for path in texts:
     config = base_config().data
     config.path, config.holdout = path, 0.3
     data = load_text(config)
     batch = train_batch(data.train, 5, 9, 4, 16)["tokens"]
     print(*(hashlib.sha256(a.tobytes()).hexdigest() for a in (data.train, data.eval, batch)))
+config = base_config("vit")
+config.data.path, config.model.image_size, config.model.patch_size, config.model.classes = images, 8, 4, 2
+print(load_data(config).digest)
 """
 
 
-def test_every_process_gets_the_same(tmp_path):
+def test_every_process_gets_the_same_and_says_nothing(tmp_path):
     files = write(tmp_path / "files", {f"{i}.txt": f"some text {i} " * 20 for i in range(30)})
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"some row {i} " * 20} for i in range(30)])
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, files, rows]
+    make_pictures(tmp_path / "images")
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, files, rows, tmp_path / "images"]
     children = [
         subprocess.Popen(
             command,
@@ -313,7 +319,7 @@ def test_every_process_gets_the_same(tmp_path):
         for seed in ("1", "2")
     ]
     (first, noise), (second, _) = [child.communicate(timeout=120) for child in children]
-    assert first == second and len(first.split()) == 6
+    assert first == second and len(first.split()) == 7
     assert noise == b"", "nothing but what the caller prints: no progress bars, no warnings"
 
 
@@ -693,6 +699,6 @@ def test_refused_hub_names(tmp_path, monkeypatch):
     def from_pretrained(name: str) -> None:
         raise Exception("no route to host\nmore that nobody reads")
 
-    monkeypatch.setattr("prenorm_jax.data.text.Tokenizer.from_pretrained", from_pretrained, raising=False)
+    monkeypatch.setattr("prenorm_jax.data.tokenizer.Tokenizer.from_pretrained", from_pretrained, raising=False)
     message = refusal(tokenizer="gpt2")
     assert "data.tokenizer='gpt2' cannot be loaded: no route to host; it needs network access" in message

@@ -16,7 +16,7 @@ from PIL import Image
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.data import images as images_module
-from prenorm_jax.data.augment import make_examples, mix, resized_crop, shifted_crop
+from prenorm_jax.data.augment import image_examples, mix, resized_crop, shifted_crop
 from prenorm_jax.data.images import load_images, square
 from prenorm_jax.train.loss import rank_of_label
 
@@ -283,7 +283,7 @@ def a_batch(size=6, side=8):
 def test_evaluation_takes_the_centre_as_it_is():
     config = vit_config(augment__flip=True, augment__shift=2, augment__mixup=1.0)
     batch = a_batch(side=12)
-    examples = make_examples(config, batch)
+    examples = image_examples(config, batch)
     np.testing.assert_allclose(examples.inputs, batch["images"][:, 2:10, 2:10] / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(examples.targets, batch["labels"])
 
@@ -292,7 +292,7 @@ def test_augmentation_is_a_function_of_its_key_and_each_part_does_something():
     batch, key = a_batch(), jax.random.key(0)
 
     def inputs(key=key, **changes):
-        return np.asarray(make_examples(vit_config(**changes), batch, key).inputs)
+        return np.asarray(image_examples(vit_config(**changes), batch, key).inputs)
 
     plain = batch["images"] / 127.5 - 1
     np.testing.assert_allclose(inputs(), plain, atol=1e-6)
@@ -312,7 +312,7 @@ def test_augmentation_is_a_function_of_its_key_and_each_part_does_something():
 def test_flips_are_whole_mirror_images():
     batch = a_batch(64)
     config = vit_config(augment__flip=True)
-    inputs = np.asarray(make_examples(config, batch, jax.random.key(0)).inputs)
+    inputs = np.asarray(image_examples(config, batch, jax.random.key(0)).inputs)
     plain = batch["images"] / 127.5 - 1
     same, mirrored = (np.isclose(inputs, x, atol=1e-5).all((1, 2, 3)) for x in (plain, plain[:, :, ::-1]))
     assert (same ^ mirrored).all()
@@ -365,7 +365,7 @@ def test_mixing_is_in_the_proportion_of_the_targets(mixup, cutmix):
 
 
 def test_label_smoothing_spreads_its_mass_over_all_classes():
-    targets = make_examples(vit_config(augment__label_smoothing=0.2), a_batch(), jax.random.key(0)).targets
+    targets = image_examples(vit_config(augment__label_smoothing=0.2), a_batch(), jax.random.key(0)).targets
     np.testing.assert_allclose(np.sort(np.asarray(targets), axis=1)[:, -1], 0.8 + 0.02, rtol=1e-6)
     np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from commands import few_devices, lines_of
 from common import TINY, random_inputs
 from ml_collections import ConfigDict
-from test_commands import make_text
 
 from prenorm_jax import sizes
 from prenorm_jax.base.errors import PrenormError
@@ -22,6 +22,8 @@ from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.train import tracing as profiling
 from prenorm_jax.train import utilisation
 from prenorm_jax.train.loop import train
+from prenorm_jax.train.run import Run
+from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.tracing import parse_steps, traced
 from prenorm_jax.train.utilisation import Utilisation, mfu
 
@@ -76,22 +78,22 @@ def run_config(text: Path) -> ConfigDict:
     return config
 
 
-def test_a_run_logs_it_says_how_it_is_counted_and_traces_the_steps_asked_for(tmp_path, monkeypatch, capsys):
+def test_a_run_logs_it_says_how_it_is_counted_and_traces_the_steps_asked_for(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(utilisation.PEAK_TFLOPS, "cpu", {"float32": 0.5})
-    config = run_config(make_text(tmp_path))
+    config = run_config(text)
     config.profile = "3:5"
-    train(config, tmp_path / "run")
+    with few_devices(2):
+        train(config, tmp_path / "run")
     flops = model_flops(model_config(config.model), 8, 4, training=True)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
+    lines = [line for line in lines_of(tmp_path / "run") if "loss" in line]
     assert len(lines) == 6
     for line in lines:
         assert line["model_flops_per_s"] / line["tokens_per_s"] == pytest.approx(flops / (8 * 4))
-        assert line["mfu"] == pytest.approx(line["model_flops_per_s"] / (jax.device_count() * 0.5e12))
+        assert line["mfu"] == pytest.approx(line["model_flops_per_s"] / (2 * 0.5e12))
     said = capsys.readouterr().err
     spoken = [line for line in said.splitlines() if line.startswith("speed: ")]
     assert len(spoken) == 1 and f"{flops:.4g} model FLOPs a step" in spoken[0]
-    assert f"{jax.device_count()} × cpu in float32: mfu is of 0.5 TFLOP/s each" in spoken[0]
+    assert "2 × cpu in float32: mfu is of 0.5 TFLOP/s each" in spoken[0]
     assert "% mfu" in said
     assert f"steps 3 to 4 are traced in {tmp_path / 'run' / 'profile'}" in said
 
@@ -103,11 +105,13 @@ def test_a_run_logs_it_says_how_it_is_counted_and_traces_the_steps_asked_for(tmp
 
 
 def test_without_a_known_peak_there_is_no_mfu():
-    config = base_config()
-    used = Utilisation.of(config, devices=3)
+    def on_devices(count: int, config: ConfigDict) -> Utilisation:
+        return Utilisation.of(Run.create(config, make_mesh(config, jax.devices()[:count])))
+
+    used = on_devices(4, base_config())
     assert used.rates(2.0) == {"model_flops_per_s": used.flops / 2}
     assert "the peak is not known, so no mfu" in used.describe() and "\n" not in used.describe()
-    images = Utilisation.of(base_config("vit"), devices=1)
+    images = on_devices(1, base_config("vit"))
     assert "4 · tokens · length" in images.describe() and "2 · tokens · length" in used.describe()
 
 

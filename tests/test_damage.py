@@ -1,0 +1,179 @@
+"""Checkpoints and files that are damaged, gone, or another's, and disks that are full: what is said, what goes on."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from commands import ROOT, clean_environment, damage, digests, losses_of, small_run
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.models.registry import model_config
+from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.checksum import digest
+from prenorm_jax.train.loop import train
+from prenorm_jax.train.run import Run
+from prenorm_jax.train.step import init_state
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """Of the run of 6 steps with checkpoints at 2, 4 and 6, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "how", ["flip", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncate", "delete"))]
+)
+def test_damage_to_any_file_is_found_or_harmless(copy, how):
+    run = small_run(copy, dropout=0.1)
+    config = model_config(run.model)
+    abstract = jax.eval_shape(lambda: init_state(Run.create(run)).opt_state)
+    files = [path for path in (copy / "checkpoints" / "6").rglob("*") if path.is_file() and path.stat().st_size]
+    found = []
+    with Checkpoints(copy, read_only=True) as checkpoints:
+        expected = checkpoints.params(6)[1], checkpoints.optimizer(6, abstract)
+    for file in files:
+        content = file.read_bytes()
+        damage(file, how)
+        with Checkpoints(copy, read_only=True) as checkpoints:
+            try:
+                model, params = checkpoints.params(6)
+                opt_state = checkpoints.optimizer(6, abstract)
+            except PrenormError as error:
+                assert "checkpoints/6" in str(error)
+                assert "--step=2 or 4 names another" in str(error)
+                assert "\n" not in str(error) and len(str(error)) < 600
+                found.append(str(file))
+            else:
+                assert model == config
+                assert digest((params, opt_state)) == digest(expected)
+        file.write_bytes(content)
+    assert all(any(f"/{item}/" in file for file in found) for item in ("params", "optimizer", "metadata"))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(saved, copy, text, capsys):
+    largest = max((p for p in (copy / "checkpoints" / "6").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    damage(largest, "truncate")
+    content = largest.read_bytes()
+    train(small_run(text, steps=6, dropout=0.1), copy)
+    errors = capsys.readouterr().err
+    assert "checkpoints/6 is damaged" in errors
+    assert "falling back to step 4" in errors
+    aside = copy / "damaged" / largest.relative_to(copy / "checkpoints")
+    assert aside.read_bytes() == content
+    assert losses_of(copy) == losses_of(saved)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "5", "{}", "edited"])
+def test_metadata_that_say_something_else_are_damage(copy, content):
+    path = copy / "checkpoints" / "6" / "metadata" / "metadata"
+    edited = path.read_text().replace('"epsilon": 1e-05', '"epsilon": 1e-06')
+    assert edited != path.read_text()
+    path.write_text(edited if content == "edited" else content)
+    with (
+        Checkpoints(copy, read_only=True) as checkpoints,
+        pytest.raises(PrenormError, match="checkpoints/6 is damaged"),
+    ):
+        checkpoints.params(6)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damage(copy, text, capsys):
+    shutil.rmtree(copy / "checkpoints" / "6")
+    shutil.copytree(copy / "checkpoints" / "4", copy / "checkpoints" / "6")
+    train(small_run(text, steps=5, dropout=0.1), copy)
+    assert "it is that of step 4 under another name" in capsys.readouterr().err
+    assert (copy / "damaged" / "6").is_dir()
+
+
+def test_a_checkpoint_of_another_model_is_no_damage(copy, text):
+    other = small_run(text, d_model=14)
+    state = init_state(Run.create(other))
+    with Checkpoints(copy, read_only=True) as checkpoints:
+        data = checkpoints.metadata(6)["data"]
+    with Checkpoints(copy) as checkpoints:
+        checkpoints.save(8, state.params, state.opt_state, model_config(other.model), 0, data)
+    with pytest.raises(PrenormError, match=r"/8 is of another model .*model\.d_model: 12 -> 14.*move it away"):
+        train(small_run(text, steps=9, dropout=0.1), copy)
+    assert not (copy / "damaged").exists()
+    assert (copy / "checkpoints" / "8").is_dir()
+
+
+def test_checkpoints_that_are_gone_are_missed_and_what_goes_on_before_them_is_bit_for_bit_the_same(
+    saved, copy, text, capsys
+):
+    shutil.rmtree(copy / "checkpoints" / "6")
+    train(small_run(text, steps=6, dropout=0.1), copy)
+    assert "was saved at step 6, but its last checkpoint is of step 4" in capsys.readouterr().err
+    assert losses_of(copy) == losses_of(saved)
+    assert digests(copy, 6) == digests(saved, 6)
+    shutil.rmtree(copy / "checkpoints")
+    before = (copy / "metrics.jsonl").read_bytes()
+    with pytest.raises(PrenormError, match="was saved at step 6, but there is no checkpoint in it any more"):
+        train(small_run(text, steps=6, dropout=0.1), copy)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_damage_to_the_other_files_stops_nothing_unsaid(copy, text, capsys):
+    lines = (copy / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = b"5\n"
+    lines[2] = lines[2].replace(b'"step"', b'"stap"')
+    (copy / "metrics.jsonl").write_bytes(b"".join(lines) + b"\xff\xff")
+    (copy / "run.json").write_text("[]")
+    train(small_run(text, steps=7, dropout=0.1), copy)
+    errors = capsys.readouterr().err
+    assert "had 2 damaged lines" in errors
+    assert "run.json is damaged" in errors
+    assert list(losses_of(copy)) == [1, 4, 5, 6, 7]
+    (copy / "metrics.jsonl").unlink()
+    train(small_run(text, steps=8, dropout=0.1), copy)
+    assert "lacks" not in errors  # a history that starts anew, at 6, has nothing before it
+    assert "lacks 1 of the 1 steps before this one" in capsys.readouterr().err
+    (copy / "config.json").write_text("")
+    with pytest.raises(PrenormError, match=r"config\.json is damaged: .*restore it from a copy"):
+        train(small_run(text, steps=9, dropout=0.1), copy)
+
+
+def test_with_no_readable_checkpoint_left_it_stops_and_changes_nothing(copy, text):
+    for folder in (copy / "checkpoints").iterdir():
+        shutil.rmtree(folder / "params" / "d", ignore_errors=True)
+        shutil.rmtree(folder / "params" / "ocdbt.process_0", ignore_errors=True)
+    before = sorted((p, p.stat().st_size) for p in copy.rglob("*"))
+    with pytest.raises(PrenormError, match=r"no checkpoint in .* can be read: .*/6 is damaged.*/2 is damaged"):
+        train(small_run(text, steps=8, dropout=0.1), copy)
+    assert sorted((p, p.stat().st_size) for p in copy.rglob("*")) == before
+
+
+# --- Disks that are full. ---
+
+DISKS = """
+mkdir "$1/small" "$1/large"
+mount -t tmpfs -o size=900k tmpfs "$1/small" && mount -t tmpfs -o size=3000k tmpfs "$1/large" || exit 1
+for part in 1 2; do
+  "$0" tests/full_disks.py $part "$@" 2>"$1/$part"
+  echo "status $?"
+done
+"""
+
+
+def test_a_disk_that_is_full_leaves_the_last_good_checkpoint_and_one_that_fills_up_stops_the_run(text, tmp_path):
+    """Real ones, in a mount namespace of their own. Each part checks what it can, and ends as its last run does."""
+    unshare = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    arguments = [*unshare, "bash", "-c", DISKS, sys.executable, str(tmp_path), str(text)]
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    first, second = ((tmp_path / part).read_text() for part in "12")
+    assert done.stdout.split("\n") == ["status 2", "status 2", ""], done.stdout + done.stderr + first + second
+    for errors in (first, second):
+        assert "Traceback" not in errors
+        assert errors.strip().splitlines()[-1].startswith("error: ")
+    last = first.strip().splitlines()[-1]
+    assert "could not be written" in last
+    assert "the last complete one is at step 3" in last
+    assert "metrics.jsonl cannot be written (No space left on device)" in second.strip().splitlines()[-1]
+    assert "TensorBoard" not in first
