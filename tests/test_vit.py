@@ -25,7 +25,6 @@ from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.positions import sincos2d_table
-from prenorm_jax.models.registry import model_config
 from prenorm_jax.models.transformer import activate
 from prenorm_jax.models.vit import PatchEmbedding
 
