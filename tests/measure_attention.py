@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.models.attention import attend
-from prenorm_jax.train.record import device_name
+from prenorm_jax.train.workdir import device_name
 
 ROUNDS, CALLS = 40, 5  # calls in a round are not waited for one by one: each takes little longer than to be started
 

@@ -149,12 +149,6 @@ def read_stdlib() -> Dataset:
     return _named(dict(sorted(texts.items())), str(root))
 
 
-def check_holdout(fraction: float) -> None:
-    """Raises PrenormError unless it is in (0, 1)."""
-    if not 0 < fraction < 1:
-        raise PrenormError(f"data.holdout={fraction} must be above 0 and below 1")
-
-
 def holdout_score(value: str) -> float:
     """A number in [0, 1) for a document's name or text: below the fraction to hold out, it is for evaluation."""
     # The same everywhere; Python's own hash differs between processes.
@@ -163,14 +157,13 @@ def holdout_score(value: str) -> float:
 
 
 def hold_out(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Splits into (training, evaluation), about `fraction` of the documents in the latter and neither empty.
+    """Splits into (training, evaluation), about `fraction`, of (0, 1), of the documents in the latter, neither empty.
 
     A document's side follows from a hash of its name (or text, if it has none) alone: it is the same in every
     process and whichever other documents there are. Only where that leaves a side empty, the nearest document
-    moves. A single document is cut in two, its tail for evaluation. Raises PrenormError if `fraction` is not
-    in (0, 1) or there is nothing to split.
+    moves. A single document is cut in two, its tail for evaluation. Raises PrenormError if there is nothing to
+    split.
     """
-    check_holdout(fraction)
     if len(documents) == 1:
         text = documents[0]["text"]
         if len(text) < 2:

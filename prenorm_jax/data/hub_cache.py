@@ -22,7 +22,7 @@ from tqdm import tqdm
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError, check_range
 from prenorm_jax.base.files import locked, read_json
-from prenorm_jax.data.documents import check_holdout, holdout_score, stream_hub
+from prenorm_jax.data.documents import holdout_score, stream_hub
 
 if TYPE_CHECKING:
     from prenorm_jax.data.tokenizer import TextTokenizer
@@ -47,8 +47,6 @@ def stream_corpus(config: ConfigDict, tokenizer: TextTokenizer, hold_out: bool) 
     Raises PrenormError if the corpus cannot be loaded or has no such text, or if no document was held out.
     """
     check_range("data.stream_tokens", config.stream_tokens, at_least=1)
-    if hold_out:
-        check_holdout(config.holdout)
     asked = {
         "dataset": config.hub,
         "config": config.hub_config,

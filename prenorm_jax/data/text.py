@@ -76,6 +76,8 @@ def load_text(config: ConfigDict) -> TextData:
         raise PrenormError("data.eval_split is for hub data: set data.hub, or give files as data.eval_path")
     if config.stream_tokens is not None and not config.hub:
         raise PrenormError("data.stream_tokens is for hub data: set data.hub, or unset it")
+    if not (config.eval_path or config.eval_split or 0 < config.holdout < 1):
+        raise PrenormError(f"data.holdout={config.holdout} must be above 0 and below 1")
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
     if config.stream_tokens is None:
         documents, source = _train_documents(config)

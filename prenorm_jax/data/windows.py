@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.errors import PrenormError, check_range
 
 
 def window_count(stream: np.ndarray, seq_len: int) -> int:
@@ -19,8 +19,7 @@ def window_count(stream: np.ndarray, seq_len: int) -> int:
 
     Raises PrenormError if there is none.
     """
-    if seq_len < 1:
-        raise PrenormError(f"data.seq_len={seq_len} must be at least 1")
+    check_range("data.seq_len", seq_len, at_least=1)
     tokens = len(stream) - 1
     if tokens < seq_len:
         raise PrenormError(

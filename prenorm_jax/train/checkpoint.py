@@ -218,7 +218,7 @@ class Checkpoints:
             with self.leaves(step, item) as stored:
                 for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
                     path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-                    names = tuple(map(str, range(leaf.ndim)))
+                    names = tuple(map(str, range(len(leaf.shape))))
                     for tile in tiles({path: list(zip(names, leaf.shape, strict=True))}, 1, PART):
                         stored.read(path, part(names, tile))
         shutil.copytree(self.directory / str(step), workdir / self.directory.name / str(step))
