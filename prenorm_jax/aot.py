@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,12 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.base.files import check_folder, write_whole
+from prenorm_jax.base.files import check_folder, json_bytes, write_results
 from prenorm_jax.base.flags import parse_flags
-from prenorm_jax.bench.compiled import topology_devices
-from prenorm_jax.bench.compiled_step import HBM_GIB, compile_step, report_text
+from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
 from prenorm_jax.models.placement import MESH_AXES
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import sharding_table
-from prenorm_jax.train.step import run_models
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.model.norm = norm
         if args.parameters:  # no devices are needed to say how they are split
             shape = (1, config.mesh.fsdp, config.mesh.tensor)
-            print(sharding_table(run_models(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))
+            print(sharding_table(Run.create(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))
             continue
         devices = devices or topology_devices(args.topology)
         say(f"compiling {norm} for {args.topology}")
@@ -46,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("memory, collectives and cycles: the TPU compiler's own figures, nothing was measured")
     if args.out:
         content = {"topology": args.topology, "jax": jax.__version__, "reports": reports}
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(args.out), (json.dumps(content, indent=1) + "\n").encode())
+        write_results({Path(args.out): json_bytes(content)})
 
 
 def _parse(argv: Sequence[str] | None) -> flags.FlagValues:

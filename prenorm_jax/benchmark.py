@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,14 +11,12 @@ import jax
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.errors import PrenormError, check_range
 from prenorm_jax.base.files import check_folder
-from prenorm_jax.bench import compiled as topology
-from prenorm_jax.bench import report as benchmark_report
+from prenorm_jax.bench import compiled, report, timing
 from prenorm_jax.bench.contenders import CONTENDERS, Setting
 from prenorm_jax.bench.tasks import TASKS, contenders_of
-from prenorm_jax.bench.timing import benchmark
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line; prints a table, writes JSON and PNG. Raises PrenormError."""
     parser = argparse.ArgumentParser(prog="python -m prenorm_jax.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gpt:6x384", help="gpt:DEPTHxWIDTH, gpt3:Small, vit:S/16, ...")
@@ -32,10 +31,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="defaults to see that it runs: tiny model, five rounds")
     parser.add_argument("--topology", help="TPUs that need not be there, as v5e:2x2: the compiler's cycles, not time")
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the JSON file and the picture")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(model="gpt:2x64", batch=8, length=32, rounds=5)
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
     for key in ("batch", "length", "rounds", "depth", "in-a-row"):
         check_range(f"--{key}", getattr(args, key.replace("-", "_")), at_least=1)
     only = {name for name in args.only.split(",") if name}
@@ -46,14 +45,14 @@ def main() -> None:
     check_folder(args.out)
     setting = Setting(args.model, args.batch, args.length, args.dtype, args.depth)
     if args.topology:
-        report = topology.estimate(args.topology, setting, args.task, names)
+        result = compiled.estimate(args.topology, setting, args.task, names)
     else:
-        report = benchmark(setting, args.task, names, args.rounds, args.in_a_row)
-    print(benchmark_report.table(report))
+        result = timing.benchmark(setting, args.task, names, args.rounds, args.in_a_row)
+    print(report.table(result))
     where = args.topology.replace(":", "-") if args.topology else jax.default_backend()
     stem = f"{args.model}-{args.task}-{where}".replace(":", "-").replace("/", "-")
     stem += f"-{args.in_a_row}-in-a-row" if args.in_a_row > 1 else ""
-    for path in benchmark_report.write(report, args.out, stem):
+    for path in report.write(result, args.out, stem):
         print(path)
 
 

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command
-from prenorm_jax.report import runs_words as compare_page
 from prenorm_jax.report.runs import compare
+from prenorm_jax.report.runs_words import plain_text
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Raises the errors of `compare`."""
     parser = argparse.ArgumentParser(
         prog="python -m prenorm_jax.compare",
@@ -20,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="report", help="folder to write, or a file name ending in .html")
     parser.add_argument("--title", help="title of the page")
     parser.add_argument("--reference", help="workdir to compare the others with; default: the first LayerNorm run")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     report = compare(options.workdirs, options.out, options.title, options.reference)
-    print(compare_page.plain_text(report))
+    print(plain_text(report))
     print(report["files"]["html"])
 
 

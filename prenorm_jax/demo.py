@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from prenorm_jax.base.console import run_command
@@ -25,8 +26,9 @@ CONVERSIONS = (
     ("layernorm", "layernorm-as-crmsnorm", "crmsnorm"),
     ("layernorm-as-crmsnorm", "crmsnorm-back-as-layernorm", "layernorm"),
 )
-QUICK = ("steps=60", "eval_every=30", "checkpoint_every=30", "data.seq_len=64", "data.holdout=0.005")
-QUICK += ("model.depth=2", "model.d_model=64")
+
+QUICK = ("steps=60", "eval_every=30", "checkpoint_every=30")
+QUICK += ("data.seq_len=64", "data.holdout=0.005", "model.depth=2", "model.d_model=64")
 SAME_LOSS = 1e-5  # relative, between a checkpoint and its conversion: float32
 
 
@@ -53,6 +55,12 @@ def evaluate(workdir: Path, *flags: str) -> float:
     return result["eval_loss"]
 
 
+def compare(workdir: Path, names: Sequence[str]) -> dict[str, dict]:
+    """The rows of report.json, by the names of the runs."""
+    run("-m", "prenorm_jax.compare", *(workdir / name for name in names), f"--out={workdir / 'report'}")
+    return {row["name"]: row for row in json.loads((workdir / "report" / "report.json").read_text())["runs"]}
+
+
 def demo(workdir: Path, quick: bool) -> None:
     """Runs everything in `workdir`; goes on where an earlier call stopped. Raises PrenormError."""
     if not Path("train.py").exists():
@@ -72,9 +80,7 @@ def demo(workdir: Path, quick: bool) -> None:
     losses |= {target: evaluate(workdir / target) for _, target, _ in CONVERSIONS}
     worst = max(abs(loss - expected) / expected for loss in losses.values())
 
-    run("-m", "prenorm_jax.compare", *(workdir / norm for norm in NORMS), f"--out={workdir / 'report'}")
-    report = json.loads((workdir / "report" / "report.json").read_text())
-    _conclude(workdir, report, expected, worst, time.monotonic() - start)
+    conclude(workdir / "report" / "report.html", compare(workdir, NORMS), expected, worst, time.monotonic() - start)
 
 
 def switch_demo(workdir: Path) -> None:
@@ -85,9 +91,7 @@ def switch_demo(workdir: Path) -> None:
     for stop, norm in ((25, "layernorm"), (50, "rmsnorm"), (75, "crmsnorm"), (100, "layernorm")):
         flags = [f"--workdir={workdir / 'switched'}", f"--config.model.norm={norm}", f"--config.stop_at={stop}"]
         run("train.py", *config, *flags)
-    runs = [workdir / name for name in ("pre-ln", "pre-ln-2-devices", "switched")]
-    run("-m", "prenorm_jax.compare", *runs, f"--out={workdir / 'report'}")
-    rows = {row["name"]: row for row in json.loads((workdir / "report" / "report.json").read_text())["runs"]}
+    rows = compare(workdir, ("pre-ln", "pre-ln-2-devices", "switched"))
     reordered, switched = (rows[name]["max_abs_delta"] for name in ("pre-ln-2-devices", "switched"))
     print(f"pre-ln-2-devices: at most {reordered:.1e} nats from Pre-LN on one device, over 100 steps")
     print(f"switched: at most {switched:.1e}")
@@ -95,16 +99,15 @@ def switch_demo(workdir: Path) -> None:
         raise PrenormError("the switched run departs further than rounding: something is broken")
 
 
-def _conclude(workdir: Path, report: dict, expected: float, worst: float, seconds: float) -> None:
+def conclude(page: Path, rows: dict[str, dict], expected: float, worst: float, seconds: float) -> None:
     """Says what was shown; raises PrenormError if it is not what ought to be."""
-    rows = {row["norm"]: row for row in report["runs"]}
     if worst > SAME_LOSS:
         raise PrenormError(
             f"a converted checkpoint's held-out loss differs by {worst:.1e} (relative), over {SAME_LOSS}"
         )
     departed = [norm for norm in NORMS[1:] if rows[norm]["relation"] not in ("follows {} closely", "equals {}")]
     if departed:
-        raise PrenormError(f"{departed[0]} departs from the Pre-LN curve: see {workdir / 'report' / 'report.html'}")
+        raise PrenormError(f"{departed[0]} departs from the Pre-LN curve: see {page}")
     finals = ", ".join(f"{rows[norm]['final_eval_loss']:.5f} ({norm})" for norm in NORMS)
     deltas = " and ".join(f"{rows[norm]['max_abs_delta']:.1e} ({norm})" for norm in NORMS[1:])
     print(
@@ -115,17 +118,17 @@ What this showed, in {seconds / 60:.1f} minutes:
     Held-out loss at the end: {finals}.
   - The Pre-LN checkpoint, converted to each other norm and back again, keeps its held-out loss of {expected:.5f}:
     the largest relative difference is {worst:.1e}.
-The curves: {workdir / "report" / "report.html"}   (and .png, .json beside it)"""
+The curves: {page}   (and .png, .json beside it)"""
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m prenorm_jax.demo", description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps: about two minutes")
     parser.add_argument("--switch", action="store_true", help="instead: the norm switched every 25 steps of one run")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.switch:
         switch_demo(args.workdir)
     else:

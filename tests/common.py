@@ -11,9 +11,10 @@ from flax.traverse_util import unflatten_dict
 from hypothesis import strategies as st
 
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import ACTIVATIONS, GPTConfig, ModelConfig, ViTConfig
-from prenorm_jax.models.registry import build_model
-from prenorm_jax.models.registry import model_config
+from prenorm_jax.models.config import ACTIVATIONS, ModelConfig
+from prenorm_jax.models.gpt import GPTConfig
+from prenorm_jax.models.registry import build_model, model_config
+from prenorm_jax.models.vit import ViTConfig
 
 TINY = {
     "vocab_size": 11,

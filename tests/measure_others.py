@@ -27,11 +27,12 @@ import torch
 
 from prenorm_jax.bench.contenders import CONTENDERS, Setting
 from prenorm_jax.bench.tasks import make_task
-from prenorm_jax.bench.timing import measure, prepare, ratios, real_batch
+from prenorm_jax.bench.timing import measure, prepare, ratios
+from prenorm_jax.config import data_kind
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.workdir import configure_jax
-from prenorm_jax.models.registry import model_config
 
 RATE, DECAY = 1e-4, 1e-2
 Calls = dict[str, Callable[[], Any]]  # task -> does it once
@@ -113,7 +114,7 @@ def main() -> None:
     setting = Setting(args.model, args.batch, args.length, dtype="float32")
     config = setting.run_config()
     configure_jax(config)
-    batch, mesh = real_batch(config), make_mesh(config)
+    batch, mesh = data_kind(config).sample(config), make_mesh(config)
     m = model_config(config.model)
     plain = m.heads * m.head_dim == m.d_model and m.mlp_dim == 4 * m.d_model
     if m.parallel or m.qk_norm or (m.family == "gpt" and not plain):

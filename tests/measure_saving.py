@@ -23,8 +23,7 @@ from prenorm_jax.train.step import init_state, make_train_step
 STRETCH, ROUNDS = 8, 6
 
 config = get_config()
-run = Run.create(config, make_mesh(config, jax.devices()[:1]))
-data = load_data(config.copy_and_resolve_references())
+run, data = Run.create(config, make_mesh(config, jax.devices()[:1])), load_data(config.copy_and_resolve_references())
 train_step = make_train_step(run)
 state = jax.jit(lambda: init_state(run))()
 state, _ = jax.block_until_ready(train_step(state, data.train_batch(config, 0)))

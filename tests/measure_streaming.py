@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from prenorm_jax.equivalence import stored as streamed
-from prenorm_jax.train import convert_run as convert
 from prenorm_jax.models.registry import model_config
+from prenorm_jax.train import convert_run as convert
 
 
 def memory_mb(which: str) -> float:
@@ -35,21 +35,20 @@ def make_run(folder: Path, model: str, vocab: int) -> float:
     from prenorm_jax import sizes
     from prenorm_jax.config import base_config
     from prenorm_jax.models.abstract import abstract_params
-    from prenorm_jax.models.config import ModelConfig
     from prenorm_jax.train.checkpoint import Checkpoints
     from prenorm_jax.train.workdir import write_config
 
     config = base_config()
     config.model.update(sizes.model(model) | {"vocab_size": vocab, "tie_embeddings": False})
-    model_config, rng = model_config(config.model), np.random.default_rng(0)
+    source, rng = model_config(config.model), np.random.default_rng(0)
     params = {
         path: jax.numpy.asarray(rng.standard_normal(leaf.value.shape, np.float32))
-        for path, leaf in abstract_params(model_config).items()
+        for path, leaf in abstract_params(source).items()
     }
     folder.mkdir(parents=True)
     write_config(folder, config)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(1, unflatten_dict(params), None, model_config)
+        checkpoints.save(1, unflatten_dict(params), None, source)
     return sum(leaf.nbytes for leaf in params.values()) / 1e6
 
 

@@ -4,7 +4,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from scipy.special import erf
 
-from prenorm_jax.models.config import GPTConfig, ModelConfig, ViTConfig
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.gpt import GPTConfig
+from prenorm_jax.models.vit import ViTConfig
 
 ACTIVATE = {
     "gelu": lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2))),

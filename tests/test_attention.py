@@ -16,7 +16,7 @@ from prenorm_jax.models.placement import MESH_AXES, computing_on, computing_plat
 def platform(request, monkeypatch):
     """What is done for TPUs must be right wherever it is done. (GPUs have the axes of the one and the columns of the
     other: long tests leave them out.)"""
-    monkeypatch.setattr("prenorm_jax.models.attention.computing_platform", lambda: request.param)
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: request.param)
     return request.param
 
 
@@ -235,7 +235,7 @@ def test_dropout_keeps_the_mean_and_needs_its_key(causal):
 def test_all_platforms_draw_the_same_dropout_masks(causal, platform, monkeypatch):
     inputs, results = random_heads(130), []
     for kind in ("cpu", platform):
-        monkeypatch.setattr("prenorm_jax.models.attention.computing_platform", lambda kind=kind: kind)
+        monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda kind=kind: kind)
 
         @jax.jit
         def derive(*inputs):

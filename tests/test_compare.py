@@ -11,12 +11,22 @@ from typing import Any
 
 import pytest
 
+from prenorm_jax import demo
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import flatten
 from prenorm_jax.compare import main
+from prenorm_jax.report import page, runs_figure, table
 from prenorm_jax.report.runs import compare
+from prenorm_jax.report.runs_words import two_digits
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns about what it cannot draw
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is said of numbers: reports without their figure, which takes half a second."""
+    monkeypatch.setattr(runs_figure, "figure", lambda report: b"")
 
 
 def write_run(
@@ -25,6 +35,7 @@ def write_run(
     norm: str = "layernorm",
     evals: dict[int, float] | None = None,
     info: dict[str, Any] | None = None,
+    unit: str = "token",
     **config: Any,
 ) -> Path:
     """A workdir as training leaves it; `losses` from step 1 on, or by step."""
@@ -35,7 +46,10 @@ def write_run(
     if info is not None:
         (workdir / "run.json").write_text(json.dumps(info))
     steps = losses if isinstance(losses, dict) else dict(enumerate(losses, 1))
-    lines = [{"step": step, "loss": loss, "tokens_per_s": 100.0 * step} for step, loss in steps.items()]
+    rates = {f"{unit}s_per_s": 100.0, "model_flops_per_s": 1e9}
+    lines = [
+        {"step": step, "loss": loss} | {key: step * rate for key, rate in rates.items()} for step, loss in steps.items()
+    ]
     lines += [{"step": step, "eval_loss": loss} for step, loss in (evals or {}).items()]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return workdir
@@ -53,6 +67,7 @@ def written_json(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text(), parse_constant=refuse)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
     info = {"parameters": {"trained": 1000, "computed": 900}, "device": "cpu ×1", "versions": {"jax": "1"}}
     ln = write_run(tmp_path / "ln", [8.0, 4.0, 3.0, 1.0], evals={2: 5.0, 4: 6.0})
@@ -75,12 +90,14 @@ def test_numbers_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert written_json(tmp_path / "report") == {key: value for key, value in report.items() if key != "files"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_final_loss_and_speed_leave_out_what_they_say(tmp_path: Path) -> None:
     row = compare([write_run(tmp_path / "ln", [1000.0] * 10 + [1.0] * 20)], tmp_path / "report")["runs"][0]
     assert row["final_loss"] == 1.0  # of the last 20 steps
     assert row["units_per_s"] == 100 * (4 + 30) / 2  # the first 3 of 30 left out
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("delta", "words"),
     [(0.0, "equals"), (0.0625, "follows ln closely"), (0.9, "follows ln:"), (1.1, "departs")],
@@ -91,6 +108,7 @@ def test_verdict_measures_against_the_reference_own_changes(tmp_path: Path, delt
     assert words in compare([ln, rms], tmp_path / "report")["verdict"][0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_verdict_names_runs_that_train_other_parameters(tmp_path: Path) -> None:
     ln = write_run(tmp_path / "ln", [3.0, 2.0], parameterization="native")
     rms = write_run(tmp_path / "rms", [3.0, 2.0], "rmsnorm", parameterization="native")
@@ -99,6 +117,7 @@ def test_verdict_names_runs_that_train_other_parameters(tmp_path: Path) -> None:
     assert not report["warnings"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_last_line_of_a_step_wins(tmp_path: Path) -> None:
     ln = write_run(tmp_path / "ln", [3.0, 2.0, 9.0])
     append(ln, '{"step": 3, "loss": 1.0}\n{"step": 2, "loss": 2.5}\n')
@@ -106,6 +125,7 @@ def test_last_line_of_a_step_wins(tmp_path: Path) -> None:
     assert curves["loss"] == [[1, 3.0], [2, 2.5], [3, 1.0]]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("cut", ['{"step": 4, "lo', "{", '{"step": 4, "loss": 1.0'])
 def test_only_a_last_line_cut_short_is_ignored(tmp_path: Path, cut: str) -> None:
     ln = write_run(tmp_path / "ln", [3.0, 2.0, 1.0])
@@ -116,6 +136,7 @@ def test_only_a_last_line_cut_short_is_ignored(tmp_path: Path, cut: str) -> None
         compare([ln], tmp_path / "report")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_complete_last_line_without_newline_counts(tmp_path: Path) -> None:
     ln = write_run(tmp_path / "ln", [3.0])
     append(ln, '{"step": 2, "loss": 1.0}')
@@ -189,7 +210,7 @@ def test_nonfinite_losses_are_reported(tmp_path: Path) -> None:
 def test_page_escapes_what_comes_from_files_and_fetches_nothing(tmp_path: Path) -> None:
     info = {"device": "<i>gpu</i>", "versions": {"<u>": "<s>"}, "sessions": []}
     bold = write_run(tmp_path / "<b>", [3.0, 2.0], "<em>$x$</em>", info=info, seed="<q>")
-    other = write_run(tmp_path / "$a$_{", [3.0, 2.0], parameterization="<tt>")
+    other = write_run(tmp_path / r"$\frac$_{", [3.0, 2.0], parameterization="<tt>")
     compare([bold, other], tmp_path / "report", title="<script>$table & http://x.org")
     page = (tmp_path / "report" / "report.html").read_text()
     for tag in ("<b>", "<em>", "<i>", "<u>", "<s>", "<q>", "<tt>", "<script"):
@@ -200,6 +221,7 @@ def test_page_escapes_what_comes_from_files_and_fetches_nothing(tmp_path: Path) 
     assert not re.search(r"<link|<iframe|@import|url\(", page)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_reference(tmp_path: Path) -> None:
     rms, crms = (write_run(tmp_path / norm, [1.0], norm) for norm in ("rmsnorm", "crmsnorm"))
     ln = write_run(tmp_path / "ln", [1.0])
@@ -209,6 +231,7 @@ def test_reference(tmp_path: Path) -> None:
     assert compare([rms, ln], out, reference=f"{tmp_path}/ln/../rmsnorm/")["reference"] == "rmsnorm"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_differing_configurations_are_warned_about(tmp_path: Path) -> None:
     ln = write_run(tmp_path / "ln", [1.0], log_every=1)
     rms = write_run(tmp_path / "rms", [1.0], "rmsnorm", log_every=2, parameterization="native")
@@ -220,6 +243,7 @@ def test_differing_configurations_are_warned_about(tmp_path: Path) -> None:
     assert "differ in seed:" in (tmp_path / "report" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_different_lengths_are_warned_about_and_compared_where_both_are(tmp_path: Path) -> None:
     ln, rms = write_run(tmp_path / "ln", [3.0, 2.0]), write_run(tmp_path / "rms", {2: 2.5, 3: 1.0}, "rmsnorm")
     report = compare([ln, rms], tmp_path / "report")
@@ -227,6 +251,7 @@ def test_different_lengths_are_warned_about_and_compared_where_both_are(tmp_path
     assert "end at different steps (ln at 2, rms at 3)" in report["warnings"][0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_switches_are_those_that_later_sessions_left_standing(tmp_path: Path) -> None:
     starts = [
         (0, "layernorm"),
@@ -244,11 +269,13 @@ def test_switches_are_those_that_later_sessions_left_standing(tmp_path: Path) ->
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / parent / "ln", [1.0]) for parent in "ab"]
     assert [row["name"] for row in compare(runs, tmp_path / "report")["runs"]] == [str(run) for run in runs]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_output_replaces_an_older_report_and_leaves_nothing_else(tmp_path: Path) -> None:
     ln = write_run(tmp_path / "ln", [1.0])
     for _ in range(2):
@@ -269,11 +296,11 @@ def test_output_replaces_an_older_report_and_leaves_nothing_else(tmp_path: Path)
         (["ln", "converted"], "converted holds no training (no metrics.jsonl)"),
         (["empty"], "empty/metrics.jsonl holds no training line"),
         (["evals"], "evals/metrics.jsonl holds no training line"),
-        (["broken"], "broken/config.json is not valid JSON"),
+        (["broken"], "broken/config.json is damaged: "),
         (["ln", "later"], "later has no step in common with the reference ln"),
         (["ln", "./ln/"], "ln is named twice"),
         (["ln", "--reference=later"], "the reference later is not among the runs"),
-        (["ln", "--out=ln/config.json"], "cannot write ln/config.json/report.json"),
+        (["ln", "--out=ln/config.json"], "cannot write ln/config.json (File exists)"),
     ],
 )
 def test_errors_are_one_line_and_exit_status_2(
@@ -312,3 +339,81 @@ def test_command_prints_a_table_and_the_page_last_without_jax(tmp_path: Path) ->
     lines = done.stdout.splitlines()
     assert lines[0].startswith("run") and lines[1].startswith("ln")
     assert lines[-1] == str(tmp_path / "report" / "report.html")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_unit_is_the_one_that_the_metrics_count(tmp_path: Path) -> None:
+    images = write_run(tmp_path / "vit", [2.0, 1.0], unit="image", data={})
+    frames = write_run(tmp_path / "frames", [2.0, 1.0], unit="frame", data={})
+    for run, unit in ((images, "image"), (frames, "frame")):
+        report = compare([run], tmp_path / "report")
+        assert (report["unit"], report["runs"][0]["units_per_s"], report["runs"][0]["steps_per_s"]) == (unit, 150, 75)
+        html = (tmp_path / "report" / "report.html").read_text()
+        assert f"nats per {unit}." in html and f"steps/s = {unit}s/s ÷ batch_size." in html
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("suffix", ["html", "png", "json"])
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path, suffix: str) -> None:
+    ln, rms = write_run(tmp_path / "ln", [1.0]), write_run(tmp_path / "rms", [2.0], "rmsnorm")
+    out = tmp_path / "report"
+    compare([ln], out)
+    (out / f"report.{suffix}").unlink()
+    (out / f"report.{suffix}").mkdir()
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(
+        PrenormError, match=rf"cannot write .*report\.{suffix} \(Is a directory\): choose another --out"
+    ):
+        compare([ln, rms], out)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before and len(before) == 2
+
+
+def test_a_table_in_its_three_forms() -> None:
+    rows = [["", "largest |Δ\N{NO-BREAK SPACE}loss|"], ["<b>", "1"]]
+    assert table.to_text(rows) == "     largest |Δ\N{NO-BREAK SPACE}loss|\n<b>  1"
+    assert table.to_markdown(rows) == (
+        "|     | largest |Δ\N{NO-BREAK SPACE}loss| |\n|-----|------------------|\n| <b> | 1                |"
+    )
+    html = table.to_html(rows)
+    assert "<th><span>largest</span> <span>|Δ\N{NO-BREAK SPACE}loss|</span></th>" in html  # breaks between words alone
+    assert "<td>&lt;b&gt;</td>" in html and "<b>" not in html
+
+
+def test_what_makes_a_page_escapes_it() -> None:
+    made = page.page("<1>", [page.heading("<2>"), page.paragraphs(["<3>"], "quiet"), page.picture(b"", '"<4>', "<5>")])
+    assert not re.search(rb"<\d>", made) and all(b"&lt;%d&gt;" % number in made for number in range(1, 6))
+    assert b'alt="&quot;&lt;4&gt;"' in made
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (2.14e-5, "2.1×10⁻⁵"),
+        (9.96e-4, "0.0010"),
+        (0.03, "0.030"),
+        (0.674, "0.67"),
+        (22.4, "22"),
+        (512.0, "5.1×10²"),
+    ],
+)
+def test_small_numbers_in_two_digits(value: float, text: str) -> None:
+    assert two_digits(value) == text
+
+
+def test_flat_keys() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": [{}]}, "e": None}) == {"a.b.c": 1, "a.d": [{}], "e": None}
+
+
+def test_the_demo_fails_where_what_it_shows_is_not_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PrenormError, match=r"train\.py is not here"):
+        demo.main([f"--workdir={tmp_path}"])
+    row = {"relation": "follows {} closely", "final_eval_loss": 1.0, "max_abs_delta": 1e-6}
+    rows = dict.fromkeys(demo.NORMS, row)
+    demo.conclude(Path("report.html"), rows, expected=1.0, worst=1e-7, seconds=1)
+    with pytest.raises(PrenormError, match=r"held-out loss differs by 1\.0e-04"):
+        demo.conclude(Path("report.html"), rows, expected=1.0, worst=1e-4, seconds=1)
+    departed = rows | {"crmsnorm": row | {"relation": "follows {}"}}
+    with pytest.raises(PrenormError, match=r"crmsnorm departs from the Pre-LN curve: see report\.html"):
+        demo.conclude(Path("report.html"), departed, expected=1.0, worst=1e-7, seconds=1)

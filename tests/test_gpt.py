@@ -16,7 +16,7 @@ from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS
 from prenorm_jax.models.placement import computing_on
-from prenorm_jax.models.transformer import with_statistics
+from prenorm_jax.models.transformer import as_stream
 from prenorm_jax.train.sharding import make_mesh
 
 
@@ -82,7 +82,7 @@ def test_each_dropout_does_something(rate_of):
 @pytest.mark.parametrize("norm", NORMS)
 def test_second_derivatives_pass_through_what_blocks_hand_on(norm):
     config = tiny(norm=norm, norm_affine=False, depth=3, scan=True)
-    handed_on = with_statistics(config, jnp.ones((1, 1, config.stream_width)), train=False)
+    handed_on = as_stream(config, jnp.ones((1, 1, config.stream_width)), train=False)
     assert (handed_on.root is None) == (norm == "layernorm")
     params, tokens = random_params(config, 4, embedding_mean=1.0), random_inputs(config)
     direction = random_params(config, 5, embedding_mean=0.0)

@@ -60,7 +60,8 @@ ENTRY %main (p: f32[2]) -> f32[2] {
     ]
     operations = {operation.kind: operation for operation in hlo.operations(text)}
     fusion = operations["fusion"]
-    assert (fusion.times, fusion.cycles, fusion.size, fusion.scope) == (6, 10, 24, "f/a/norm")
+    assert (fusion.times, fusion.cycles, fusion.all_cycles) == (6, 10, 60)
+    assert (fusion.size, fusion.scope) == (24, "f/a/norm")
     assert operations["negate"].times == 6
     reduced = operations["all-reduce-start"]
     assert (reduced.times, reduced.collective, reduced.size) == (2, "all-reduce", 37)

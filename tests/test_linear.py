@@ -34,7 +34,7 @@ def test_products_for_gpus_are_of_whole_16_bytes(dtype, tokens, widths, padded, 
     assert multiplied_widths(x, kernel) == [widths]
     y, pull_back = jax.vjp(matmul, x, kernel)
     dy = jnp.asarray(rng.normal(size=y.shape), dtype)
-    monkeypatch.setattr("prenorm_jax.models.linear.computing_platform", lambda: "gpu")
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "gpu")
     assert multiplied_widths(x, kernel) == [padded]
     other, pull_back_other = jax.vjp(matmul, x, kernel)
     # Zeros add nothing, but another width may be summed in another order.
@@ -60,7 +60,7 @@ def test_a_network_and_its_gradient_are_the_same_on_gpus(norm, tied, monkeypatch
         return str(traced.jaxpr), traced.lower().compile()(params)
 
     before, expected = compiled()
-    monkeypatch.setattr("prenorm_jax.models.linear.computing_platform", lambda: "gpu")
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: "gpu")
     after, actual = compiled()
     assert after.count(" pad[") > before.count(" pad[")
     assert after.count("remat2[") > before.count("remat2["), "in unrolled blocks on CPUs n is kept"

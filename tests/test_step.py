@@ -203,7 +203,7 @@ def test_an_unknown_optimizer_is_named():
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 def test_cross_entropy_is_that_of_optax(offset, platform, monkeypatch):
     """Its value and gradient; large logits cost it no digits, impossible classes no NaN; and nothing is scattered."""
-    monkeypatch.setattr("prenorm_jax.train.step.computing_platform", lambda: platform)
+    monkeypatch.setattr("prenorm_jax.models.placement.computing_platform", lambda: platform)
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(4, 5, 7)) * 3 + offset).at[0, 0, 2].set(-jnp.inf)
     targets = jnp.asarray(rng.integers(7, size=(4, 5))).at[0, 0].set(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,44 @@ def write_whole(path: Path, content: bytes) -> None:
     Of many processes only the first does. Raises OSError, naming the file, if it cannot be written; the old content is
     then untouched.
     """
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """`write_whole` for some files: if one cannot be written, none is, and OSError names it.
+
+    (Nothing replaces several files at once: a crash between the last lines of it can leave some old and some new.)
+    """
     if not is_first():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in contents}
+    path = None
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, temporary in temporaries.items():
+            if path.is_dir():  # else found out when others are replaced
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with temporary.open("wb") as file:
+                file.write(contents[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def write_results(contents: Mapping[Path, bytes]) -> None:
+    """Writes what a command was asked for, all of it or none, in folders that it makes. Raises PrenormError."""
+    try:
+        for path in contents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_together(contents)
+    except OSError as error:
+        raise PrenormError(f"cannot write {error.filename} ({error.strerror}): choose another --out") from error
 
 
 def check_folder(folder: Path) -> None:
@@ -81,9 +107,14 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def json_bytes(value: Any) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes the file whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path, json_bytes(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,3 +126,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PrenormError(f"{path} is damaged: it holds no JSON object; restore it from a copy")
     return value
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.norm": "layernorm", ...} of {"model": {"norm": "layernorm"}, ...}, or of a ConfigDict."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return flat

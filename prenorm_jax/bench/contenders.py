@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,29 +18,23 @@ import jax
 from ml_collections import ConfigDict
 
 from prenorm_jax import sizes
-from prenorm_jax.config import base_config
+from prenorm_jax.config import base_config, data_kind
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.models.coordinates import COORDINATES
-from prenorm_jax.models.norms import Norm, Scaled
+from prenorm_jax.models.norms import Norm, Normed
+from prenorm_jax.models.parameters import annotated
 from prenorm_jax.models.registry import model_config
 
 
 class NoNorm(Norm):
     """Leaves its input as it is."""
 
-    scaled = staticmethod(lambda x, epsilon: Scaled(x))
+    normalise = staticmethod(lambda x, epsilon: Normed(x))
 
 
-def _flax_layer_norm(one_pass: bool) -> Callable[..., nn.Module]:
-    """Flax's own LayerNorm, called with the arguments of ours."""
+class FlaxLayerNorm(Norm):
+    """Flax's own LayerNorm. `one_pass`: its variance is E[x²] - E[x]²."""
 
-    def make(epsilon: float, use_scale: bool, use_bias: bool, param_dtype: Any, name: str) -> nn.Module:
-        return _FlaxLayerNorm(epsilon, use_scale, use_bias, param_dtype=param_dtype, one_pass=one_pass, name=name)
-
-    return make
-
-
-class _FlaxLayerNorm(Norm):
     one_pass: bool = True
 
     @nn.compact
@@ -49,15 +45,15 @@ class _FlaxLayerNorm(Norm):
             param_dtype=self.param_dtype,
             use_bias=self.use_bias,
             use_scale=self.use_scale,
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,)),
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,)),
+            bias_init=annotated(nn.initializers.zeros_init(), self.axis, norm=self.site),
+            scale_init=annotated(nn.initializers.ones_init(), self.axis, norm=self.site),
             use_fast_variance=self.one_pass,
         )
         nn.share_scope(self, norm)
         return norm(x)
 
-    def for_readers(self, x: jax.Array) -> Scaled:
-        return Scaled(self(x))
+    def for_readers(self, x: jax.Array) -> Normed:
+        return Normed(self(x), site=self.site)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +105,6 @@ class Contender:
 
 # The fastest is the baseline.
 BASELINES = ("layernorm", "layernorm-folded", "flax-one-pass", "flax-one-pass-folded", "flax-two-pass")
-
-
 BOUND = "none"
 
 
@@ -120,19 +114,13 @@ def baseline_of(costs: dict[str, float]) -> str:
     return min([name for name in BASELINES if name in costs] or others or costs, key=costs.__getitem__)
 
 
+ONE_PASS, TWO_PASS = (functools.partial(FlaxLayerNorm, one_pass=one_pass) for one_pass in (True, False))
 CONTENDERS = {
     "layernorm": Contender("layernorm", "ours"),
     "layernorm-folded": Contender("layernorm", "ours, affine folded into the readers", folded=True),
-    "flax-one-pass": Contender("layernorm", "Flax's, E[x²] - E[x]²", stand_in=_flax_layer_norm(one_pass=True)),
-    "flax-one-pass-folded": Contender(
-        "layernorm",
-        "the same, affine folded into the readers",
-        folded=True,
-        stand_in=_flax_layer_norm(one_pass=True),
-    ),
-    "flax-two-pass": Contender(
-        "layernorm", "Flax's, use_fast_variance=False", stand_in=_flax_layer_norm(one_pass=False)
-    ),
+    "flax-one-pass": Contender("layernorm", "Flax's, E[x²] - E[x]²", stand_in=ONE_PASS),
+    "flax-one-pass-folded": Contender("layernorm", "the same, folded into the readers", folded=True, stand_in=ONE_PASS),
+    "flax-two-pass": Contender("layernorm", "Flax's, use_fast_variance=False", stand_in=TWO_PASS),
     "rmsnorm": Contender("rmsnorm", "its own parameters"),
     "rmsnorm-pre_ln": Contender("rmsnorm", "from Pre-LN parameters, h in the step", "pre_ln"),
     "crmsnorm": Contender("crmsnorm", "its own parameters, d-1 wide"),
@@ -160,6 +148,13 @@ class Setting:
         config.model.update(keys)
         config.model.dtype = self.dtype
         config.model.depth = self.depth or config.model.depth
-        if keys["family"] == "gpt":
+        if "seq_len" in config.data:
             config.data.seq_len, config.model.max_len = self.length, max(self.length, keys.get("max_len", 0))
         return config
+
+    def header(self, task: str) -> dict[str, Any]:
+        """What the JSON file says of every measurement; the length is None for images, which have their own."""
+        config = self.run_config()
+        length = data_kind(config).length(config) or None
+        when = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+        return dataclasses.asdict(self) | {"task": task, "length": length} | when

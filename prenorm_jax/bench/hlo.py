@@ -7,41 +7,21 @@ counts are known (tests/test_hlo.py).
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-
-
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
-
-
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-
-
 _CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=(\{.*?\}|\S+)")
-
-
 _NAME = re.compile(r"[\w.\-]+")
-
-
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-
-
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-
-
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-
-
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-
-
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-
-
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -63,6 +43,11 @@ class Operation:
     times: int
     cycles: int
     size: int
+
+    @property
+    def all_cycles(self) -> int:
+        """Of all the times that it is done."""
+        return self.times * self.cycles
 
     @property
     def collective(self) -> str | None:
@@ -129,10 +114,5 @@ def _trips(computations: dict[str, list[str]], line: str) -> int:
 
 def _size(shape: str) -> int:
     """Bytes of a result: of a tuple, all of its parts."""
-    total = 0
-    for name, bits, dimensions in _SHAPE.findall(shape):
-        count = 1
-        for dimension in dimensions.split(","):
-            count *= int(dimension) if dimension else 1
-        total += count * (1 if name == "pred" else max(int(bits) // 8, 1))
-    return total
+    sizes = ((1 if name == "pred" else max(int(bits) // 8, 1), axes) for name, bits, axes in _SHAPE.findall(shape))
+    return sum(size * math.prod(int(axis) for axis in axes.split(",") if axis) for size, axes in sizes)

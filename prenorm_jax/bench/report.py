@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.base.files import write_whole
+from prenorm_jax.base.files import json_bytes, write_results
 from prenorm_jax.bench.contenders import BASELINES, BOUND
 from prenorm_jax.bench.tasks import TASKS
-from prenorm_jax.report.runs_figure import DPI, FONT, GREY
+from prenorm_jax.report.figure import BLUE, FONT, GREY, LIGHT_GREY, ORANGE, new_figure, png
+from prenorm_jax.report.table import Rows, to_markdown
 
 Report = dict[str, Any]
-
 
 LEAST_ROUNDS = 10  # for a verdict: of fewer, resampled, an interval is too narrow; of one it has no width at all
 
@@ -26,23 +20,19 @@ def table(report: Report) -> str:
     """Markdown, with what it shows in words below it."""
     title = f"{_setting(report)}, {TASKS[report['task']]}"
     if "topology" in report:
+        rows = _cycle_rows(report)
         devices = "one of its devices" if report["devices"] == 1 else f"{report['devices']} devices, batch per device"
         title += f", for {report['topology']} ({devices}): the compiler's model"
-        rows = _cycle_rows(report)
     else:
-        title += f"{_in_a_row(report)}, {report['rounds']} rounds on {report['device']}"
         rows = _time_rows(report)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = "|".join("-" * (width + 2) for width in widths)
-    lines = [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
+        title += f"{_in_a_row(report)}, {report['rounds']} rounds on {report['device']}"
     versions = f"{report['date']}, jax {report['jax']}"
     if "matmul_peak_gflops" in report:
         versions += (
             f"; peak: {report['matmul_peak_gflops']:.0f} GFLOP/s, measured on 2048 × 2048 matrices; "
             f"{report['model_gflop']:.0f} GFLOP of matrix products in the task"
         )
-    return "\n".join([title, versions, "", *lines, "", *_words(report)])
+    return "\n".join([title, versions, "", to_markdown(rows), "", *_words(report)])
 
 
 def _in_a_row(report: Report) -> str:
@@ -55,35 +45,44 @@ def _setting(report: Report) -> str:
     return f"{model}, {size}, {report['dtype']}"
 
 
-_RATIOS = (("ratio", "ratio_interval"), ("quiet_ratio", "quiet_interval"))
-
-
-def _time_rows(report: Report) -> list[list[str]]:
+def _time_rows(report: Report) -> Rows:
     head = ["", "median ms", "quartiles", "ratio by rounds [95 %]", "undisturbed ratio [95 %]"]
     head += ["share of the way [95 %]", f"{report['unit']}s/s", "of peak"]
     rows = [[*head, "temporaries MiB", "compiled MiB", "process MiB"]]
     for name, row in report["contenders"].items():
         low, median, high = row["quartiles_ms"]
-        share = "" if row["share"] is None else f"{row['share']:.2f} [{_interval(row['share_interval'], 2)}]"
-        of_peak = "" if row["flops_share_of_peak"] is None else f"{row['flops_share_of_peak']:.0%}"
-        cells = [name + (" (baseline)" if name == report["baseline"] else ""), f"{median:.1f}", f"{low:.1f}–{high:.1f}"]
-        cells += [f"{row[key]:.3f} [{_interval(row[interval], 3)}]" for key, interval in _RATIOS]
-        cells += [share, f"{row['units_per_s']:,.0f}"]
-        memory = [row["temporaries_mib"], row["compiled_mib"], row["process_mib"]]
-        rows.append([*cells, of_peak, *("" if value is None else f"{value:.0f}" for value in memory)])
+        cells = [_name(name, report), f"{median:.1f}", f"{low:.1f}–{high:.1f}"]
+        cells += [
+            _with_interval(row, "ratio", 3),
+            _with_interval(row, "quiet_ratio", 3),
+            _with_interval(row, "share", 2),
+        ]
+        cells += [f"{row['units_per_s']:,.0f}", _known(row["flops_share_of_peak"], ".0%")]
+        rows.append([*cells, *(_known(row[f"{which}_mib"], ".0f") for which in ("temporaries", "compiled", "process"))])
     return rows
 
 
-def _cycle_rows(report: Report) -> list[list[str]]:
+def _cycle_rows(report: Report) -> Rows:
     rows = [["", "estimated cycles", "ratio", "temporaries MiB"]]
     for name, row in report["contenders"].items():
-        label = name + (" (baseline)" if name == report["baseline"] else "")
-        rows.append([label, f"{row['cycles']:,}", f"{row['ratio']:.4f}", f"{row['temporaries_mib']:.0f}"])
+        cells = [f"{row['cycles']:,}", f"{row['ratio']:.4f}", f"{row['temporaries_mib']:.0f}"]
+        rows.append([_name(name, report), *cells])
     return rows
 
 
-def _interval(pair: list[float], digits: int) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in pair)
+def _name(name: str, report: Report) -> str:
+    return name + (" (baseline)" if name == report["baseline"] else "")
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _with_interval(row: Report, key: str, digits: int) -> str:
+    interval = row[f"{key.removesuffix('_ratio')}_interval"]
+    if row[key] is None:
+        return ""
+    return f"{row[key]:.{digits}f} [{', '.join(f'{value:.{digits}f}' for value in interval)}]"
 
 
 def _words(report: Report) -> list[str]:
@@ -113,42 +112,28 @@ def _words(report: Report) -> list[str]:
 
 def figure(report: Report) -> bytes:
     """The PNG: each contender's ratio to the baseline, undisturbed or of cycles, with its interval."""
-    key = "ratio" if "topology" in report else "quiet_ratio"
+    estimated = "topology" in report
+    key = "ratio" if estimated else "quiet_ratio"
     rows = list(reversed(report["contenders"].items()))
-    drawing = Figure(figsize=(7.2, 0.9 + 0.3 * len(rows)), dpi=DPI, facecolor="white", layout="constrained")
-    ax = drawing.subplots()
+    drawing, (ax,) = new_figure([0.3 * len(rows)], margin=0.9, grid="x")
     for place, (name, row) in enumerate(rows):
         low, high = row.get("quiet_interval", [row[key]] * 2)
-        color = "#0072B2" if "rmsnorm" in name else "#D55E00" if name == "none" else GREY
+        color = BLUE if "rmsnorm" in name else ORANGE if name == BOUND else GREY
         ax.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="round")
         ax.plot(row[key], place, "o", color=color, markersize=6)
-    for value, style in ((1.0, "-"), (report["contenders"].get("none", {}).get(key), (0, (3, 3)))):
+    for value, style in ((1.0, "-"), (report["contenders"].get(BOUND, {}).get(key), (0, (3, 3)))):
         if value is not None:
-            ax.axvline(value, color="#bbbbbb", linewidth=0.9, linestyle=style, zorder=0)
+            ax.axvline(value, color=LIGHT_GREY, linewidth=0.9, linestyle=style, zorder=0)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=FONT)
-    what = "estimated cycles" if "topology" in report else "undisturbed time"
+    what = "estimated cycles" if estimated else "undisturbed time with 95 % intervals"
     ax.set_xlabel(f"{what}, {TASKS[report['task']]}, relative to {report['baseline']}", fontsize=FONT)
-    where = report["topology"] if "topology" in report else report["device"]
+    where = report["topology"] if estimated else report["device"]
     ax.set_title(f"{_setting(report)}{_in_a_row(report)}, {where}", fontsize=FONT, loc="left")
-    ax.tick_params(labelsize=FONT, color=GREY)
-    ax.grid(axis="x", color="#e6e6e6", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    file = io.BytesIO()
-    FigureCanvasAgg(drawing).print_png(file)
-    return file.getvalue()
+    return png(drawing)
 
 
 def write(report: Report, folder: Path, stem: str) -> list[Path]:
     """Writes `stem`.json and .png into the folder; their paths. Raises PrenormError if it cannot."""
-    files = {
-        folder / f"{stem}.json": (json.dumps(report, indent=1) + "\n").encode(),
-        folder / f"{stem}.png": figure(report),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, content in files.items():
-            write_whole(path, content)
-    except OSError as error:
-        raise PrenormError(f"cannot write {error.filename} ({error.strerror}): choose another --out") from error
+    files = {folder / f"{stem}.json": json_bytes(report), folder / f"{stem}.png": figure(report)}
+    write_results(files)
     return list(files)

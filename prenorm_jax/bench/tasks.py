@@ -16,16 +16,9 @@ from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.decoding import as_read, decode_step, prefill
 from prenorm_jax.models.placement import computing_on
 from prenorm_jax.models.registry import build_model
+from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import replicated
-from prenorm_jax.train.step import (
-    RunModels,
-    computed_params,
-    init_params,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    run_models,
-)
+from prenorm_jax.train.step import init_params, init_state, make_eval_step, make_train_step
 
 TASKS = {  # name -> what it is
     "step": "training step",
@@ -34,8 +27,6 @@ TASKS = {  # name -> what it is
     "decode": "one token after half a sequence of them",
     "h": "the conversion h and its derivative alone",
 }
-
-
 SPLIT = ("step", "forward")  # among the devices of a mesh; of the others each device does all
 
 
@@ -77,30 +68,29 @@ def contenders_of(task: str, names: list[str]) -> list[str]:
 def make_task(name: str, contender: Contender, config: ConfigDict, mesh: Mesh) -> Task:
     """The task for one contender. Raises PrenormError for an unknown one, or one of texts for a model of images."""
     check_choice("--task", name, tuple(TASKS))
-    config = contender.config(config)
-    models = run_models(config)
+    run = Run.create(contender.config(config), mesh)
     if name == "step":
-        return Task(make_train_step(config, models, mesh), lambda: (init_state(config, models),), 0, contender)
+        return Task(make_train_step(run), lambda: (init_state(run),), 0, contender)
     if name == "forward":
-        function, carried = make_eval_step(config, models.computed, mesh), None
+        function, carried = make_eval_step(run), None
     elif name == "h":
-        function, carried = _jit(_conversion(models), mesh), None
+        function, carried = _jit(_conversion(run), mesh), None
     else:
-        if config.model.family != "gpt":
+        if not run.computed.causal:
             raise PrenormError(f"--task={name} needs a model of text, such as --model=gpt:6x384")
-        function = _generation(name, models.computed, config.data.seq_len, mesh)
+        function = _generation(name, run.computed, config.data.seq_len, mesh)
         carried = None if name == "prefill" else 1
 
     def arguments() -> tuple:
-        trained = init_params(config, models)
-        params = computed_params(trained, models)
+        trained = init_params(run)
+        params = run.computed_params(trained)
         if name == "h":
             return trained, params
-        params = as_read(params, models.computed)
+        params = as_read(params, run.computed)
         if carried is None:
             return (params,)
         B, length = config.batch_size, config.data.seq_len
-        cache = prefill.__wrapped__(build_model(models.computed), params, jnp.zeros((B, 1), jnp.int32), length)[1]
+        cache = prefill.__wrapped__(build_model(run.computed), params, jnp.zeros((B, 1), jnp.int32), length)[1]
         return params, cache, jnp.asarray(length // 2), jax.random.split(jax.random.key(0), B)
 
     return Task(function, arguments, carried, contender)
@@ -111,9 +101,9 @@ def _jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> Callable[.
     return jax.jit(computing_on(mesh)(function), in_shardings=replicated(mesh), **options)
 
 
-def _conversion(models: RunModels) -> Callable[..., Any]:
+def _conversion(run: Run) -> Callable[..., Any]:
     def conversion(params: Any, gradients: Any, batch: Any) -> Any:
-        computed, pull_back = jax.vjp(lambda params: computed_params(params, models), params)
+        computed, pull_back = jax.vjp(run.computed_params, params)
         return computed, pull_back(gradients)
 
     return conversion

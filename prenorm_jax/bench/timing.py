@@ -1,6 +1,4 @@
-"""Times the norms against each other, against Flax's LayerNorm and against no norm at all.
-
-    python -m prenorm_jax.benchmark --model=gpt:6x384 --batch=8 --length=256
+"""How `benchmark` times the norms against each other, against Flax's LayerNorm and against no norm at all.
 
 One process runs all contenders in turn, in a new random order each round, each call waited for (`--in-a-row`: that many
 at once, as training runs ahead of an accelerator, which would else idle while it is being started). Two ratios are
@@ -11,8 +9,7 @@ at all it goes, undisturbed. Where the noise is larger than the way, there is no
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -22,14 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from prenorm_jax.base.allocator import release_freed_memory
 from prenorm_jax.base.console import say
-from prenorm_jax.bench import report as benchmark_report
+from prenorm_jax.bench.compiled import planned_memory
 from prenorm_jax.bench.contenders import BASELINES, BOUND, CONTENDERS, Setting, baseline_of
+from prenorm_jax.bench.report import LEAST_ROUNDS
 from prenorm_jax.bench.tasks import Task, make_task
-from prenorm_jax.data import load_data
+from prenorm_jax.config import data_kind
 from prenorm_jax.models.flops import model_flops
 from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.record import device_name
@@ -37,27 +34,8 @@ from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.workdir import configure_jax
 
 WARM_UP = 2  # rounds
-
-
 LEAST_CALL = 0.01  # seconds, of products whose speed counts as the peak
-
-
 QUIET = 0.1  # the quantile of a contender's times that counts as undisturbed
-
-
-def real_batch(config: ConfigDict) -> dict[str, np.ndarray]:
-    """The standard library's text, by bytes; or crops of scikit-learn's two photographs, their labels random."""
-    if config.model.family == "gpt":
-        return load_data(config).train_batch(config, 0)
-    from sklearn.datasets import load_sample_images
-
-    rng, side, images = np.random.default_rng(0), config.model.image_size, []
-    for photo in load_sample_images().images * -(-config.batch_size // 2):
-        top, left = (rng.integers(1 + size - side) for size in photo.shape[:2])
-        images.append(photo[top : top + side, left : left + side])
-    labels = rng.integers(config.model.classes, size=config.batch_size).astype(np.int32)
-    weights = np.ones(config.batch_size, np.float32)
-    return {"images": np.stack(images[: config.batch_size]), "labels": labels, "weights": weights}
 
 
 def prepare(task: Task, batch: Any) -> tuple[Callable[[], Any], jax.stages.Compiled]:
@@ -112,27 +90,19 @@ def peak_flops(dtype: str, size: int = 2048) -> float:
 
 def memory(call: Callable[[], Any], program: Any) -> dict[str, float | None]:
     """MiB: what the compiler plans for, and what the process's peak rises by when it runs (Linux, CPU), if known."""
-    analysis = program.memory_analysis()
-    planned = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-    planned -= analysis.alias_size_in_bytes
+    planned, risen = planned_memory(program), None
+    if jax.default_backend() == "cpu":  # elsewhere what a program uses is not the process's
+        with contextlib.suppress(OSError):
+            release_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = _status("VmRSS")
+            jax.block_until_ready(call())
+            risen = (_status("VmHWM") - before) / 1024
     return {
-        "temporaries_mib": analysis.temp_size_in_bytes / 2**20,
-        "compiled_mib": planned / 2**20,
-        "process_mib": _process_memory(call),
+        "temporaries_mib": planned["temporaries"] / 2**20,
+        "compiled_mib": planned["peak"] / 2**20,
+        "process_mib": risen,
     }
-
-
-def _process_memory(call: Callable[[], Any]) -> float | None:
-    if jax.default_backend() != "cpu":  # what a program uses is not the process's
-        return None
-    try:
-        release_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _status("VmRSS")
-        jax.block_until_ready(call())
-        return (_status("VmHWM") - before) / 1024
-    except OSError:
-        return None
 
 
 def _status(key: str) -> int:
@@ -153,7 +123,7 @@ def ratios(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str
     floors = {name: np.quantile(values, QUIET) for name, values in times.items()}
     resampled = {name: np.quantile(values[samples], QUIET, axis=1) for name, values in times.items()}
     quiet = {name: floor / resampled[baseline] for name, floor in resampled.items()}
-    enough = rounds >= benchmark_report.LEAST_ROUNDS
+    enough = rounds >= LEAST_ROUNDS
     a_way = baseline in BASELINES and BOUND in times
     measurable = enough and a_way and np.quantile(quiet[BOUND], 0.975) < 1
     result = {}
@@ -182,7 +152,8 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
     """What the JSON file holds. Raises PrenormError for an unknown model or task."""
     config = setting.run_config()
     configure_jax(config)
-    data = real_batch(config)
+    kind = data_kind(config)
+    data = kind.sample(config)
     calls, rows = {}, {}
     for name in names:
         start = time.monotonic()
@@ -192,11 +163,11 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
         say(f"{name}: compiled in {time.monotonic() - start:.0f} s")
     seconds = measure(calls, rounds, in_a_row)
     baseline = baseline_of({name: float(np.quantile(times, QUIET)) for name, times in seconds.items()})
-    logits = 1 if task == "prefill" else None
-    flops = model_flops(model_config(config.model), setting.batch, setting.length, task == "step", logits)
+    header, logits = setting.header(task), 1 if task == "prefill" else None
+    length = header["length"] or 1  # tokens, or an image
+    flops = model_flops(model_config(config.model), setting.batch, length, task == "step", logits)
     peak = peak_flops(setting.dtype)
-    is_text = config.model.family == "gpt"
-    units = setting.batch * (setting.length if is_text and task != "decode" else 1)
+    units = setting.batch * (length if task != "decode" else 1)
     compared = ratios(seconds, baseline)
     for name, row in rows.items():
         quartiles = np.quantile(seconds[name], (0.25, 0.5, 0.75))
@@ -204,16 +175,11 @@ def benchmark(setting: Setting, task: str, names: list[str], rounds: int, in_a_r
         row["units_per_s"] = units / float(quartiles[1])
         of_peak = flops / float(quartiles[1]) / peak
         row["flops_share_of_peak"] = of_peak if task in ("step", "forward", "prefill") else None
-    return {
-        **dataclasses.asdict(setting),
-        "task": task,
-        "length": setting.length if is_text else None,
-        "unit": "token" if is_text else "image",
+    return header | {
+        "unit": kind.unit,
         "rounds": rounds,
         "in_a_row": in_a_row,
-        "date": datetime.date.today().isoformat(),
         "device": device_name(),
-        "jax": jax.__version__,
         "matmul_peak_gflops": peak / 1e9,
         "model_gflop": flops / 1e9,
         "baseline": baseline,

@@ -7,27 +7,23 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.base.files import write_whole
-from prenorm_jax.report import runs_figure as compare_figure
-from prenorm_jax.report import runs_words as compare_page
+from prenorm_jax.base.files import flatten, json_bytes, read_json, write_results
+from prenorm_jax.report import runs_figure, runs_words
 
 # These may differ: they are what is compared, and what a native run's own parameters need.
 COMPARED_KEYS = {"model.norm", "parameterization", "model.norm_affine", "model.final_norm_affine"}
-
-
 COMPARED_KEYS |= {"model.reader_bias", "model.qkv_bias", "model.head_bias", "model.layer_scale"}
-
-
 SETTING_KEYS = ("model.depth", "model.d_model", "batch_size", "data.seq_len", "seed", "model.dtype")
-
-
 FINAL_STEPS = 20  # the final training loss is the mean over the last so many steps
+
+_RATE = re.compile(r"(?!model_flops)(\w+)s_per_s")  # a key of metrics.jsonl, such as tokens_per_s: names the unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +34,11 @@ class Run:
     workdir: Path
     config: dict[str, Any]
     info: dict[str, Any]
+    unit: str  # what a loss is the mean over, and speed counts: token, image
     losses: dict[int, float]  # by step; NaN or infinite where training diverged
     evals: dict[int, float]
     top1s: dict[int, float]  # of images: the share classified correctly
     rates: dict[int, float]  # units per second
-
-    @property
-    def unit(self) -> str:
-        """What a loss is the mean over, and speed counts."""
-        return "image" if self.config.get("model.family") == "vit" else "token"
 
 
 def compare(
@@ -55,7 +47,7 @@ def compare(
     title: str | None = None,
     reference: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Writes report.html, report.png and report.json into the folder `out` (X.html, ... for out="X.html").
+    """Writes report.html, report.png and report.json into the folder `out` (X.html, ... for out="X.html"), or none.
 
     `reference` is one of `workdirs`; by default the first run with LayerNorm, else the first run. Returns
     what report.json holds and, under "files", the paths written. Raises PrenormError for a workdir that is
@@ -74,27 +66,14 @@ def compare(
         "config_differences": _config_differences(runs),
         "curves": {run.name: _curves(run, base) for run in runs},
     }
-    report = compare_page.with_words(report)
-    png = compare_figure.figure(report)
-    contents = {
-        "json": (json.dumps(report, indent=1) + "\n").encode(),
-        "png": png,
-        "html": compare_page.page(report, png).encode(errors="replace"),
-    }
+    report = runs_words.with_words(report)
+    png = runs_figure.figure(report)
+    contents = {"json": json_bytes(report), "png": png, "html": runs_words.html_page(report, png)}
     out = Path(out)
     folder, stem = (out.parent, out.stem) if out.suffix == ".html" else (out, "report")
     files = {suffix: folder / f"{stem}.{suffix}" for suffix in contents}
-    for suffix, path in files.items():
-        _write(path, contents[suffix])
+    write_results({files[suffix]: content for suffix, content in contents.items()})
     return {**report, "files": {suffix: str(path) for suffix, path in files.items()}}
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
-    except OSError as error:
-        raise PrenormError(f"cannot write {path} ({error.strerror}): choose another --out") from error
 
 
 def _read_runs(workdirs: list[Path]) -> list[Run]:
@@ -123,33 +102,15 @@ def _read_run(workdir: Path, name: str) -> Run:
 
 def _read_flat(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read(path))
-    except ValueError as error:
-        raise PrenormError(f"{path} is not valid JSON ({error}): repair it, or leave this run out") from error
-    if not isinstance(value, dict):
-        raise PrenormError(f"{path} holds no JSON object: repair it, or leave this run out")
-    return _flatten(value)
+        return flatten(read_json(path))
+    except PrenormError as error:
+        raise PrenormError(f"{error}, or leave this run out") from error
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PrenormError(f"cannot read {path} ({error.strerror}): leave this run out") from error
-
-
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _read_metrics(path: Path) -> list[dict[int, float]]:
-    """Losses, evaluation losses, top-1 and units/s by step; a resumed run's last line of a step wins."""
-    series: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "eval_top1": {}, "units_per_s": {}}
-    names = {name: name for name in series} | {f"{unit}s_per_s": "units_per_s" for unit in ("token", "image")}
-    lines = _read(path).split(b"\n")
+def _read_metrics(path: Path) -> tuple[Any, ...]:
+    """The unit, then losses, evaluation losses, top-1 and units/s by step; a resumed run's last line of a step wins."""
+    unit, series = "unit", {key: {} for key in ("loss", "eval_loss", "eval_top1", "units_per_s")}
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -157,15 +118,18 @@ def _read_metrics(path: Path) -> list[dict[int, float]]:
             entry = json.loads(line.decode())
             if not isinstance(entry, dict) or type(entry.get("step")) is not int:
                 raise ValueError("not an object with a whole number as step")
-            for key in names.keys() & entry.keys():
-                series[names[key]][entry["step"]] = _number(entry[key])
+            for key, value in entry.items():
+                if rate := _RATE.fullmatch(key):
+                    unit, key = rate[1], "units_per_s"
+                if key in series:
+                    series[key][entry["step"]] = _number(value)
         except ValueError as error:
             if number == len(lines):  # no newline follows: a crash cut this line short
                 break
             raise PrenormError(f"{path}, line {number}: {error}; repair or delete this line") from error
     if not series["loss"]:
         raise PrenormError(f"{path} holds no training line: train in {path.parent}, or leave it out")
-    return [dict(sorted(values.items())) for values in series.values()]
+    return unit, *(dict(sorted(values.items())) for values in series.values())
 
 
 def _number(value: Any) -> float:
@@ -188,21 +152,13 @@ def _reference(runs: list[Run], reference: str | Path | None) -> Run:
 def _row(run: Run, base: Run) -> dict[str, Any]:
     """A run's numbers. None: unknown, not finite, or a difference of the reference from itself."""
     last = list(run.losses.values())[-FINAL_STEPS:]
-    final_eval = max(run.evals, default=None)
-    finite_evals = {step: loss for step, loss in run.evals.items() if math.isfinite(loss)}
-    best_eval = min(finite_evals, key=finite_evals.__getitem__, default=None)
-    rates = list(run.rates.values())[len(run.rates) // 10 :]  # compilation slows the first ones
-    units_per_s = _median(filter(math.isfinite, rates))
-    seq_len = 1 if run.unit == "image" else run.config.get("data.seq_len") or 0
-    units_per_step = (run.config.get("batch_size") or 0) * seq_len
     nonfinite = [step for step, loss in run.losses.items() if not math.isfinite(loss)]
     changes = [abs(after - before) for before, after in itertools.pairwise(run.losses.values())]
-    deltas = {} if run is base else _deltas(run.losses, base.losses)
-    if run is not base and not run.losses.keys() & base.losses.keys():
-        raise PrenormError(f"{run.workdir} has no step in common with the reference {base.workdir}: leave it out")
-    largest = max(deltas, key=lambda step: abs(deltas[step]), default=None)
-    eval_deltas = {} if run is base else _deltas(run.evals, base.evals)
-    eval_step = max(eval_deltas, default=None)
+    final_eval = max(run.evals, default=None)
+    best_eval = min((step for step in run.evals if math.isfinite(run.evals[step])), key=run.evals.get, default=None)
+    rates = list(run.rates.values())[len(run.rates) // 10 :]  # compilation slows the first ones
+    units_per_s = _median(filter(math.isfinite, rates))
+    units_per_step = (run.config.get("batch_size") or 0) * (run.config.get("data.seq_len", 1) or 0)  # images: one each
     return {
         "name": run.name,
         "workdir": str(run.workdir),
@@ -223,16 +179,27 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
         "nonfinite_losses": len(nonfinite),
         "first_nonfinite_step": nonfinite[0] if nonfinite else None,
         "change_per_step": _median(filter(math.isfinite, changes)),
+        **_differences(run, base),
+        "final_eval_top1": _finite(run.top1s[max(run.top1s)]) if run.top1s else None,
+        "units_per_s": units_per_s,
+        "steps_per_s": units_per_s / units_per_step if units_per_s and units_per_step else None,
+    }
+
+
+def _differences(run: Run, base: Run) -> dict[str, Any]:
+    """The sizes of a run's differences from the reference; none of the reference from itself."""
+    if not run.losses.keys() & base.losses.keys():
+        raise PrenormError(f"{run.workdir} has no step in common with the reference {base.workdir}: leave it out")
+    deltas, evals = ({}, {}) if run is base else (_deltas(run.losses, base.losses), _deltas(run.evals, base.evals))
+    largest, final_eval = max(deltas, key=lambda step: abs(deltas[step]), default=None), max(evals, default=None)
+    return {
         "common_steps": len(deltas),
         "first_abs_delta": abs(next(iter(deltas.values()))) if deltas else None,
         "median_abs_delta": _median(map(abs, deltas.values())),
         "max_abs_delta": None if largest is None else abs(deltas[largest]),
         "max_abs_delta_step": largest,
-        "final_eval_abs_delta": None if eval_step is None else abs(eval_deltas[eval_step]),
-        "final_eval_abs_delta_step": eval_step,
-        "final_eval_top1": _finite(run.top1s[max(run.top1s)]) if run.top1s else None,
-        "units_per_s": units_per_s,
-        "steps_per_s": units_per_s / units_per_step if units_per_s and units_per_step else None,
+        "final_eval_abs_delta": None if final_eval is None else abs(evals[final_eval]),
+        "final_eval_abs_delta_step": final_eval,
     }
 
 

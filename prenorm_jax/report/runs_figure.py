@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from prenorm_jax.report.figure import (
+    BLUE,
+    FONT,
+    GREEN,
+    GREY,
+    LIGHT_GREY,
+    ORANGE,
+    PINK,
+    diamonds,
+    label,
+    new_figure,
+    png,
+)
 
 NORM_NAMES = {"layernorm": "Pre-LN", "rmsnorm": "Pre-RMSNorm", "crmsnorm": "Pre-CRMSNorm"}
 
-
-# Colours that colour-blind readers tell apart (Okabe and Ito). The reference is wide and light, the others
-# are narrow and broken, so that curves that coincide can all be seen.
-REFERENCE_STYLE = {"color": "#C4C4C4", "linewidth": 5.0}
-
-
+# The reference is wide and light, the others are narrow and broken, so that curves that coincide can all be seen.
+REFERENCE_STYLE = {"color": LIGHT_GREY, "linewidth": 5.0}
+ALONE_STYLE = {"color": BLUE, "linewidth": 1.4}
 STYLES = (
-    {"color": "#D55E00", "linewidth": 1.8, "linestyle": (0, (4, 2.5))},
-    {"color": "#0072B2", "linewidth": 1.4, "linestyle": (0, (1, 1.6))},
-    {"color": "#009E73", "linewidth": 1.4, "linestyle": (0, (6, 2, 1, 2))},
-    {"color": "#CC79A7", "linewidth": 1.4, "linestyle": (0, (2, 2))},
+    {"color": ORANGE, "linewidth": 1.8, "linestyle": (0, (4, 2.5))},
+    {"color": BLUE, "linewidth": 1.4, "linestyle": (0, (1, 1.6))},
+    {"color": GREEN, "linewidth": 1.4, "linestyle": (0, (6, 2, 1, 2))},
+    {"color": PINK, "linewidth": 1.4, "linestyle": (0, (2, 2))},
 )
-
-
-FONT, GREY, DPI = 9, "#666666", 200  # the page shows the PNG at half its resolution: sharp on dense displays
-
-
 FEW_STEPS = 20  # up to so many losses are also drawn as points
-
 
 Report = dict[str, Any]  # what report.json holds
 
@@ -41,25 +43,15 @@ def figure(report: Report) -> bytes:
     """The PNG: loss curves and, below, how far each is from the reference."""
     names = [row["name"] for row in report["runs"] if row["name"] != report["reference"]]
     styles = {name: STYLES[index % len(STYLES)] for index, name in enumerate(names)}
-    heights = [3.2, 2.4] if styles else [3.2]
-    base_style = REFERENCE_STYLE if styles else {"color": "#0072B2", "linewidth": 1.4}
-    drawing = Figure(figsize=(7.2, sum(heights) + 0.5), dpi=DPI, facecolor="white", layout="constrained")
-    axes = drawing.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for ax in axes:
-        ax.tick_params(labelsize=FONT, color=GREY)
-        ax.grid(color="#e6e6e6", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    _draw_losses(axes[0], report, {report["reference"]: base_style} | styles)
+    drawing, axes = new_figure([3.2, 2.4] if styles else [3.2], margin=0.5)
+    _draw_losses(axes[0], report, {report["reference"]: REFERENCE_STYLE if styles else ALONE_STYLE} | styles)
     if styles:
         _draw_differences(axes[1], report, styles)
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes[-1].set_xlabel("optimizer step", fontsize=FONT)
-    _draw_switches(list(axes), report["runs"])
+    _draw_switches(axes, report["runs"])
     drawing.align_ylabels(axes)
-    file = io.BytesIO()
-    FigureCanvasAgg(drawing).print_png(file)
-    return file.getvalue()
+    return png(drawing)
 
 
 def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
@@ -72,13 +64,13 @@ def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
         steps, losses = _columns(report["curves"][name]["loss"])
         points = {"marker": "o", "markersize": style["linewidth"] + 1} if len(steps) <= FEW_STEPS else {}
         role = ", the reference" if index == 0 and len(styles) > 1 else ""
-        label = _label(f"{norms[name]} ({name})") + role
-        ax.plot(steps, losses, label=label, zorder=2 + index / 100, **style, **points)
-        eval_points = _columns(report["curves"][name]["eval_loss"])
-        ax.plot(*eval_points, **_markers(style, max(9 - 2.5 * index, 3), len(eval_points[0])))
+        text = label(f"{norms[name]} ({name})") + role
+        ax.plot(steps, losses, label=text, zorder=2 + index / 100, **style, **points)
+        evals = _columns(report["curves"][name]["eval_loss"])
+        ax.plot(*evals, **diamonds(style["color"], max(9 - 2.5 * index, 3), len(evals[0])))
         every.append([loss for loss in losses if math.isfinite(loss)] or [1.0])
     if any(report["curves"][name]["eval_loss"] for name in styles):
-        ax.plot([], [], label="evaluation loss", **_markers({"color": GREY}, 6, 1))
+        ax.plot([], [], label="evaluation loss", **diamonds(GREY, 6, 1))
     if min(map(min, every)) > 0 and max(map(max, every)) > 10 * min(map(max, every)):
         ax.set_yscale("log")  # a linear axis would flatten the other runs
     ax.set_ylabel(f"training loss\n(nats per {report['unit']})", fontsize=FONT)
@@ -89,22 +81,19 @@ def _draw_differences(ax: Axes, report: Report, styles: dict[str, Report]) -> No
     curves = {name: _columns(report["curves"][name]["delta_loss"]) for name in styles}
     evals = {name: _columns(report["curves"][name]["delta_eval_loss"]) for name in styles}
     sizes = [abs(delta) for _, deltas in [*curves.values(), *evals.values()] for delta in deltas]
-    lowest = math.floor(math.log10(min(filter(None, sizes), default=1e-7)))
+    lowest = math.floor(math.log10(min(filter(None, sizes), default=1e-7)))  # heights are powers of ten
     highest = max(math.log10(max(sizes, default=0) or 1e-7), lowest + 1)
     # Zero has no place on a log axis: there a curve has a gap, and a tick in its run's row below the axis.
     step = (highest - lowest) / 16
     rows = {name: 10 ** (lowest - step * (1.5 + index)) for index, name in enumerate(styles)}
     ends = {}
     for name, style in styles.items():
-        steps, deltas = curves[name]
+        color, (steps, deltas), (eval_steps, eval_deltas) = style["color"], curves[name], evals[name]
         values = [abs(delta) or math.nan for delta in deltas]
-        ax.plot(steps, values, color=style["color"], linewidth=0.6, alpha=0.85, marker=".", markersize=2)
+        ax.plot(steps, values, color=color, linewidth=0.6, alpha=0.85, marker=".", markersize=2)
         zeros = [step for step, delta in zip(steps, deltas, strict=True) if delta == 0]
-        ticks = {"linestyle": "", "marker": "|", "markersize": 5, "color": style["color"]}
-        ax.plot(zeros, [rows[name]] * len(zeros), **ticks)
-        eval_steps, eval_deltas = evals[name]
-        eval_values = [abs(delta) or rows[name] for delta in eval_deltas]
-        ax.plot(eval_steps, eval_values, **_markers(style, 5, len(eval_steps)))
+        ax.plot(zeros, [rows[name]] * len(zeros), linestyle="", marker="|", markersize=5, color=color)
+        ax.plot(eval_steps, [abs(delta) or rows[name] for delta in eval_deltas], **diamonds(color, 5, len(eval_steps)))
         last = [value for value in values[-20:] if value > 0]
         if values:
             ends[name] = math.log10(statistics.median(last) if last else rows[name])
@@ -121,20 +110,21 @@ def _draw_differences(ax: Axes, report: Report, styles: dict[str, Report]) -> No
     if sizes and not any(sizes):
         note = {"transform": ax.transAxes, "ha": "center", "color": GREY, "fontsize": FONT}
         ax.text(0.5, 0.5, "no difference at any common step", **note)
-    # The names at the right end, in the order of the curves and far enough apart to be read.
-    position = -math.inf
-    for name in sorted(ends, key=ends.__getitem__):
-        position = max(ends[name], position + 2 * step)
+    for name, height in _apart(ends, 2 * step, highest).items():
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
-        text = _label(name, 16)
-        ax.annotate(text, (1, 10**position), (4, 0), color=styles[name]["color"], fontsize=FONT, **place)
-    ax.set_ylabel(f"|loss − loss of {_label(report['reference'], 16)}|\n(nats per {report['unit']})", fontsize=FONT)
+        ax.annotate(label(name, 16), (1, 10**height), (4, 0), color=styles[name]["color"], fontsize=FONT, **place)
+    ax.set_ylabel(f"|loss − loss of {label(report['reference'], 16)}|\n(nats per {report['unit']})", fontsize=FONT)
 
 
-def _markers(style: Report, size: float, count: int) -> Report:
-    size = max(size * min(1, (16 / max(count, 1)) ** 0.5), 3)  # many large ones would hide the curves
-    look = {"color": style["color"], "markeredgecolor": "white", "markeredgewidth": 0.6}
-    return look | {"linestyle": "", "marker": "D", "markersize": size, "zorder": 4}
+def _apart(heights: dict[str, float], gap: float, ceiling: float) -> dict[str, float]:
+    """Heights for names in the order of these, so far apart that all can be read, and none above the ceiling."""
+    placed, names, floor = {}, sorted(heights, key=heights.__getitem__), -math.inf
+    for name in names:
+        floor = placed[name] = max(heights[name], floor + gap)
+    for name in reversed(names):
+        placed[name] = min(placed[name], ceiling)
+        ceiling = placed[name] - gap
+    return placed
 
 
 def _draw_switches(axes: list[Axes], rows: list[Report]) -> None:
@@ -143,7 +133,7 @@ def _draw_switches(axes: list[Axes], rows: list[Report]) -> None:
     for row in rows:
         for switch in row["switches"]:
             norm = NORM_NAMES.get(switch["to"], switch["to"])
-            labels.setdefault(switch["step"], []).append(_label(f"{row['name']} → {norm}"))
+            labels.setdefault(switch["step"], []).append(label(f"{row['name']} → {norm}"))
     for index, step in enumerate(sorted(labels)):
         for ax in axes:
             ax.axvline(step, color=GREY, linewidth=0.9, zorder=1.5)
@@ -156,8 +146,3 @@ def _draw_switches(axes: list[Axes], rows: list[Report]) -> None:
 
 def _columns(pairs: list[list[Any]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [math.nan if value is None else value for _, value in pairs]
-
-
-def _label(text: str, length: int = 44) -> str:
-    text = text if len(text) <= length else text[: length - 1] + "…"
-    return text.replace("$", r"\$")  # or matplotlib reads it as mathematics
