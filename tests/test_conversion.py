@@ -139,12 +139,12 @@ def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
 
 
 # Of each network one of the next three tests is quick, and all are in the long ones.
-@pytest.mark.parametrize("config", networks(lambda number: number % 3 == 1))
+@pytest.mark.parametrize("config", networks(lambda number: number % 6 in (1, 3, 4)))
 def test_all_six_directions_in_float64(config):
     check_round(config, random_params(config, 1), 1e-10)
 
 
-@pytest.mark.parametrize("config", networks(lambda number: number % 3 == 0))
+@pytest.mark.parametrize("config", networks(lambda number: number % 6 == 0))
 def test_in_training_too_with_the_same_dropout_masks(config):
     check_in_training(config, random_params(config, 1), 1e-10)
 
