@@ -1,7 +1,5 @@
 """Compiles a step for TPUs that are not there: `python -m prenorm_jax.aot --config=configs/gpt3_175b.py`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Times the norms against each other: `python -m prenorm_jax.benchmark --model=gpt:6x384 --batch=8 --length=256`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

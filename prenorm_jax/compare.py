@@ -1,7 +1,5 @@
 """Compares finished runs: `python -m prenorm_jax.compare runs/ln runs/rms runs/crms --out=report`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

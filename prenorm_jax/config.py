@@ -1,7 +1,5 @@
 """A run's configuration: every key with its default. `base_config()` is what the files in `configs/` start from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict

@@ -1,7 +1,5 @@
 """Converts a run's checkpoint: `python -m prenorm_jax.convert runs/ln runs/ln-as-crms --to=crmsnorm`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

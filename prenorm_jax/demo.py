@@ -3,8 +3,6 @@
 It calls the same commands that a user would, prints each, and fails if what they show is not what the README claims.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Loss of a checkpoint on the whole held-out split: `python -m prenorm_jax.evaluate --workdir=runs/ln`, or eval.py."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Text from a GPT: `python -m prenorm_jax.generate runs/ln --prompt="def main"`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Model sizes by the names they have in the papers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from prenorm_jax.base.errors import PrenormError, check_choice

@@ -4,8 +4,6 @@ XLA:CPU allocates a program's temporaries at each call and frees them after it. 
 back to the system at once, and the next call gets them anew, page by page: that took 7 % of a training step.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 

@@ -1,7 +1,5 @@
 """What a command prints beside its results, and how it ends."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """The one exception that users are meant to read, and the checks and commands that raise and print it."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files that are whole or not there, folders that one process has to itself or that can be written to. Needs no JAX."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

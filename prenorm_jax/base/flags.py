@@ -1,7 +1,5 @@
 """Command lines with a configuration: `--config=FILE`, and a flag for every key of it, such as --config.steps=100."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ one. The first process alone logs and writes, but for the checkpoints, in which 
 process this is needs no JAX.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Trees of arrays: the words that all rooms share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -4,8 +4,6 @@ Memory, collectives and cycles are the compiler's figures, not measurements. It 
 belongs to the installed jax: `pip install "jax[tpu]"`.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import os

@@ -4,8 +4,6 @@ All of them run the same code but for the norm. Stand-ins take LayerNorm's place
 is traced; so no model knows of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import datetime

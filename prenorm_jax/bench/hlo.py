@@ -4,8 +4,6 @@ XLA's text format is not documented as an interface; what is read here is little
 counts are known (tests/test_hlo.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

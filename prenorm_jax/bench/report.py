@@ -1,7 +1,5 @@
 """The table, the JSON file and the picture of `benchmark`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

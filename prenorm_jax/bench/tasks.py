@@ -1,7 +1,5 @@
 """What `benchmark` times, and what it has compiled for TPUs that are not there: one program for each task."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -7,8 +7,6 @@ can only add time. The baseline is the fastest LayerNorm; a contender's share is
 at all it goes, undisturbed. Where the noise is larger than the way, there is no verdict.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -3,8 +3,6 @@
 It imports `base`. Start with `kinds.py`, which says what a kind of data is, then `text.py` or `images.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol

@@ -4,8 +4,6 @@ Shapes: B batch, H W image, C channels, V classes; images are (B, H, W, C). All 
 the training step derives from (seed, step).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -4,8 +4,6 @@ Every source gives a `Dataset` with a row per document that is not empty: its "t
 a file, its relative path as "name". Nothing that is read is executed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib

@@ -3,8 +3,6 @@
 A family of models names its kind as `ModelConfig.inputs`; a further kind is a class here and its keys in `config.py`.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import jax

@@ -1,7 +1,5 @@
 """From documents to token streams: `load_text` reads and tokenises what `config.data` names."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import platform

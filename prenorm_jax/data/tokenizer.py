@@ -1,7 +1,5 @@
 """Text to token ids and back."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A stream is 1-D. Its first token is context only (`TextData` puts end-of-text th
 the first of the text included, is predicted from something.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 

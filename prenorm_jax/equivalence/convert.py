@@ -12,8 +12,6 @@ The parameters change in these steps (`rules.py`):
 Source: arXiv 2305.14858, section 3; docs/conversion.md for what goes beyond it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any

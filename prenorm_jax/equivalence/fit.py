@@ -1,7 +1,5 @@
 """A tree as the one that another config of the same network describes: what `init_from` needs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Our own models' roles follow from what their parameters are created with (`model
 written by hand: conversion works on (tree, roles).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping

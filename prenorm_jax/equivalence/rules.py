@@ -3,8 +3,6 @@
 A tree is flat here, {path: array}, and may be part of one: whole modules, as `modules` says.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from prenorm_jax.base.trees import Array, Flat, Path

@@ -1,7 +1,5 @@
 """Conversion of a stored tree in parts: it needs the memory of some parts, whatever the size of the tree."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping

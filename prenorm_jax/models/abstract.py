@@ -1,7 +1,5 @@
 """A model's parameters without their numbers: axis names, what belongs to each, shapes, dtypes."""
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -11,8 +11,6 @@ Shape suffixes as in `transformer.py`, and
     L batch and key heads: one axis of B·G, or the two axes B and G (see `_leading`)   M query rows of a key head, R·T
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """Texts that go on from prompts, piece by piece, as their tokens come."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol

@@ -6,8 +6,6 @@ Under layernorm a position of the stream is x in R^d. Under rmsnorm it is z = Cx
 models (on activations) and the converter (on parameters) use the same ones.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

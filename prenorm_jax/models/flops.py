@@ -1,7 +1,5 @@
 """FLOPs of the matrix products of a model."""
 
-from __future__ import annotations
-
 from prenorm_jax.models.config import ModelConfig
 
 

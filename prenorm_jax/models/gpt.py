@@ -1,7 +1,5 @@
 """GPT: token and position embeddings before the stream, the final norm and the language-model head behind it."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Linear maps: from the normalised stream, and back to it. Shape suffixes as in `transformer.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ because that entry is -1ᵀy. Note the divisor of CRMSNorm: d, not the d-1 numbe
 Source: arXiv 2305.14858, sections 3.1 and 3.2.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import flax.linen as nn

@@ -13,8 +13,6 @@ Off the stream, `normed_heads` and `normed_kv_heads` are the outputs of query an
 follows: a linear map into another small stream, whose mean can be removed from the map's weights by the same argument.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

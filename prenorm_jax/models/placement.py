@@ -11,8 +11,6 @@ The stream axis of a parameter or an activation is never split: under crmsnorm i
 divides, and a norm needs all of them. So both fsdp and tensor split the other axis of a matrix.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 docs/speed.md, "What each platform is told", has the figures behind each line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Position tables and rotary embedding."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,5 @@
 """The families of models. A further one is a file beside `gpt.py`, and a line in FAMILIES."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any

@@ -1,7 +1,5 @@
 """From logits to a token: the likeliest one, or a sample under a temperature, top-k and top-p."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -5,8 +5,6 @@
 Both are of the same numbers. What holds trees like the parameters, as an optimizer's state does, changes likewise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

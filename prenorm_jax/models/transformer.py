@@ -6,8 +6,6 @@ Shape suffixes, here and in `models/`:
     V vocabulary or classes   P patch size   C channels   N any width or, first, B·G of a cache
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Vision Transformer (arXiv 2010.11929): patches before the stream, pooling and the classifier behind it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """The common look of figures: size, type, colours, and how they become a PNG. No window is opened (no pyplot)."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 A page is a title and parts; what makes the parts (here and `table.to_html`) escapes all text.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import string

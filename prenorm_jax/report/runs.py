@@ -1,7 +1,5 @@
 """What `compare` reads of finished runs, and the numbers of its report."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The figure of `compare`: loss curves and, below them, their differences from the reference."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from typing import Any

@@ -1,7 +1,5 @@
 """What `compare` says: sentences and a table from its report, as plain text and as an HTML page."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

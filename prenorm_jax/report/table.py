@@ -1,7 +1,5 @@
 """One table in three forms: HTML, a terminal's, Markdown. A table is its rows of text, the head first."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 

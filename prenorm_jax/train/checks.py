@@ -1,7 +1,5 @@
 """What is refused before a run begins: a configuration that makes no sense, and a workdir that holds another run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ml_collections import ConfigDict

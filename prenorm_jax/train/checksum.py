@@ -5,8 +5,6 @@ bits. Integers add up to the same in any order, so each device sums what it hold
 of an array may come one by one, where all of it would not fit.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any

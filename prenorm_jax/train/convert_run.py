@@ -1,7 +1,5 @@
 """A run's checkpoint as a workdir of another norm."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import shutil

@@ -1,7 +1,5 @@
 """Loss over every token or image of the held-out split."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ Orbax keeps a tree as one key-value store (OCDBT) of arrays (zarr), each under i
 index: a slice for each axis. What passes is added to a digest.
 """
 
-from __future__ import annotations
-
 import pathlib
 from collections.abc import Callable
 from typing import Any

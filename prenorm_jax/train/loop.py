@@ -1,7 +1,5 @@
 """The training loop: data in, steps, metrics and checkpoints out."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The losses, and the rank of a label."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import optax

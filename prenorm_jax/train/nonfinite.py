@@ -1,7 +1,5 @@
 """What is said of a step whose loss, gradient or update is not finite."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Learning-rate schedule and optimizers, all from optax, chosen by `config.optimizer`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The state a run starts with: its last good checkpoint, another run's parameters, or step 0."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

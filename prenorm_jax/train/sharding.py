@@ -3,8 +3,6 @@
 Which mesh axes split which logical axis is in `models/placement.py`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

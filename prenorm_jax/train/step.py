@@ -5,8 +5,6 @@ variant's parameters, inside the differentiated loss. The gradients are then tho
 follows the Pre-LN trajectory. With `native` the variant's own parameters are trained, from the same initial function.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

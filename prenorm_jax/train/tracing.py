@@ -1,7 +1,5 @@
 """A trace of some training steps by JAX's profiler: `--config.profile=10:13`."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable, Iterator

@@ -10,8 +10,6 @@ tensorboard/     the same as event files
 profile/         what `config.profile` traced; of many processes, a folder for each
 """
 
-from __future__ import annotations
-
 import dataclasses
 from datetime import UTC, datetime
 from importlib.metadata import version
