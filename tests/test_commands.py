@@ -17,7 +17,7 @@ __all__ = ["ROOT", "SMALL", "clean_environment", "command", "error_of", "evaluat
 
 
 @pytest.mark.slow
-def test_a_vit_goes_through_every_here(tmp_path):
+def test_a_vit_goes_through_every_command(tmp_path):
     small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=2"]
     small += ["--config.model.d_model=16", "--config.model.layer_scale=0.1", "--config.optimizer.warmup_steps=5"]
     ln, crms, converted = tmp_path / "ln", tmp_path / "crms", tmp_path / "ln-as-crms"
