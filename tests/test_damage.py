@@ -161,6 +161,7 @@ done
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_leaves_the_last_good_checkpoint_and_one_that_fills_up_stops_the_run(text, tmp_path):
     """Real ones, in a mount namespace of their own. Each part checks what it can, and ends as its last run does."""
     unshare = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
