@@ -18,7 +18,7 @@ demo-switch: $(VENV)/.ready ## one run whose norm is switched every 25 steps, be
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo-switch --switch
 
 test: $(VENV)/.ready        ## the tests, but for the long ones
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not wide" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not wide and not reference" $(TESTS)
 
 test-all: $(VENV)/.ready    ## the long ones too
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not wide" $(TESTS)

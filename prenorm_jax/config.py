@@ -6,14 +6,14 @@ from ml_collections import ConfigDict, config_dict
 
 from prenorm_jax.data import Data
 from prenorm_jax.data.kinds import KINDS, Kind
-from prenorm_jax.models.registry import family, model_defaults
+from prenorm_jax.models import registry
 
 PARAMETERIZATIONS = ("pre_ln", "native")
 
 
 def data_kind(config: ConfigDict) -> Kind:
     """The kind of data that the model of a run takes. Raises PrenormError for an unknown family."""
-    return KINDS[family(config.model.family).config_class.inputs]
+    return KINDS[registry.family(config.model.family).config_class.inputs]
 
 
 def load_data(config: ConfigDict) -> Data:
@@ -21,12 +21,12 @@ def load_data(config: ConfigDict) -> Data:
     return data_kind(config).load(config)
 
 
-def base_config(model_family: str = "gpt") -> ConfigDict:
+def base_config(family: str = "gpt") -> ConfigDict:
     """A run's configuration with every key at its default; files in `configs/` change what they need.
 
-    The family of the model, gpt or vit, decides the keys of `model` (`models/config.py` and its own file) and of
-    `data`. Keys that are None and typed (`data.path`, `model.kv_heads`, ...) may be set on the command line. Raises
-    PrenormError for an unknown family.
+    The family of the model (`models/registry.py`) decides the keys of `model` (`models/config.py` and its own file)
+    and of `data`. Keys that are None and typed (`data.path`, `model.kv_heads`, ...) may be set on the command line.
+    Raises PrenormError for an unknown family.
     """
     config = ConfigDict()
     config.seed = 0
@@ -50,7 +50,7 @@ def base_config(model_family: str = "gpt") -> ConfigDict:
     config.mesh.tensor = 1
     config.mesh.largest_replicated = 2**22  # numbers: a larger parameter must not be whole on every device
 
-    config.update(_DATA[family(model_family).config_class.inputs]())
+    config.update(_DATA[registry.family(family).config_class.inputs]())
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | sgd | adafactor | lamb | muon
@@ -63,7 +63,7 @@ def base_config(model_family: str = "gpt") -> ConfigDict:
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
 
-    config.model = model_defaults(model_family)
+    config.model = registry.model_defaults(family)
     return config
 
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     config = load_config(args.workdir)
-    if not family(config.model.family).config_class.causal:
+    if not family(config.model.family).config_class.decodes:
         raise PrenormError(f"{args.workdir} is the run of a {config.model.family}: only a gpt writes text")
     configure_jax(config)
     norm = args.norm or config.model.norm

@@ -26,7 +26,7 @@ from prenorm_jax.train.step import (
     make_eval_step,
     make_gradients,
     make_train_step,
-    state_sharding,
+    state_formats,
 )
 
 TINY = {
@@ -127,8 +127,8 @@ class Programs(Run):
     def init_state(self) -> Any:
         return init_state(self)
 
-    def state_sharding(self) -> Any:
-        return state_sharding(self)
+    def state_formats(self) -> Any:
+        return state_formats(self)
 
     def gradients(self) -> Callable:
         return make_gradients(self)

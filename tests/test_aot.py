@@ -14,7 +14,7 @@ from prenorm_jax.bench.compiled import compile_step, part_of, planned_memory, re
 from prenorm_jax.config import base_config
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
-from prenorm_jax.train.step import init_state, make_train_step, state_sharding
+from prenorm_jax.train.step import init_state, make_train_step, state_formats
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def compiled(config):
 def test_arguments_are_what_a_device_holds_of_the_state_and_the_batch(config, compiled):
     run = Run.create(config, make_mesh(config))
     state = jax.eval_shape(lambda: init_state(run))
-    places = jax.tree.leaves(state_sharding(run))  # shardings, or formats with one
+    places = jax.tree.leaves(state_formats(run))  # shardings, or formats with one
     held = sum(
         leaf.dtype.itemsize * math.prod(getattr(place, "sharding", place).shard_shape(leaf.shape))
         for leaf, place in zip(jax.tree.leaves(state), places, strict=True)

@@ -60,7 +60,7 @@ def train(config: ConfigDict, devices: int) -> np.ndarray:
     """The losses. The last batch is the first one again, to see whether something is learned."""
     run = run_of(config, devices)
     assert run.mesh.size == devices
-    shardings = run.state_sharding()
+    shardings = run.state_formats()
     state = jax.device_put(first_state(config), shardings)
     step, losses = run.train_step(), []
     for i in range(STEPS):
@@ -150,7 +150,7 @@ TURNS = [
     )
     for n, shape in enumerate(MESHES)
 ]
-QUICK = [(2, 4, 1), (2, 1, 4)]
+QUICK = [(2, 4, 1)]
 
 
 def test_turns_meet():
@@ -209,7 +209,7 @@ def test_state_is_split_along_all_axes_but_the_streams():
     config = run_config("gpt", "crmsnorm", "float64")
     config.mesh.fsdp, config.mesh.tensor, config.model.scan, config.parameterization = 2, 4, True, "native"
     run = run_of(config, 8)
-    state = jax.jit(run.init_state, out_shardings=run.state_sharding())()
+    state = jax.jit(run.init_state, out_shardings=run.state_formats())()
     mu = state.opt_state[1][0].mu
     for tree in (state.params, mu):
         kernel = tree["blocks"]["mlp"]["up"]["kernel"]  # (depth, d-1, 32)

@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 from jax.errors import JaxRuntimeError
 from many_processes import DEVICES, run_config
-from test_commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
 from test_resume import losses_of, steps_written, wait_until
 
 from prenorm_jax.base import console, processes

@@ -313,7 +313,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text,
 
 
 @alone
-@pytest.mark.parametrize("checkpoint_every", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every", [1, 0])
 def test_an_update_that_overflows_is_not_kept(text, tmp_path, checkpoint_every):
     """Loss and gradient are finite, the new parameters are not."""
     config = small_run(text, steps=4, checkpoint_every=checkpoint_every)

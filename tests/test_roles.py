@@ -12,7 +12,7 @@ from common import relative
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
 from prenorm_jax.config import base_config, data_kind
 from prenorm_jax.equivalence.convert import convert_tree
-from prenorm_jax.equivalence.roles import Role
+from prenorm_jax.equivalence.roles import Role, with_biases
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.linear import Linear, reader
 from prenorm_jax.models.norms import Normed
@@ -24,10 +24,11 @@ from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import init_state, make_gradients, make_train_step
 
 # An encoder and a decoder of one block each, in NumPy and written in another style: kernels are (out, in), the encoder
-# is 6 wide and the decoder 8, each norm has an epsilon of its own, and one matrix reads the encoder's stream and writes
-# the decoder's. The decoder's keys and values read what the encoder's final norm gives.
+# is 6 wide and the decoder 8, each norm has an epsilon of its own, and one matrix, under a LayerScale and with no bias,
+# reads the encoder's stream and writes the decoder's. The decoder's keys and values read what the encoder's final norm
+# gives, queries and keys have a norm over each head, and the decoder's norms call their γ `weight`.
 ENCODER, DECODER, EPSILONS = 6, 8, {"enc.ln": 1e-2, "enc.final": 1e-5, "dec.ln_self": 1e-1, "dec.ln_cross": 1e-6}
-EPSILONS["dec.final"] = 1e-12
+EPSILONS["dec.final"], HEAD = 1e-12, 4
 SHAPES = {
     "enc.embed": (5, ENCODER),
     "enc.mlp.up": (7, ENCODER),
@@ -35,10 +36,10 @@ SHAPES = {
     "bridge": (DECODER, ENCODER),
     "dec.embed": (5, DECODER),
     "dec.self": (DECODER, DECODER),
-    "dec.cross.q": (4, DECODER),
-    "dec.cross.k": (4, ENCODER),
-    "dec.cross.v": (4, ENCODER),
-    "dec.cross.out": (DECODER, 4),
+    "dec.cross.q": (8, DECODER),
+    "dec.cross.k": (8, ENCODER),
+    "dec.cross.v": (8, ENCODER),
+    "dec.cross.out": (DECODER, 8),
     "head": (3, DECODER),
 }
 READS = {  # leaf -> the norm that feeds it
@@ -66,12 +67,13 @@ def make_roles() -> dict:
     for name in SHAPES:
         reads = {"reads": -1, "norm": site(READS[name]), "bias": (*path(name)[:-1], "bias")} if name in READS else {}
         stream = "enc" if name.startswith("enc") else "dec"
-        roles[path(name)] = Role(writes=WRITES.get(name), stream=stream if name in WRITES else "", **reads)
-        if name in READS and name in WRITES:  # what a bias of such a leaf is: it writes
-            roles[*path(name)[:-1], "bias"] = Role(writes=-1, stream=stream)
+        heads = {"heads": -2, "head_dim": HEAD} if name in ("dec.cross.q", "dec.cross.k") else {}
+        roles[path(name)] = Role(writes=WRITES.get(name), stream=stream if name in WRITES else "", **reads, **heads)
+    roles["bridge", "lambda"] = Role(scales=((path("bridge"), -2),))
     for norm in EPSILONS:
         for affine in ("scale", "bias"):
-            roles[*norm.split("."), affine] = Role(norm=site(norm), affine=affine)
+            leaf = "weight" if affine == "scale" and norm.startswith("dec") else affine
+            roles[*norm.split("."), leaf] = Role(norm=site(norm), affine=affine)
     return roles
 
 
@@ -81,8 +83,8 @@ def make_params(roles: dict) -> dict:
         if role.affine is not None:
             width = ENCODER if leaf[0] == "enc" else DECODER
             flat[leaf] = rng.normal(size=width) + (3 if role.affine == "scale" else 0)
-        elif leaf[-1] == "bias":
-            flat[leaf] = rng.normal(size=DECODER) + 5
+        elif role.scales:
+            flat[leaf] = rng.normal(size=DECODER)
         else:
             flat[leaf] = rng.normal(size=SHAPES[".".join(leaf[:-1])]) + 2
     return flat
@@ -109,7 +111,13 @@ def forward(tree: dict, norm: str) -> np.ndarray:
         width = x.shape[-1] + (norm == "crmsnorm")
         x = x - x.mean(-1, keepdims=True) if norm == "layernorm" else x
         square = (x**2).sum(-1, keepdims=True) + (x.sum(-1, keepdims=True) ** 2 if norm == "crmsnorm" else 0)
-        return x / np.sqrt(square / width + EPSILONS[name]) * get(f"{name}.scale", 1.0) + get(f"{name}.bias")
+        scale = get(f"{name}.{'weight' if name.startswith('dec') else 'scale'}", 1.0)
+        return x / np.sqrt(square / width + EPSILONS[name]) * scale + get(f"{name}.bias")
+
+    def over_heads(x):
+        x = x.reshape(len(x), -1, HEAD)
+        x = x - x.mean(-1, keepdims=True) if norm == "layernorm" else x
+        return (x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)).reshape(len(x), -1)
 
     def linear(x, name):
         return x @ get(f"{name}.kernel").T + get(f"{name}.bias")
@@ -118,9 +126,10 @@ def forward(tree: dict, norm: str) -> np.ndarray:
     e = get("enc.embed.kernel")[tokens]
     e = e + linear(np.tanh(linear(normalise(e, "enc.ln"), "enc.mlp.up")), "enc.mlp.down")
     memory = normalise(e, "enc.final")
-    x = get("dec.embed.kernel")[tokens[::-1]] + linear(memory, "bridge")
+    x = get("dec.embed.kernel")[tokens[::-1]] + linear(memory, "bridge") * get("bridge.lambda", 1.0)
     x = x + linear(normalise(x, "dec.ln_self"), "dec.self")
-    scores = linear(normalise(x, "dec.ln_cross"), "dec.cross.q") @ linear(memory, "dec.cross.k").T
+    q, k = linear(normalise(x, "dec.ln_cross"), "dec.cross.q"), linear(memory, "dec.cross.k")
+    scores = over_heads(q) @ over_heads(k).T
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     x = x + linear(weights @ linear(memory, "dec.cross.v"), "dec.cross.out")
@@ -134,10 +143,10 @@ def test_a_tree_of_two_streams_and_five_epsilons_converts_by_its_roles_in_all_di
     for to in ("rmsnorm", "crmsnorm"):
         converted = convert_tree(tree, roles, "layernorm", to)
         assert "ln" not in converted["enc"] and "bias" in converted["dec"]["cross"]["k"]
+        assert "lambda" not in converted["bridge"] and "bias" in converted["bridge"]
         assert relative(forward(converted, to), expected) < 1e-12
         # The roles of the converted tree: norms without parameters, and biases that are there now.
-        folded = {leaf: role for leaf, role in roles.items() if role.affine is None}
-        folded |= {role.bias: Role() for role in folded.values() if role.bias is not None and role.bias not in folded}
+        folded = {leaf: role for leaf, role in with_biases(roles).items() if role.affine is None and not role.scales}
         for back in {"layernorm", "rmsnorm", "crmsnorm"} - {to}:
             again = convert_tree(converted, folded, to, back)
             assert relative(forward(again, back), expected) < 1e-12
@@ -146,21 +155,41 @@ def test_a_tree_of_two_streams_and_five_epsilons_converts_by_its_roles_in_all_di
 @pytest.mark.parametrize(
     ("leaf", "change"),
     [
-        ("dec.cross.k", {"norm": site("dec.ln_cross")}),  # fed by the wrong stream's norm
+        ("head", {"norm": site("dec.ln_self")}),  # fed by another norm
         ("bridge", {"writes": None}),  # only read
         ("dec.cross.v", {"norm": None}),  # its norm forgotten
         ("enc.embed", {"writes": None}),  # a writer forgotten
+        ("dec.cross.q", {"heads": None}),  # the norm over heads forgotten
     ],
 )
 def test_a_wrong_role_gives_another_function(leaf, change):
     roles = make_roles()
     tree = nested(make_params(roles))
     roles[path(leaf)] = dataclasses.replace(roles[path(leaf)], **change)
-    try:
-        wrong = forward(convert_tree(tree, roles, "layernorm", "rmsnorm"), "rmsnorm")
-    except ValueError:  # the widths of the two streams differ
-        return
+    if leaf == "head":  # else the final norm would feed no reader, which is refused
+        roles[path("dec.self")] = dataclasses.replace(roles[path("dec.self")], norm=site("dec.final"))
+    wrong = forward(convert_tree(tree, roles, "layernorm", "rmsnorm"), "rmsnorm")
     assert relative(wrong, forward(tree, "layernorm")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("dec.self", {"writes": -1}, "dec/self/kernel reads the stream along the axis on which it writes it"),
+        ("dec.cross.q", {"bias": None}, "dec/cross/q/kernel takes up a norm's β: name the leaf of its bias"),
+        ("dec.cross.q", {"head_dim": 3}, "dec/cross/q/kernel has heads of no width, or of one that does not divide"),
+        ("dec.cross.q", {"head_dim": None}, "dec/cross/q/kernel has heads of no width"),
+        ("enc.embed", {"writes": 1}, "enc/embed/kernel has no such axis; axes are counted from the end"),
+        ("enc.embed", {"writes": -3}, "enc/embed/kernel has no such axis"),
+        ("head", {"norm": site("dec.final")._replace(epsilon=1e-3)}, "with another epsilon or stream|feeds no reader"),
+    ],
+)
+def test_a_role_that_contradicts_itself_or_its_leaf_is_refused(leaf, change, message):
+    roles = make_roles()
+    tree = nested(make_params(roles))
+    roles[path(leaf)] = dataclasses.replace(roles[path(leaf)], **change)
+    with pytest.raises(PrenormError, match=message):
+        convert_tree(tree, roles, "layernorm", "crmsnorm")
 
 
 def test_roles_that_do_not_fit_the_tree_or_each_other_are_refused():
@@ -171,10 +200,14 @@ def test_roles_that_do_not_fit_the_tree_or_each_other_are_refused():
             tree, {leaf: role for leaf, role in roles.items() if leaf != path("dec.embed")}, "layernorm", "rmsnorm"
         )
     misspelt = dataclasses.replace(roles[path("head")], norm=NormSite(("dec", "finale"), 1e-5))
-    with pytest.raises(PrenormError, match="dec/final/scale is of a norm that feeds no reader"):
+    with pytest.raises(PrenormError, match="dec/final/weight is of a norm that feeds no reader"):
         convert_tree(tree, roles | {path("head"): misspelt}, "layernorm", "rmsnorm")
     with pytest.raises(PrenormError, match="is not zero-mean along the stream"):
         convert_tree(tree, roles, "rmsnorm", "crmsnorm")
+    with pytest.raises(PrenormError, match="norm='batchnorm' is not one of layernorm, rmsnorm, crmsnorm"):
+        convert_tree(tree, roles, "batchnorm", "crmsnorm")
+    with pytest.raises(PrenormError, match="head/kernel is no array"):
+        convert_tree(tree | {"head": {"kernel": [1.0]}}, roles, "layernorm", "crmsnorm")
 
 
 # --- A third family of models: what follows, and a line in the registry. ---

@@ -64,6 +64,7 @@ def check_any(tmp_path_factory: pytest.TempPathFactory, config: ModelConfig) -> 
     check_chain(tmp_path_factory.mktemp("chain"), config, random_params(config, 1), 150, 1e-12)
 
 
+@pytest.mark.slow
 @given(config=st.one_of(gpt_configs(), vit_configs()))
 @settings(max_examples=2)
 def test_in_parts_is_as_at_once(tmp_path_factory, config):

@@ -78,6 +78,7 @@ def run_config(text: Path) -> ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_logs_it_says_how_it_is_counted_and_traces_the_steps_asked_for(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(utilisation.PEAK_TFLOPS, "cpu", {"float32": 0.5})
     config = run_config(text)

@@ -61,7 +61,7 @@ class Contender:
     Attributes:
       norm: of the model.
       about: what it is, in a few words.
-      parameterization: see README, "Training".
+      parameterization: see docs/training.md.
       folded: norms without affine, as in the variants: it is in their readers.
       wider: the LN-equivalent width is d+1, so that the stream of crmsnorm has d numbers.
       stand_in: takes the norm's place.

@@ -21,22 +21,22 @@ from datasets.exceptions import DatasetGenerationError
 
 from prenorm_jax.base.errors import PrenormError, first_line
 
-KINDS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text"}
-KINDS |= {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_FORMATS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text"}
+FILE_FORMATS |= {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def find_files(path: str, key: str) -> dict[str, Path]:
     """The files that `path` (a file, a folder or a glob) means, as {relative path: path}, sorted.
 
-    A folder is searched recursively for the types in KINDS; what is hidden in it is left out. Raises
+    A folder is searched recursively for the types in FILE_FORMATS; what is hidden in it is left out. Raises
     PrenormError, naming `key`, if there are no files, unknown types, or kinds that are not read alike.
     """
-    given, known = Path(path).expanduser(), " ".join(KINDS)
+    given, known = Path(path).expanduser(), " ".join(FILE_FORMATS)
     if given.is_file():
         root, found = given.parent, [given]
     elif given.is_dir():
-        root, found = given, [file for file in given.rglob("*") if file.suffix.lower() in KINDS]
+        root, found = given, [file for file in given.rglob("*") if file.suffix.lower() in FILE_FORMATS]
         found = [file for file in found if not any(part[0] == "." for part in file.relative_to(root).parts)]
     elif glob.has_magic(path):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
@@ -48,9 +48,9 @@ def find_files(path: str, key: str) -> dict[str, Path]:
         raise PrenormError(f"{key}={path!r} matches no file of a known type; the types are {known}")
     if not (found := [file for file in found if file.stat().st_size]):  # parsers choke on empty files
         raise PrenormError(f"{key}={path!r} holds no text: every file is empty")
-    if unknown := [file.name for file in found if file.suffix.lower() not in KINDS]:
+    if unknown := [file.name for file in found if file.suffix.lower() not in FILE_FORMATS]:
         raise PrenormError(f"{key}={path!r}: {unknown[0]!r} is of an unknown type; the types are {known}")
-    kinds = {KINDS[file.suffix.lower()]: file.name for file in sorted(found)}
+    kinds = {FILE_FORMATS[file.suffix.lower()]: file.name for file in sorted(found)}
     if len(kinds) > 1:
         mix = " and ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
         raise PrenormError(f"{key}={path!r} mixes {mix}: give one kind, with a glob for example")
@@ -62,7 +62,7 @@ def read_files(files: dict[str, Path], column: str, origin: str) -> Dataset:
 
     Raises PrenormError, naming `origin`, if the files cannot be read or hold no text.
     """
-    kind = KINDS[next(iter(files.values())).suffix.lower()]
+    kind = FILE_FORMATS[next(iter(files.values())).suffix.lower()]
     if kind == "text":
         texts = {}
         for name, file in files.items():

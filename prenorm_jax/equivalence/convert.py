@@ -2,8 +2,8 @@
 
 The parameters change in these steps (`rules.py`):
 
-    fold      a norm's affine goes into its readers:         b ← b + Wβ,  W ← W diag(γ)
-              a branch's LayerScale into its writer:         b ← λ ⊙ b,   W ← diag(λ) W
+    fold      a branch's LayerScale goes into its writer:    b ← λ ⊙ b,   W ← diag(λ) W
+              a norm's affine into its readers:              b ← b + Wβ,  W ← W diag(γ)
     to rms    from layernorm: writers W ← C W                 from crmsnorm: writers W ← E W, readers W ← [W, 0] C
     from rms  to layernorm: nothing                           to crmsnorm: writers drop the last entry,
                                                               readers W ← W[:d-1] - W[d-1]   (along the stream axis)
@@ -24,7 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.errors import PrenormError, check_choice
 from prenorm_jax.base.trees import Array, Flat, Path
 from prenorm_jax.equivalence.roles import Roles, check_roles, parameter_roles, with_biases
 from prenorm_jax.equivalence.rules import center_heads, change_coordinates, fold_layer_scales, fold_norms, split_heads
@@ -124,11 +124,12 @@ def convert_tree(params: Mapping[str, Any], roles: Roles, norm: str, to: str) ->
     PrenormError for a tree whose leaves are not those of the roles, for roles that do not fit each other, and for
     writers that are not zero-mean.
     """
+    check_choice("norm", norm, NORMS)
     _check_norm(norm, to)
-    check_roles(roles)
     flat = flatten_dict(dict(params))
-    if missing := sorted("/".join(path) for path in flat.keys() ^ roles.keys()):
+    if missing := sorted("/".join(map(str, path)) for path in flat.keys() ^ roles.keys()):
         raise PrenormError(f"leaves without a role, or roles without a leaf: {', '.join(missing[:8])}")
+    check_roles(roles, {path: getattr(leaf, "shape", None) for path, leaf in flat.items()})
     return _nested(flat, convert_leaves(flat, roles, norm, to))
 
 
@@ -150,7 +151,7 @@ def convert_leaves(flat: Flat, roles: Roles, norm: str, to: str, biases: Collect
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values())
     if not traced:
         check_zero_mean(flat, roles, norm, to)
-    changed = fold_layer_scales(fold_norms(_widened(flat, roles, traced), roles), roles)
+    changed = fold_norms(fold_layer_scales(_widened(flat, roles, traced), roles), roles)
     changed = change_coordinates(changed, with_biases(roles), norm, to)
     if norm == "layernorm":
         changed = center_heads(changed, with_biases(roles))

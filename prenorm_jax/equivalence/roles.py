@@ -20,13 +20,15 @@ from prenorm_jax.models.parameters import HEAD_AXES, OTHER_AXES, STREAM_AXES, No
 class Role:
     """What one leaf does to residual streams; nothing, if all is None. A leaf may read one stream and write another.
 
+    A tied table has no axes here: it stays raw, and what it writes is centred at run time.
+
     Axes are counted from the end (negative), so that stacking layers in front changes nothing.
 
     Attributes:
       writes: the axis along which it adds to a stream.
       stream: the name of that stream, in networks that have several. (The one that a leaf reads is its norm's.)
       reads: the axis along which it consumes a normalised stream.
-      norm: of a reader, the norm that feeds it (None: a norm without parameters); of γ and β, the norm they are of.
+      norm: of a reader, the norm that feeds it (None: nothing is known of it); of γ and β, the norm they are of.
       affine: of γ "scale", of β "bias".
       bias: of a reader, the leaf that takes up Wβ; it need not exist yet.
       scales: of a LayerScale λ, the leaves that it multiplies, each with the axis along which it does.
@@ -102,11 +104,33 @@ def with_biases(roles: Roles) -> dict[Path, Role]:
     return {**roles, **new}
 
 
-def check_roles(roles: Roles) -> None:
-    """Raises PrenormError for a γ or β that no reader would take up, and for a λ that multiplies nothing."""
+def check_roles(roles: Roles, shapes: Mapping[Path, tuple[int, ...] | None] | None = None) -> None:
+    """Raises PrenormError, naming the leaf, for roles that contradict themselves, each other or the leaves' shapes."""
     feeding = {role.norm for role in roles.values() if role.reads is not None}
+    shifts = {role.norm for role in roles.values() if role.affine == "bias"}
+    sites: dict[Path, NormSite] = {}
     for path, role in roles.items():
-        if role.affine is not None and role.norm not in feeding:
-            raise PrenormError(f"{'/'.join(path)} is of a norm that feeds no reader: name it as the norm of one")
-        if missing := [leaf for leaf, _ in role.scales if leaf not in roles]:
-            raise PrenormError(f"{'/'.join(path)} scales {'/'.join(missing[0])}, which is not in the tree")
+        missing = ["/".join(leaf) for leaf, _ in role.scales if leaf not in roles]
+        axes = [axis for axis in (role.writes, role.reads, role.heads) if axis is not None]
+        shape = (1,) * -min(axes, default=0) if shapes is None else shapes[path]
+        problems = {
+            "is of a norm that feeds no reader: name it as the norm of one": role.affine and role.norm not in feeding,
+            'has an affine that is neither "scale" nor "bias"': role.affine not in (None, "scale", "bias"),
+            f"scales {', '.join(missing)}, which is not in the tree": missing,
+            "reads the stream along the axis on which it writes it (a tied table): such a leaf stays raw, so give it a "
+            "role without axes, and centre what it writes at run time": role.reads is not None
+            and role.reads == role.writes,
+            "takes up a norm's β: name the leaf of its bias": role.reads is not None
+            and role.norm in shifts
+            and role.bias is None,
+            "is no array": shape is None,
+            "has no such axis; axes are counted from the end, from -1": shape is not None
+            and not all(-len(shape) <= axis < 0 for axis in axes),
+            "has heads of no width, or of one that does not divide them": role.heads is not None
+            and (not role.head_dim or (shapes is not None and shape[role.heads] % role.head_dim)),
+            "names a norm that another leaf names with another epsilon or stream": role.norm is not None
+            and sites.setdefault(role.norm.path, role.norm) != role.norm,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise PrenormError(f"{'/'.join(map(str, path))} {problem}")

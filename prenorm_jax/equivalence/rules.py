@@ -14,21 +14,22 @@ from prenorm_jax.models.parameters import NormSite
 def fold_norms(flat: Flat, roles: Roles) -> Flat:
     """Moves each norm's γ and β into the readers it feeds: W(γ ⊙ n + β) + b = (W diag(γ)) n + (b + Wβ)."""
     folded = {path: leaf for path, leaf in flat.items() if roles[path].affine is None}
+    affines = affine_leaves(roles)
     for path, role in roles.items():
-        if role.reads is None or role.norm is None or path not in flat:
+        if role.reads is None or path not in flat:
             continue
-        kernel, (scale, shift) = flat[path], affine_leaves(role.norm)
-        if shift in flat:
+        kernel, scale, shift = flat[path], affines.get((role.norm, "scale")), affines.get((role.norm, "bias"))
+        if shift is not None:
             added = (kernel * _along(flat[shift], kernel, role.reads)).sum(role.reads)
             folded[role.bias] = folded[role.bias] + added if role.bias in folded else added
-        if scale in flat:
+        if scale is not None:
             folded[path] = kernel * _along(flat[scale], kernel, role.reads)
     return folded
 
 
-def affine_leaves(norm: NormSite) -> tuple[Path, Path]:
-    """Where the norm's γ and β are, if it has them."""
-    return (*norm.path, "scale"), (*norm.path, "bias")
+def affine_leaves(roles: Roles) -> dict[tuple[NormSite | None, str], Path]:
+    """(a norm, "scale" or "bias") -> its γ or β, of norms that have them."""
+    return {(role.norm, role.affine): path for path, role in roles.items() if role.affine is not None}
 
 
 def fold_layer_scales(flat: Flat, roles: Roles) -> Flat:
@@ -119,12 +120,14 @@ def modules(roles: Roles) -> dict[Path, list[Path]]:
     Each leaf of the converted tree is made of the leaves of one module.
     """
     result: dict[Path, list[Path]] = {}
+    affines = affine_leaves(roles)
     for path, role in roles.items():
         if role.affine is None and not role.scales:
             result.setdefault(path[:-1] or path, []).append(path)
     for path, role in roles.items():
-        if role.reads is not None and role.norm is not None:
-            result[path[:-1] or path] += [leaf for leaf in affine_leaves(role.norm) if leaf in roles]
+        if role.reads is not None:
+            leaves = (affines.get((role.norm, affine)) for affine in ("scale", "bias"))
+            result[path[:-1] or path] += [leaf for leaf in leaves if leaf is not None]
         for module in {leaf[:-1] or leaf: None for leaf, _ in role.scales}:
             result[module].append(path)
     return result

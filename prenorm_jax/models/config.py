@@ -31,7 +31,7 @@ class ModelConfig:
     comment" and is resolved by `resolve`.
     """
 
-    family: str = "gpt"  # gpt | vit
+    family: str = "gpt"  # models/registry.py
     norm: str = "layernorm"  # layernorm | rmsnorm | crmsnorm
     depth: int = 4
     d_model: int = 128
@@ -73,6 +73,7 @@ class ModelConfig:
     causal: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     tie_embeddings: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False  # whether its module takes a cache, and so writes text (`decoding.py`)
     inputs: ClassVar[str]  # the kind of data that it takes: a key of `data.KINDS`
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm": NORMS,

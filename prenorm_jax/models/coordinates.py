@@ -23,8 +23,8 @@ def center(x: Array, axis: int = -1) -> Array:
 
     Twice: one subtraction leaves the rounding error of the mean in every entry, and where |mean| ≫ std that is far
     above the entries' own. It matters: LayerNorm would remove it, but RMSNorm keeps it and CRMSNorm multiplies it by d.
-    (Once in the derivative, for no gradient is all mean; and of narrower dtypes than float32, whose own rounding is far
-    above that of a mean in float32.)
+    (Once in the derivative: gradients have no mean that is far above their other entries. Once, too, of narrower dtypes
+    than float32, whose own rounding is far above that of a mean in float32.)
     """
     dtype, x = x.dtype, _at_least_float32(x)
     if x.dtype != dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,6 @@ from prenorm_jax.base.errors import PrenormError, check_integer, check_range
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.gpt import GPT
 from prenorm_jax.models.sampling import Sampling, choose
-
-if TYPE_CHECKING:
-    pass
-
 
 NO_TOKEN = -1
 

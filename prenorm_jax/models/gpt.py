@@ -31,6 +31,7 @@ class GPTConfig(ModelConfig):
     tie_embeddings: bool = True
 
     causal: ClassVar[bool] = True
+    decodes: ClassVar[bool] = True
     inputs: ClassVar[str] = "text"
     choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
     at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1}
@@ -144,10 +145,8 @@ class GPT(StreamModel):
         if config.final_norm and config.final_norm_affine:
             affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
             x_BxTxW = affine(x_BxTxW.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)
-        if (
-            train
-        ):  # the barrier's transpose: the table's cotangent is computed before that of the blocks begins, and the
-            # logits' cotangent is freed
+        # For the transpose: the table's cotangent comes before those of the blocks, and frees the logits'.
+        if train:
             x_BxTxW, table_VxW = fusion_barrier((x_BxTxW, table_VxW))
         logits_BxTxV = matmul(x_BxTxW, table_VxW.T)
         if config.head_bias:

@@ -32,12 +32,13 @@ class Statistics(NamedTuple):
 
 
 class Normed(flax.struct.PyTreeNode):
-    """A normalised vector n = x r that is not multiplied out yet: what reads it does, and may do so twice.
+    """A normalised vector n = x r that is not multiplied out yet. Its readers do, forward and again in their
+    backward pass.
 
     Attributes:
       x: (..., N). The norm's input; of a LayerNorm, that centred.
       statistics: None: x is n itself.
-      site: the norm, for the parameters that read n to name.
+      site: the norm. Linear maps that read n name it in their kernels' annotations.
     """
 
     x: jax.Array

@@ -1,6 +1,6 @@
 """What a model asks of the devices that it is traced for: how its arrays are sharded, and what their platform is told.
 
-One table leads from logical axis names to the axes of the mesh (`train/sharding.py` makes it):
+One table leads from logical axis names to the axes of the mesh, which `train/sharding.py` makes:
 
     data    splits the batch; every group of devices along the other axes holds all parameters
     fsdp    splits the batch too, and the stored parameters and optimizer state, which are gathered layer by layer where
@@ -20,7 +20,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from prenorm_jax.models.platform import PLATFORMS, Platform
+from prenorm_jax.models.platform import Platform, platform_named
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -74,7 +74,7 @@ def computing_platform() -> str:
 
 def platform() -> Platform:
     """What programs for `computing_platform` are built with."""
-    return PLATFORMS.get(computing_platform(), Platform())
+    return platform_named(computing_platform())
 
 
 def mesh_axis_size(axis: str) -> int:

@@ -50,3 +50,8 @@ PLATFORMS = {
         compiler_options={"xla_max_cross_program_prefetches": 0},
     ),
 }
+
+
+def platform_named(name: str) -> Platform:
+    """That of "cpu", "gpu" or "tpu"; of others the defaults."""
+    return PLATFORMS.get(name, Platform())

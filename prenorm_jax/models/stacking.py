@@ -1,4 +1,4 @@
-"""The two layouts of a model's blocks: a subtree for each, or one with a leading axis (`model.scan`).
+"""Blocks unrolled or stacked: a subtree for each, or one with a leading axis (`model.scan`).
 
     {"block_0": {...}, "block_1": {...}, ...}  <->  {"blocks": {...}}, every leaf (depth, ...)
 

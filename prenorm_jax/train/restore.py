@@ -16,7 +16,7 @@ from prenorm_jax.train.checkpoint import Checkpoints, Damaged
 from prenorm_jax.train.optim import make_optimizer
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import params_sharding, to_formats, tree_sharding
-from prenorm_jax.train.step import TrainState, init_state, state_sharding
+from prenorm_jax.train.step import TrainState, init_state, state_formats
 
 
 def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = None) -> TrainState:
@@ -43,7 +43,7 @@ def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = Non
             f"no checkpoint in {checkpoints.directory} can be read: {'; '.join(damaged.values())}; nothing changed: "
             "restore them from a copy, or start anew in another workdir"
         )
-    formats = state_sharding(run)
+    formats = state_formats(run)
     if given is None:
         return jax.jit(lambda: init_state(run), out_shardings=formats)()
     return _state(run, formats, 0, 0, put_everywhere(given, formats.params))
@@ -59,7 +59,7 @@ def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainSta
     model = checkpoints.model(step)
     if differences := model_differences(run.trained, model, ignored=EXECUTION):
         raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
-    formats = state_sharding(run)
+    formats = state_formats(run)
     _, params = checkpoints.params(step, params_sharding(model, run.mesh))
     stored_config = run.config.copy_and_resolve_references()
     stored_config.model.scan = model.scan

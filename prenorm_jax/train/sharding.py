@@ -18,7 +18,7 @@ from prenorm_jax.base.processes import check_joined
 from prenorm_jax.models.abstract import abstract_params, param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.placement import MESH_AXES, SPLIT_BY, constrain_row_major, partition_spec
-from prenorm_jax.models.platform import PLATFORMS, Platform
+from prenorm_jax.models.platform import platform_named
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -102,7 +102,7 @@ def params_formats(config: ModelConfig, mesh: Mesh) -> Any:
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """What XLA is to do otherwise than by default for the devices of the mesh."""
-    return PLATFORMS.get(mesh.devices.flat[0].platform, Platform()).compiler_options
+    return platform_named(mesh.devices.flat[0].platform).compiler_options
 
 
 def to_formats(tree: Any, formats: Any) -> Any:

@@ -65,7 +65,7 @@ def init_state(run: Run) -> TrainState:
     return TrainState(step, nonfinite, params, make_optimizer(run.config).init(params))
 
 
-def state_sharding(run: Run) -> TrainState:
+def state_formats(run: Run) -> TrainState:
     """The tree of formats in which the state is stored. Raises PrenormError: see `check_sharding`."""
     check_sharding(run.trained, run.mesh, run.config.mesh.largest_replicated)
     state = jax.eval_shape(lambda: init_state(run))
@@ -121,7 +121,8 @@ def _accumulated(
         with jax.named_scope("accumulation"):
             return jax.tree.map(jnp.add, total, value), None
 
-    example = jax.tree.map(lambda x: x[0], split_examples := jax.tree.map(split, examples))
+    split_examples = jax.tree.map(split, examples)
+    example = jax.tree.map(lambda x: x[0], split_examples)
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, computed, example, key))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(pieces))
     return jax.lax.scan(add, zero, (split_examples, keys))[0]
@@ -134,7 +135,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState,
     optimizer as they are. With `config.on_nonfinite` "stop" so do all steps after it, `step` included: the host, which
     learns of it some steps late, then still finds the last good state.
     """
-    gradients, stored = make_gradients(run), state_sharding(run)
+    gradients, stored = make_gradients(run), state_formats(run)
     stop = run.config.on_nonfinite == "stop"
     optimizer, schedule = make_optimizer(run.config), make_schedule(run.config)
 
