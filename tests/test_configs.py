@@ -143,17 +143,17 @@ def size_of(config) -> int:
 
 
 def check_steps(config, batch: dict, size: int) -> None:
-    """Two steps of the config's model under each norm, but with two blocks: more take minutes to compile.
+    """Two steps of the config's model under the first and the last norm, with one block: more take minutes to compile.
 
-    With all of its blocks it has `size` parameters.
+    With all of its blocks it has `size` parameters, under each norm.
     """
     assert config.parameterization == "pre_ln"  # so that all norms start from the same state
     for norm in NORMS:
         config.model.norm = norm
         assert size_of(config) == size
-    config.model.depth, losses = 2, []
+    config.model.depth, losses = 1, []
     start = jax.device_get(jax.jit(lambda: init_state(Run.create(config)))())
-    for norm in NORMS:
+    for norm in NORMS[::2]:
         config.model.norm = norm
         run = Run.create(config, make_mesh(config, jax.devices()[:1]))
         state, train_step = start, make_train_step(run)
