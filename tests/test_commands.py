@@ -248,6 +248,7 @@ def test_eval_refuses_what_it_cannot_do(runs, tmp_path):
     assert "no such workdir" in error_of("eval.py", f"--workdir={tmp_path / 'missing'}")
 
 
+@pytest.mark.slow
 def test_the_installed_library_needs_no_clone(tmp_path):
     """What the README shows of the Python interface, from another folder."""
     script = (

@@ -157,6 +157,7 @@ run_command(main)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line():
     """Nobody is waited for in vain, and what is waited for is said before; in order, the first says what all refuse."""
     nobody, other, pair, differing = (f"127.0.0.1:{free_port()}" for _ in range(4))

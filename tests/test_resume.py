@@ -367,6 +367,7 @@ def test_a_run_starts_from_a_checkpoint_of_any_norm(native, text, tmp_path, norm
 
 
 @alone
+@pytest.mark.slow
 def test_a_run_starts_where_the_one_that_it_starts_from_ended(native, text, tmp_path):
     expected = evaluate(native, x64=True)["eval_loss"]
     start_again = small_run(text, steps=5, init_from=str(native), stop_at=1)
