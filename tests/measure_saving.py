@@ -1,6 +1,6 @@
 """What a checkpoint costs the training loop at the demo's size, as JSON.
 
-    PYTHONPATH=. python tests/measure_saving.py FOLDER
+    PYTHONPATH=. python tests/measure_saving.py FOLDER [ROUNDS]
 
 share: of the time of 100 steps, what one save adds: the call, which copies the state, and the slower steps while it is
 written in the background. Stretches of steps with and without a save take turns.
@@ -20,7 +20,7 @@ from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import init_state, make_train_step
 
-STRETCH, ROUNDS = 8, 6
+STRETCH, ROUNDS = 8, int(sys.argv[2]) if len(sys.argv) > 2 else 6
 
 config = get_config()
 run, data = Run.create(config, make_mesh(config, jax.devices()[:1])), load_data(config.copy_and_resolve_references())

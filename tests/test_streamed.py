@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prenorm_jax import PrenormError, convert_config, convert_params
 from prenorm_jax.equivalence.stored import convert_stored, tiles
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.train.checkpoint import Checkpoints
 from prenorm_jax.train.leaves import NewLeaves
 
@@ -182,7 +182,7 @@ def measure(folder: Path, *flags: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", NORMS[1:])
+@pytest.mark.parametrize("to", ["crmsnorm"])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, to):
     result = measure(tmp_path, "--model=gpt:2x1024", f"--to={to}", "--vocab=50257", "--part-size=1048576")
     assert result["parameters_mb"] > 450
