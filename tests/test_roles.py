@@ -181,6 +181,7 @@ def test_a_wrong_role_gives_another_function(leaf, change):
         ("dec.cross.q", {"head_dim": None}, "dec/cross/q/kernel has heads of no width"),
         ("enc.embed", {"writes": 1}, "enc/embed/kernel has no such axis; axes are counted from the end"),
         ("enc.embed", {"writes": -3}, "enc/embed/kernel has no such axis"),
+        ("dec.cross.q", {"heads": -3}, "dec/cross/q/kernel has no such axis"),
         ("head", {"norm": site("dec.final")._replace(epsilon=1e-3)}, "with another epsilon or stream|feeds no reader"),
     ],
 )

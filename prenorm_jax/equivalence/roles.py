@@ -111,8 +111,6 @@ def check_roles(roles: Roles, shapes: Mapping[Path, tuple[int, ...] | None] | No
     sites: dict[Path, NormSite] = {}
     for path, role in roles.items():
         missing = ["/".join(leaf) for leaf, _ in role.scales if leaf not in roles]
-        axes = [axis for axis in (role.writes, role.reads, role.heads) if axis is not None]
-        shape = (1,) * -min(axes, default=0) if shapes is None else shapes[path]
         problems = {
             "is of a norm that feeds no reader: name it as the norm of one": role.affine and role.norm not in feeding,
             'has an affine that is neither "scale" nor "bias"': role.affine not in (None, "scale", "bias"),
@@ -123,14 +121,23 @@ def check_roles(roles: Roles, shapes: Mapping[Path, tuple[int, ...] | None] | No
             "takes up a norm's β: name the leaf of its bias": role.reads is not None
             and role.norm in shifts
             and role.bias is None,
-            "is no array": shape is None,
-            "has no such axis; axes are counted from the end, from -1": shape is not None
-            and not all(-len(shape) <= axis < 0 for axis in axes),
-            "has heads of no width, or of one that does not divide them": role.heads is not None
-            and (not role.head_dim or (shapes is not None and shape[role.heads] % role.head_dim)),
             "names a norm that another leaf names with another epsilon or stream": role.norm is not None
             and sites.setdefault(role.norm.path, role.norm) != role.norm,
         }
+        if shapes is not None and (problem := _shape_problem(role, shapes[path])):
+            problems[problem] = True
         for problem, found in problems.items():
             if found:
                 raise PrenormError(f"{'/'.join(map(str, path))} {problem}")
+
+
+def _shape_problem(role: Role, shape: tuple[int, ...] | None) -> str:
+    """What keeps a leaf of this shape (None: no array) from its role; "" if nothing does."""
+    axes = [axis for axis in (role.writes, role.reads, role.heads) if axis is not None]
+    if shape is None:
+        return "is no array"
+    if not all(-len(shape) <= axis < 0 for axis in axes):
+        return "has no such axis; axes are counted from the end, from -1"
+    if role.heads is not None and (not role.head_dim or shape[role.heads] % role.head_dim):
+        return "has heads of no width, or of one that does not divide them"
+    return ""
