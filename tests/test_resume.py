@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 import prenorm_jax.train.sharding as sharding_module
 import prenorm_jax.train.step as step_module
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import flatten
 from prenorm_jax.config import load_data
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS
@@ -46,7 +47,7 @@ from prenorm_jax.train.loop import train
 from prenorm_jax.train.nonfinite import worst_leaf
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.step import make_eval_step
-from prenorm_jax.train.workdir import MAY_CHANGE, config_differences, flat_config, literal_config, write_config
+from prenorm_jax.train.workdir import MAY_CHANGE, config_differences, literal_config, write_config
 
 __all__ = ["damage", "losses_of", "steps_written", "wait_until"]
 alone = pytest.mark.usefixtures("one_device")
@@ -255,7 +256,7 @@ def test_only_what_the_readme_lists_may_change(text):
     places = {"data.path", "data.eval_path", "data.tokenizer"}  # the content is compared instead
     assert set(MAY_CHANGE) == allowed | places
     config = literal_config(small_run(text))
-    for key in flat_config(config):
+    for key in flatten(config):
         changed = ConfigDict(config.to_dict(), type_safe=False)
         *groups, name = key.split(".")
         group = changed

@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 
 from prenorm_jax import PrenormError, convert_config, convert_params
 from prenorm_jax.equivalence.stored import convert_stored, tiles
-from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.train.checkpoint import Checkpoints
 from prenorm_jax.train.leaves import NewLeaves
-
-
-def shapes(config: ModelConfig) -> dict:
-    return {path: leaf.value for path, leaf in abstract_params(config).items()}
 
 
 def save(folder: Path, config: ModelConfig, params: dict) -> None:
@@ -33,7 +29,7 @@ def convert_in_parts(source: Path, target: Path, to: str, part_size: int) -> Non
     with Checkpoints(source, read_only=True) as old, Checkpoints(target) as made:
         config = old.model(3)
         new_config = convert_config(config, to)
-        with made.save_leaves(3, shapes(new_config), new_config, 1, "data") as new, old.leaves(3) as stored:
+        with made.save_leaves(3, param_shapes(new_config), new_config, 1, "data") as new, old.leaves(3) as stored:
             convert_stored(stored, new, config, to, part_size)
 
 
@@ -168,7 +164,7 @@ def test_no_room_is_one_line(source, tmp_path, monkeypatch):
     with Checkpoints(source, read_only=True) as old, Checkpoints(tmp_path) as made:
         with (
             pytest.raises(PrenormError, match="could not be written: RESOURCE_EXHAUSTED: No space left on device; "),
-            made.save_leaves(3, shapes(config), config) as new,
+            made.save_leaves(3, param_shapes(config), config) as new,
             old.leaves(3) as stored,
         ):
             monkeypatch.setattr(ts, "open", lambda spec, **how: full() if "create" in how else ts.TensorStore)

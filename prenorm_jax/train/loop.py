@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import Interrupted, SharedError
-from prenorm_jax.base.files import only_process
+from prenorm_jax.base.files import flatten, only_process
 from prenorm_jax.base.processes import check_same, is_first, of_first, refused_alike, wait_for_all
 from prenorm_jax.base.trees import count
 from prenorm_jax.config import load_data
@@ -26,7 +26,7 @@ from prenorm_jax.train.step import TrainState, make_eval_step, make_train_step
 from prenorm_jax.train.stop import StopSignals
 from prenorm_jax.train.tracing import traced
 from prenorm_jax.train.utilisation import Utilisation
-from prenorm_jax.train.workdir import RunRecord, device_name, flat_config, write_config
+from prenorm_jax.train.workdir import RunRecord, device_name, write_config
 
 
 def train(config: ConfigDict, workdir: str | Path) -> None:
@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         data.check_model(config)
         training = _Training(run, data, workdir, record)
         given = load_init_from(run) if config.init_from and is_new else None
-    check_same("their configuration", flat_config(config))
+    check_same("their configuration", flatten(config))
     check_same("their data", data.digest)
     check_same("the checkpoints that they find", complete_steps(workdir / "checkpoints"))
     if is_first():

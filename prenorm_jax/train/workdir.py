@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.allocator import keep_freed_memory
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.base.files import read_json, write_json
+from prenorm_jax.base.files import flatten, read_json, write_json
 from prenorm_jax.config import base_config
 from prenorm_jax.models.config import EXECUTION
 from prenorm_jax.models.registry import model_config
@@ -80,7 +79,7 @@ def literal_config(config: ConfigDict) -> ConfigDict:
 
 def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """ "key: old -> new" for each key in which two literal configs describe different runs."""
-    old_values, new_values = flat_config(old), flat_config(new)
+    old_values, new_values = flatten(old), flatten(new)
     pre_ln = old.parameterization == new.parameterization == "pre_ln"
     may_change = MAY_CHANGE | ({"model.norm"} if pre_ln else set())  # the same Pre-LN tree is trained for all three
     return [
@@ -88,11 +87,6 @@ def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
         for key in sorted(old_values.keys() | new_values.keys())
         if key not in may_change and old_values.get(key) != new_values.get(key)
     ]
-
-
-def flat_config(config: ConfigDict) -> dict[str, Any]:
-    """{"model.norm": "layernorm", ...}."""
-    return flatten_dict(config.to_dict(), sep=".")
 
 
 def configure_jax(config: ConfigDict) -> None:
