@@ -165,16 +165,26 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds
         time.sleep(0.002)
 
 
+DAMAGES = ("flip", "cut", "delete", "zero", "junk", "folder")
+
+
 def damage(path: Path, how: str) -> None:
-    """Of a file: flip (one bit), truncate (to half), delete."""
+    """Of a file: a bit flipped, cut to half, deleted, zeroed, filled with junk, or a folder in its place."""
+    content = bytearray(path.read_bytes())
     if how == "flip":
-        content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 0x10
-        path.write_bytes(content)
-    elif how == "truncate":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "cut":
+        content = content[: len(content) // 2]
+    elif how == "zero":
+        content = bytes(len(content))
+    elif how == "junk":
+        content = np.random.default_rng(0).bytes(len(content))
     else:
         path.unlink()
+        if how == "folder":
+            path.mkdir()
+        return
+    path.write_bytes(content)
 
 
 def make_text(folder: Path) -> Path:

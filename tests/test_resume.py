@@ -4,20 +4,15 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from commands import (
-    ROOT,
     SMALL,
-    clean_environment,
     command,
     damage,
-    digests,
     error_of,
     evaluate,
     few_devices,
@@ -29,6 +24,7 @@ from commands import (
     wait_until,
 )
 from jax.experimental.layout import Format, Layout
+from kill_and_damage import check_same_run, kill, run_flags, start
 from ml_collections import ConfigDict
 
 import prenorm_jax.train.sharding as sharding_module
@@ -53,69 +49,18 @@ __all__ = ["damage", "losses_of", "steps_written", "wait_until"]
 alone = pytest.mark.usefixtures("one_device")
 
 
-def what_is_deterministic(workdir: Path) -> list[dict]:
-    timed = ("tokens_per_s", "model_flops_per_s")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines_of(workdir)]
-
-
-def start(*flags: object) -> subprocess.Popen:
-    """train.py in the background."""
-    no_writing = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}  # which a kill would leave half-done
-    return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, flags)],
-        cwd=ROOT,
-        env=clean_environment() | no_writing,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def is_evaluating(workdir: Path) -> bool:
-    """The last line is that of a step to be evaluated, and it is not yet."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    try:
-        last = json.loads(lines[-1]) if lines else {"step": 1}
-    except ValueError:
-        return False
-    return last["step"] % 50 == 0 and "eval_loss" not in last
-
-
 @pytest.mark.slow
-def test_killed_at_four_moments_and_stopped_at_one_a_run_is_bit_for_bit_the_same(text, tmp_path):
-    config = [*SMALL, f"--config.data.path={text}", "--config.steps=200", "--config.model.dropout=0.1"]
-    config += ["--config.eval_every=50", "--config.checkpoint_every=20", "--config.log_every=3"]
-    config += ["--config.batch_size=2"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command("train.py", *config, f"--workdir={whole}")
-
-    def writing() -> bool:
-        return any(killed.glob("checkpoints/*tmp*"))
-
-    rng = np.random.default_rng(0)
-    moments = ["steps", "writing", "stopped", "evaluating", "steps"]
-    seen = []
-    for moment in moments:
-        process = start(*config, f"--workdir={killed}")
-        before = steps_written(killed)
-        if moment == "writing":
-            wait_until(writing, process)
-        elif moment == "evaluating":
-            wait_until(lambda: is_evaluating(killed), process)
-        else:
-            wait_until(lambda before=before: steps_written(killed) >= before + 5, process)
-            time.sleep(rng.uniform(0, 0.1))
-        process.send_signal(signal.SIGINT if moment == "stopped" else signal.SIGKILL)
-        errors = process.communicate()[1]
-        if moment == "stopped":
-            check_saved(process, errors, killed, "SIGINT")
-        seen.append(writing() if moment == "writing" else is_evaluating(killed) or moment != "evaluating")
-    assert all(seen), f"the kills did not fall where they should: {dict(zip(moments, seen, strict=True))}"
-    command("train.py", *config, f"--workdir={killed}")
-    assert digests(killed, 200) == digests(whole, 200)
-    assert set(digests(whole, 200)) == {"params", "optimizer"}
-    assert what_is_deterministic(killed) == what_is_deterministic(whole)
+def test_killed_while_it_writes_and_evaluates_and_stopped_between_a_run_is_bit_for_bit_the_same(text, tmp_path):
+    flags, whole, killed, rng = run_flags(text), tmp_path / "whole", tmp_path / "killed", np.random.default_rng(0)
+    command("train.py", *flags, f"--workdir={whole}")
+    kill("writing", signal.SIGKILL, flags, killed, rng)
+    process = start(*flags, f"--workdir={killed}")
+    wait_until(lambda: steps_written(killed) >= 25, process)
+    process.send_signal(signal.SIGINT)
+    check_saved(process, process.communicate()[1], killed, "SIGINT")
+    kill("evaluating", signal.SIGKILL, flags, killed, rng)
+    command("train.py", *flags, f"--workdir={killed}")
+    check_same_run(killed, whole)
 
 
 def check_saved(process: subprocess.Popen, errors: str, workdir: Path, signal_name: str) -> int:
@@ -378,13 +323,3 @@ def test_a_run_starts_where_the_one_that_it_starts_from_ended(native, text, tmp_
     (tmp_path / "still" / "run.json").unlink()  # which knows that there was one
     train(start_again, tmp_path / "still")
     assert evaluate(tmp_path / "still", x64=True)["eval_loss"] == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.slow
-def test_saving_costs_the_loop_little(tmp_path):
-    """Measured in a process of its own, compiled as for use; it prints the share."""
-    done = command("tests/measure_saving.py", tmp_path, 3, PYTHONPATH=ROOT)
-    print(done.stdout)
-    result = json.loads(done.stdout)
-    assert result["share"] < 0.05
-    assert result["was_complete_on_return"] is False, "the save was not asynchronous"

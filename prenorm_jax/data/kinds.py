@@ -54,7 +54,7 @@ class Text(Kind):
     top = ()
 
     def check(self, config: ConfigDict) -> None:
-        check_range("data.seq_len", config.data.seq_len, at_least=1)
+        check_range("data.seq_len", config.data.seq_len, at_least=1, below=2**31)
 
     def load(self, config: ConfigDict) -> Data:
         from prenorm_jax.data.text import load_text  # its libraries take half a second to import

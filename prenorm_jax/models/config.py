@@ -7,6 +7,7 @@ the questions that several keys decide together.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -127,7 +128,8 @@ class ModelConfig:
         for key, choices in self.choices.items():
             check_choice(f"model.{key}", getattr(self, key), choices)
         for key, minimum in self.at_least.items():
-            check_range(f"model.{key}", getattr(self, key), at_least=minimum)
+            below = {"epsilon": math.inf, "depth": 2**16}.get(key, 2**31)  # XLA counts in int32; blocks are a loop
+            check_range(f"model.{key}", getattr(self, key), at_least=minimum, below=below)
         for key in ("dtype", "param_dtype"):
             if getattr(self, key) == "float64" and not jax.config.jax_enable_x64:
                 raise PrenormError(f"model.{key}='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")

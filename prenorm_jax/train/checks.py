@@ -12,13 +12,15 @@ from prenorm_jax.train.optim import make_optimizer
 from prenorm_jax.train.tracing import parse_steps
 from prenorm_jax.train.workdir import RunRecord, config_differences, literal_config, load_config
 
+_INT32 = 2**31  # what steps and sizes are counted in
+
 
 def check_config(config: ConfigDict) -> None:
     """Raises PrenormError naming the first key that is wrong. (`Run.create` checks the model, `Data` the data.)"""
     for key in ("steps", "batch_size", "log_every", "keep_checkpoints", "grace_seconds", "stop_at"):
-        check_range(key, config[key], at_least=1)
+        check_range(key, config[key], at_least=1, below=_INT32)
     for key in ("eval_every", "checkpoint_every"):
-        check_range(key, config[key], at_least=0)
+        check_range(key, config[key], at_least=0, below=_INT32)
     check_range("seed", config.seed, at_least=0, below=2**32)
     for key in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
         check_range(f"optimizer.{key}", config.optimizer[key], at_least=0)
