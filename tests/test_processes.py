@@ -306,6 +306,25 @@ def test_a_launcher_counts_only_if_it_started_several_processes(monkeypatch, tol
     assert processes._launcher() == (launcher, count)
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE=two is no number of processes: unset it"),
+        ({"SLURM_NTASKS": "2(x3)", "SLURM_STEP_NODELIST": "a"}, "SLURM_NTASKS=2(x3) is no number of processes"),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "JAX_COORDINATOR_ADDRESS": "a:70000"},
+            "JAX_COORDINATOR_ADDRESS=a:70000 is not HOST:PORT",
+        ),
+    ],
+)
+def test_what_a_launcher_says_wrongly_is_refused_at_once(monkeypatch, told, message):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_join", None)
+    with pytest.raises(PrenormError, match=re.escape(message)):
+        initialize()
+
+
 def test_processes_that_nothing_told_of_are_found_out(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(PrenormError, match=r"of 4 processes, and this one was told of 1: give all the same --coord"):

@@ -54,6 +54,8 @@ def initialize(
     elif given == (None, None, None):
         launcher, count = _launcher()
         where = os.environ.get("JAX_COORDINATOR_ADDRESS", f"the first host that {launcher} names")
+        if count > 1 and "JAX_COORDINATOR_ADDRESS" in os.environ:
+            _check_address(where, "JAX_COORDINATOR_ADDRESS")
     else:
         raise PrenormError("--coordinator, --processes and --process go together: give all three, or none")
     if count == 1:
@@ -87,14 +89,14 @@ def _join(given: tuple[str | None, int | None, int | None], timeout: int) -> int
     return jax.process_index()
 
 
-def _check_address(coordinator: str) -> None:
+def _check_address(coordinator: str, name: str = "--coordinator") -> None:
     match = re.fullmatch(r"([^\s:]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", coordinator)
     if not match or not 0 < int(match[2]) < 2**16:
-        raise PrenormError(f"--coordinator={coordinator} is not HOST:PORT, such as 10.0.0.1:1234")
+        raise PrenormError(f"{name}={coordinator} is not HOST:PORT, such as 10.0.0.1:1234")
     try:
         socket.getaddrinfo(match[1].strip("[]"), None)
     except (OSError, UnicodeError) as error:
-        raise PrenormError(f"--coordinator={coordinator}: no such host ({first_line(error)})") from error
+        raise PrenormError(f"{name}={coordinator}: no such host ({first_line(error)})") from error
 
 
 def _launcher() -> tuple[str, int]:
@@ -103,11 +105,18 @@ def _launcher() -> tuple[str, int]:
     tpu_hosts = told("TPU_PROCESS_ADDRESSES") or told("TPU_WORKER_HOSTNAMES") or ""
     counts = {
         # In a batch script, outside srun, SLURM_NTASKS is set too, but there is one process.
-        "SLURM": told("SLURM_NTASKS") if told("SLURM_STEP_NODELIST") else 1,
-        "Open MPI": told("OMPI_COMM_WORLD_SIZE"),
-        "the Cloud TPU pod": len(tpu_hosts.split(",")) * int(told("MEGASCALE_NUM_SLICES") or 1),
+        "SLURM": _count_in("SLURM_NTASKS") if told("SLURM_STEP_NODELIST") else 1,
+        "Open MPI": _count_in("OMPI_COMM_WORLD_SIZE"),
+        "the Cloud TPU pod": len(tpu_hosts.split(",")) * _count_in("MEGASCALE_NUM_SLICES"),
     }
-    return next(((name, int(count)) for name, count in counts.items() if int(count or 1) > 1), ("", 1))
+    return next(((name, count) for name, count in counts.items() if count > 1), ("", 1))
+
+
+def _count_in(variable: str) -> int:
+    text = os.environ.get(variable) or "1"
+    if not text.isdecimal():
+        raise PrenormError(f"{variable}={text} is no number of processes: unset it, or give --processes and the others")
+    return int(text)
 
 
 def _set_stdout_apart() -> None:

@@ -84,7 +84,8 @@ class Images(Kind):
     def check(self, config: ConfigDict) -> None:
         augment = config.augment
         for key in augment:
-            check_range(f"augment.{key}", augment[key], at_least=0)
+            below = config.model.image_size if key == "shift" else float("inf")
+            check_range(f"augment.{key}", augment[key], at_least=0, below=below)
         check_choice("loss", config.loss, ("softmax", "sigmoid"))
         if config.loss == "sigmoid" and augment.label_smoothing:
             raise PrenormError("loss=sigmoid takes no augment.label_smoothing: set it to 0")

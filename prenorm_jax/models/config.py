@@ -89,7 +89,7 @@ class ModelConfig:
     at_least: ClassVar[dict[str, float]] = {
         **dict.fromkeys(("depth", "heads", "kv_heads", "head_dim", "mlp_dim"), 1),
         "d_model": 2,
-        "epsilon": 0,
+        **dict.fromkeys(("epsilon", "layer_scale"), 0),
     }
     rates: ClassVar[tuple[str, ...]] = ("dropout", "attention_dropout", "branch_dropout", "embed_dropout")
 
@@ -128,7 +128,8 @@ class ModelConfig:
         for key, choices in self.choices.items():
             check_choice(f"model.{key}", getattr(self, key), choices)
         for key, minimum in self.at_least.items():
-            below = {"epsilon": math.inf, "depth": 2**16}.get(key, 2**31)  # XLA counts in int32; blocks are a loop
+            whole = self.value_types()[key] is int
+            below = 2**16 if key == "depth" else 2**31 if whole else math.inf  # blocks are a loop; XLA counts in int32
             check_range(f"model.{key}", getattr(self, key), at_least=minimum, below=below)
         for key in ("dtype", "param_dtype"):
             if getattr(self, key) == "float64" and not jax.config.jax_enable_x64:

@@ -34,7 +34,7 @@ class GPTConfig(ModelConfig):
     decodes: ClassVar[bool] = True
     inputs: ClassVar[str] = "text"
     choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
-    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1}
+    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1, "rotary_base": 1}
 
     @property
     def rotary(self) -> bool:

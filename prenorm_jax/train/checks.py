@@ -22,7 +22,9 @@ def check_config(config: ConfigDict) -> None:
     for key in ("eval_every", "checkpoint_every"):
         check_range(key, config[key], at_least=0, below=_INT32)
     check_range("seed", config.seed, at_least=0, below=2**32)
-    for key in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip", "eps"):
+    check_range("optimizer.warmup_steps", config.optimizer.warmup_steps, at_least=0, below=_INT32)
+    check_range("mesh.largest_replicated", config.mesh.largest_replicated, at_least=0)
+    for key in ("learning_rate", "final_learning_rate", "weight_decay", "clip", "eps"):
         check_range(f"optimizer.{key}", config.optimizer[key], at_least=0)
     for key in ("b1", "b2"):
         check_range(f"optimizer.{key}", config.optimizer[key], at_least=0, below=1)
