@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from prenorm_jax.base.errors import PrenormError, SharedError, check_range, first_line
+from prenorm_jax.base.meeting import meet
 
 HEARTBEAT_SECONDS = 30  # after so long without a sign of life from one process JAX ends the others, with status 134
 
@@ -62,6 +63,9 @@ def initialize(
         return
     _processes = count  # from here on one that ends does so at once (`end`)
     print(f"waiting for {count} processes at {where}, for at most {timeout} s", file=sys.stderr, flush=True)
+    if coordinator:
+        host, port = coordinator.rsplit(":", 1)
+        meet((host.strip("[]"), int(port)), process, count, timeout)
     _set_stdout_apart()
     try:
         # In a thread: it waits in C++, which hears no Ctrl-C and, when its own time is up, aborts with a stack trace.
