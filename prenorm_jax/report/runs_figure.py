@@ -52,6 +52,7 @@ def figure(report: Report, width: float = WIDTH) -> bytes:
     if styles:
         _draw_differences(axes[1], report, styles)
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
     axes[-1].set_xlabel("optimizer step", fontsize=FONT)
     drawing.align_ylabels(axes)
     # What is what stands beside the axes, where it covers no curve.

@@ -135,10 +135,10 @@ def html_page(report: Report, wide: bytes, narrow: bytes) -> bytes:
     """The HTML page, with the figure in two widths."""
     names = [row["name"] for row in report["runs"]]
     differences = [[key, *(texts[name] for name in names)] for key, texts in report["config_differences"].items()]
-    origins = [
-        [row["name"], row["workdir"], str(row["device"] or "–"), _pairs(row["versions"]) or "–"]
-        for row in report["runs"]
-    ]
+    origins = [["run", "parameterization", "parameters trained / computed", "workdir", "device", "versions"]]
+    for row in report["runs"]:
+        origin = [row["name"], row["parameterization"], _parameters(row), row["workdir"]]
+        origins.append([*origin, str(row["device"] or "–"), _pairs(row["versions"]) or "–"])
     per_step = "(batch_size · data.seq_len)" if "data.seq_len" in report["setting"] else "batch_size"
     footnote = FOOTNOTE.format(final=report["final_loss_steps"], unit=report["unit"], size=per_step)
     parts = [
@@ -151,7 +151,7 @@ def html_page(report: Report, wide: bytes, narrow: bytes) -> bytes:
         page.heading("Differences in configuration, other than norm and parameterization"),
         table.to_html([["key", *names], *differences]) if differences else page.paragraphs(["None."]),
         page.heading("Runs"),
-        table.to_html([["run", "workdir", "device", "versions"], *origins]),
+        table.to_html(origins),
     ]
     return page.page(report["title"], parts)
 
@@ -174,8 +174,6 @@ def _results(report: Report, for_terminal: bool = False) -> table.Rows:
             lambda row: _number(row["steps_per_s"], ".3g" if (row["steps_per_s"] or 0) < 100 else ",.0f"),
         ),
         (f"{report['unit']}s/s", False, lambda row: _number(row["units_per_s"], ",.0f")),
-        ("parameterization", False, lambda row: row["parameterization"]),
-        ("parameters trained / computed", False, _parameters),
     ]
     if all(row["final_eval_top1"] is None for row in report["runs"]):
         columns = [column for column in columns if column[0] != "final top-1"]
