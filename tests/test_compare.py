@@ -383,7 +383,7 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def test_eight_runs_look_different_and_no_legend_covers_a_curve_nor_leaves_the_page(
     tmp_path: Path, drawings: list[Figure]
 ) -> None:
-    runs = [write_run(tmp_path / f"run-number-{i}", [3.0, 2.0 + i, 1.0], info=starts({}, {})) for i in range(8)]
+    runs = [write_run(tmp_path / f"run-of-a-rather-long-name-{i}", [3.0, 2.0 + i, 1.0]) for i in range(8)]
     compare(runs, tmp_path / "report")
     assert [round(drawing.get_figwidth() * 100) for drawing in drawings] == [720, 360]  # pixels on a page
     for drawing in drawings:

@@ -51,7 +51,7 @@ def figure(report: Report, width: float = WIDTH) -> bytes:
     _draw_losses(axes[0], report, {report["reference"]: REFERENCE_STYLE if styles else ALONE_STYLE} | styles)
     if styles:
         _draw_differences(axes[1], report, styles)
-    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(2 if width == NARROW else "auto", integer=True, steps=[1, 2, 5, 10]))
     axes[-1].xaxis.set_major_formatter("{x:,.0f}")
     axes[-1].set_xlabel("optimizer step", fontsize=FONT)
     drawing.align_ylabels(axes)
@@ -81,7 +81,7 @@ def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
         steps, losses = _columns(report["curves"][name]["loss"])
         points = {"marker": "o", "markersize": style["linewidth"] + 1} if len(steps) <= FEW_STEPS else {}
         role = ", the reference" if index == 0 and len(styles) > 1 else ""
-        text = label(f"{norms[name]} ({name})") + role
+        text = label(f"{norms[name]} ({name})", 44 - len(role)) + role
         ax.plot(steps, losses, label=text, zorder=2 + index / 100, **style, **points)
         evals = _columns(report["curves"][name]["eval_loss"])
         ax.plot(*evals, **diamonds(style["color"], max(9 - 2.5 * index, 3), len(evals[0])))
