@@ -302,6 +302,7 @@ def test_a_changed_schedule_is_not_blamed_on_the_norm(tmp_path: Path) -> None:
     assert (row["relation"], row["common_steps"]) == ("equals {} up to step 2", 2)
     assert "After step 2 their learning rates differ: how the curves part from there is not the" in report["verdict"][0]
     assert "ext went on after step 2 with steps=4 instead of 2: from there its training differs." in report["warnings"]
+    assert "0 (step\N{NO-BREAK SPACE}1 of 2)" in (tmp_path / "report" / "report.html").read_text()
     assert report["runs"][0]["changes"] == [{"step": 2, "key": "steps", "from": 2, "to": 4}]
 
 

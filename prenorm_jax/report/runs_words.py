@@ -27,7 +27,7 @@ FOOTNOTE = (
     "one after the other on a shared machine are no benchmark. “Follows closely”: the largest |Δ loss| is "
     "at most a tenth of the reference's median change from one step to the next; “follows”: at most that "
     "change; “departs from”: more, or not finite where the reference is. Where two runs are trained alike only up to a "
-    "step, |Δ| and verdict are of the steps up to it."
+    "step, |Δ| and verdict are of the steps up to it (“step 7 of 50”)."
 )
 
 
@@ -191,11 +191,12 @@ def _parameters(row: Report) -> str:
 
 
 def _delta(row: Report, key: str, reference: str) -> str:
-    return "reference" if row["name"] == reference else _at_step(row, key, f"{key}_step", two_digits)
+    of = f" of {row['alike_until']:,}" if row["alike_until"] else ""
+    return "reference" if row["name"] == reference else _at_step(row, key, f"{key}_step", two_digits, of)
 
 
-def _at_step(row: Report, key: str, step: str, text: Callable[[Any], str]) -> str:
-    return "–" if row[step] is None else f"{text(row[key])} (step{NBSP}{row[step]:,})"
+def _at_step(row: Report, key: str, step: str, text: Callable[[Any], str], of: str = "") -> str:
+    return "–" if row[step] is None else f"{text(row[key])} (step{NBSP}{row[step]:,}{of})"
 
 
 def _loss(value: float | None) -> str:
