@@ -30,7 +30,7 @@ def base_config(family: str = "gpt") -> ConfigDict:
     """
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1000  # the schedule spans them
+    config.steps = 1000  # the schedule spans them: it changes with them, from where a run goes on with another number
     config.stop_at = config_dict.placeholder(int)  # stop on purpose after this step; go on later without it
     config.init_from = config_dict.placeholder(str)  # start from the parameters of this workdir's last checkpoint
     config.on_nonfinite = "stop"  # stop | skip: what a loss or gradient that is not finite does

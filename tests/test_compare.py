@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from prenorm_jax import demo
 from prenorm_jax.base.console import run_command
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns about what 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is said of numbers: reports without their figure, which takes half a second."""
-    monkeypatch.setattr(runs_figure, "figure", lambda report: b"")
+    monkeypatch.setattr(runs_figure, "figure", lambda report, width=0: b"")
 
 
 def write_run(
@@ -36,9 +37,10 @@ def write_run(
     evals: dict[int, float] | None = None,
     info: dict[str, Any] | None = None,
     unit: str = "token",
+    more: dict[str, list[Any]] | None = None,
     **config: Any,
 ) -> Path:
-    """A workdir as training leaves it; `losses` from step 1 on, or by step."""
+    """A workdir as training leaves it; `losses` and `more` of the metrics from step 1 on, or `losses` by step."""
     workdir.mkdir(parents=True)
     base = {"batch_size": 2, "data": {"seq_len": 5}, "seed": 0, "parameterization": "pre_ln"}
     base["model"] = {"norm": norm, "dtype": "float32"}
@@ -50,6 +52,9 @@ def write_run(
     lines = [
         {"step": step, "loss": loss} | {key: step * rate for key, rate in rates.items()} for step, loss in steps.items()
     ]
+    for key, values in (more or {}).items():
+        for line, value in zip(lines, values, strict=True):
+            line[key] = value
     lines += [{"step": step, "eval_loss": loss} for step, loss in (evals or {}).items()]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return workdir
@@ -217,7 +222,8 @@ def test_page_escapes_what_comes_from_files_and_fetches_nothing(tmp_path: Path) 
         assert tag not in page
     assert "<title>&lt;script&gt;$table &amp; http://x.org</title>" in page
     assert "<td>&lt;b&gt;</td>" in page
-    assert [url[:22] for url in re.findall(r'(?:src|href)\s*=\s*"([^"]*)', page)] == ["data:image/png;base64,"]
+    urls = re.findall(r'(?:src|srcset|href)\s*=\s*"([^"]*)', page)
+    assert [url[:22] for url in urls] == ["data:image/png;base64,"] * 2
     assert not re.search(r"<link|<iframe|@import|url\(", page)
 
 
@@ -269,6 +275,141 @@ def test_switches_are_those_that_later_sessions_left_standing(tmp_path: Path) ->
     ]
 
 
+# --- Where curves part that is not the norm's doing. ---
+
+
+def starts(*settings: dict[str, Any], step: int = 2, norm: str = "layernorm") -> dict[str, Any]:
+    """A run.json with a start at each multiple of `step`, with these settings."""
+    return {"sessions": [{"step": step * i, "norm": norm, "settings": values} for i, values in enumerate(settings)]}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_changed_schedule_is_not_blamed_on_the_norm(tmp_path: Path) -> None:
+    info = starts({"steps": 2}, {"steps": 4})
+    extended = write_run(
+        tmp_path / "ext", [4.0, 3.0, 3.5, 3.0], info=info, more={"learning_rate": [1.0, 0.5, 0.75, 0.5]}, steps=4
+    )
+    whole = write_run(
+        tmp_path / "rms",
+        [4.0, 3.0, 2.0, 1.0],
+        "rmsnorm",
+        {2: 3.0, 4: 1.0},
+        more={"learning_rate": [1.0, 0.5000001, 0.25, 0.1]},
+        steps=4,
+    )
+    report = compare([extended, whole], tmp_path / "report")
+    row = report["runs"][1]
+    assert (row["relation"], row["common_steps"]) == ("equals {} up to step 2", 2)
+    assert "After step 2 their learning rates differ: how the curves part from there is not the" in report["verdict"][0]
+    assert "ext went on after step 2 with steps=4 instead of 2: from there its training differs." in report["warnings"]
+    assert "0 (step\N{NO-BREAK SPACE}1 of 2)" in (tmp_path / "report" / "report.html").read_text()
+    assert report["runs"][0]["changes"] == [{"step": 2, "key": "steps", "from": 2, "to": 4}]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_that_diverges_only_after_its_schedule_parted_does_not_depart(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [4.0, 3.0, 2.0, 1.0], more={"learning_rate": [1.0, 1.0, 1.0, 1.0]})
+    rms = write_run(tmp_path / "rms", [4.0, 3.0, 2.0, None], "rmsnorm", more={"learning_rate": [1.0, 1.0, 9.0, 9.0]})
+    assert compare([ln, rms], tmp_path / "report")["runs"][1]["relation"] == "equals {} up to step 2"
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("key", ["accumulate", "model.scan"])
+def test_other_dropout_masks_are_not_blamed_on_the_norm(tmp_path: Path, key: str) -> None:
+    one, changed = starts({key: 1}), starts({key: 1}, {key: 2})
+    ln = write_run(tmp_path / "ln", [4.0, 3.0, 2.0], info=one)
+    rms = write_run(tmp_path / "rms", [4.0, 3.0, 9.0], "rmsnorm", info=changed)
+    report = compare([ln, rms], tmp_path / "report")
+    assert report["runs"][1]["relation"] == "equals {} up to step 2"
+    assert f"After step 2 they differ in {key}" in report["verdict"][0]
+    again = write_run(tmp_path / "again", [4.0, 3.0, 9.0], info=changed)
+    assert compare([again, rms], tmp_path / "report")["runs"][1]["relation"] == "equals {}"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_update_that_one_run_left_out_is_not_blamed_on_the_norm(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [4.0, 3.0, 2.0, 1.0], more={"grad_norm": [1.0] * 4})
+    rms = write_run(tmp_path / "rms", [4.0, 3.0, 9.0, 9.0], "rmsnorm", more={"grad_norm": [1.0, None, 1.0, None]})
+    report = compare([ln, rms], tmp_path / "report")
+    assert report["runs"][1]["relation"] == "equals {} up to step 1"
+    assert "After step 1 rms left out the update of step 2" in report["verdict"][0]
+    assert "rms: at 2 steps the loss is finite, but its gradient or update was not" in report["warnings"][0]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_on_other_data_or_settings_are_not_held_against_each_other(tmp_path: Path) -> None:
+    here, moved, other = (
+        write_run(tmp_path / name, [4.0, loss], info={"data": digest}, data={"path": name})
+        for name, loss, digest in (("here", 3.0, "a"), ("moved", 3.0, "a"), ("other", 9.0, "b"))
+    )
+    assert compare([here, moved], tmp_path / "report")["verdict"][0].startswith("moved equals here:")
+    seed = write_run(tmp_path / "seed", [4.0, 9.0], seed=1, data={"path": "here"}, info={"data": "a"})
+    for run, key in ((other, "data"), (seed, "seed")):
+        report = compare([here, run], tmp_path / "report")
+        claim = f"{run.name} cannot be compared with here, for their configurations differ in {key}: whatever the norm"
+        assert report["verdict"][0].startswith(claim) and "typically" not in report["verdict"][0]
+        assert f"differ in {key}:" in report["warnings"][0]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_only_changes_rounding_or_came_with_a_later_version_does_not_part_runs(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [4.0, 3.0], mesh={"fsdp": 1}, accumulate=1)
+    rms = write_run(tmp_path / "rms", [4.0, 3.0], "rmsnorm", mesh={"fsdp": 2}, accumulate=2, later="x")
+    report = compare([ln, rms], tmp_path / "report")
+    assert report["runs"][1]["relation"] == "equals {}" and not report["warnings"]
+    assert set(report["config_differences"]) == {"mesh.fsdp", "accumulate", "later"}
+
+
+@pytest.mark.parametrize("sessions", [1, [[]], [{"norm": "layernorm"}], [{"step": 0, "norm": 1}], [{"step": "0"}]])
+def test_a_run_json_of_wrong_types_is_refused(tmp_path: Path, sessions: Any) -> None:
+    ln = write_run(tmp_path / "ln", [1.0], info={"sessions": sessions})
+    with pytest.raises(PrenormError, match=r"ln/run\.json is damaged: .*leave this run out"):
+        compare([ln], tmp_path / "report")
+
+
+@pytest.fixture
+def drawings(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Collects the figures that are drawn, which are drawn in full."""
+    drawn: list[Figure] = []
+
+    def collect(drawing: Figure) -> bytes:
+        drawing.draw_without_rendering()
+        drawn.append(drawing)
+        return b""
+
+    monkeypatch.setattr(runs_figure, "png", collect)
+    return drawn
+
+
+def test_eight_runs_look_different_and_no_legend_covers_a_curve_nor_leaves_the_page(
+    tmp_path: Path, drawings: list[Figure]
+) -> None:
+    runs = [write_run(tmp_path / f"run-of-a-rather-long-name-{i}", [3.0, 2.0 + i, 1.0]) for i in range(8)]
+    compare(runs, tmp_path / "report")
+    assert [round(drawing.get_figwidth() * 100) for drawing in drawings] == [720, 360]  # pixels on a page
+    for drawing in drawings:
+        assert len({line.get_color() for line in drawing.axes[0].lines if line.get_label().startswith("Pre-")}) == 8
+        for legend in drawing.legends:
+            box = legend.get_window_extent()
+            assert not any(box.overlaps(ax.get_window_extent()) for ax in drawing.axes)
+            assert box.x0 >= 0 and box.x1 <= drawing.bbox.x1 and all(text.get_fontsize() >= 8 for text in legend.texts)
+
+
+def test_every_change_of_a_run_is_drawn_and_named_and_no_names_overlap(tmp_path: Path, drawings: list[Figure]) -> None:
+    info = starts({"steps": 2}, {"steps": 2}, {"steps": 6}, norm="layernorm")
+    info["sessions"][1]["norm"] = "rmsnorm"
+    run = write_run(tmp_path / "ln", [3.0, 2.0, 2.0, 2.0, 2.0], info=info, more={"param_norm": [1, 1, 1, 1, None]})
+    compare([run], tmp_path / "report")
+    for drawing in drawings:
+        *_, legend = drawing.legends
+        assert [text.get_text() for text in legend.texts] == [
+            "step 2, ln: Pre-RMSNorm",
+            "step 4, ln: Pre-LN, steps 6",
+            "step 5, ln: first update left out",
+        ]
+        assert {line.get_xdata()[0] for line in drawing.axes[0].lines if len(line.get_xdata()) == 2} == {2, 4, 5}
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / parent / "ln", [1.0]) for parent in "ab"]
@@ -298,6 +439,7 @@ def test_output_replaces_an_older_report_and_leaves_nothing_else(tmp_path: Path)
         (["evals"], "evals/metrics.jsonl holds no training line"),
         (["broken"], "broken/config.json is damaged: "),
         (["ln", "later"], "later has no step in common with the reference ln"),
+        (["ln", "vit"], "the losses of vit are per image, those of the reference ln per token: compare runs of one"),
         (["ln", "./ln/"], "ln is named twice"),
         (["ln", "--reference=later"], "the reference later is not among the runs"),
         (["ln", "--out=ln/config.json"], "cannot write ln/config.json (File exists)"),
@@ -313,6 +455,7 @@ def test_errors_are_one_line_and_exit_status_2(
     monkeypatch.chdir(tmp_path)
     write_run(Path("ln"), [1.0])
     write_run(Path("later"), {7: 1.0}, "rmsnorm")
+    write_run(Path("vit"), [1.0], unit="image")
     write_run(Path("empty"), [])
     write_run(Path("evals"), [], evals={1: 1.0})
     write_run(Path("converted"), [1.0])
@@ -380,7 +523,9 @@ def test_a_table_in_its_three_forms() -> None:
 
 
 def test_what_makes_a_page_escapes_it() -> None:
-    made = page.page("<1>", [page.heading("<2>"), page.paragraphs(["<3>"], "quiet"), page.picture(b"", '"<4>', "<5>")])
+    made = page.page(
+        "<1>", [page.heading("<2>"), page.paragraphs(["<3>"], "quiet"), page.picture(b"", b"", '"<4>', "<5>")]
+    )
     assert not re.search(rb"<\d>", made) and all(b"&lt;%d&gt;" % number in made for number in range(1, 6))
     assert b'alt="&quot;&lt;4&gt;"' in made
 

@@ -8,17 +8,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-WIDTH, DPI = 7.2, 200  # inches; pages show a PNG at half its resolution: sharp on dense displays
+WIDTH, NARROW, DPI = 7.2, 3.6, 200  # inches; pages show a PNG at half its resolution: sharp on dense displays
 FONT = 9  # points
 
 # Colours that colour-blind readers tell apart (Okabe and Ito).
 ORANGE, BLUE, GREEN, PINK = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
+AMBER, SKY, BLACK = "#E69F00", "#56B4E9", "#222222"
 GREY, LIGHT_GREY, GRID = "#666666", "#C4C4C4", "#e6e6e6"
 
 
-def new_figure(heights: Sequence[float], margin: float, grid: str = "both") -> tuple[Figure, list[Axes]]:
+def new_figure(
+    heights: Sequence[float], margin: float, grid: str = "both", width: float = WIDTH
+) -> tuple[Figure, list[Axes]]:
     """A figure of axes above each other, of these heights in inches and with one x axis. `grid`: both, x or y."""
-    drawing = Figure(figsize=(WIDTH, sum(heights) + margin), dpi=DPI, facecolor="white", layout="constrained")
+    drawing = Figure(figsize=(width, sum(heights) + margin), dpi=DPI, facecolor="white", layout="constrained")
     axes = list(drawing.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for ax in axes:
         ax.tick_params(labelsize=FONT, color=GREY)

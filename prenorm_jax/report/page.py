@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 def page(title: str, parts: Iterable[str]) -> bytes:
     """The whole file."""
-    return _PAGE.substitute(title=html.escape(title), parts="\n".join(parts)).encode(errors="replace")
+    values = {"title": html.escape(title), "parts": "\n".join(parts), "telephone": _TELEPHONE}
+    return _PAGE.substitute(values).encode(errors="replace")
 
 
 def heading(text: str) -> str:
@@ -25,12 +26,18 @@ def paragraphs(texts: Iterable[str], kind: str = "") -> str:
     return "\n".join(f"{tag}{html.escape(text)}</p>" for text in texts)
 
 
-def picture(png: bytes, alt: str, caption: str = "") -> str:
-    """A PNG, which becomes part of the page, and what it shows in words: for who cannot see it, and below it."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    below = f'<figcaption class="quiet">{html.escape(caption)}</figcaption>' if caption else ""
-    return f'<figure><img alt="{html.escape(alt)}"\nsrc="{source}">\n{below}</figure>'
+def picture(wide: bytes, narrow: bytes, alt: str, caption: str = "") -> str:
+    """A PNG, which becomes part of the page, and what it shows in words: for who cannot see it, and below it.
 
+    `narrow` takes its place on a telephone, where the wide one's labels would be too small to read.
+    """
+    source, small = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (wide, narrow))
+    below = f'<figcaption class="quiet">{html.escape(caption)}</figcaption>' if caption else ""
+    image = f'<source media="{_TELEPHONE}" srcset="{small}">\n<img alt="{html.escape(alt)}"\nsrc="{source}">'
+    return f"<figure><picture>\n{image}</picture>\n{below}</figure>"
+
+
+_TELEPHONE = "screen and (max-width: 600px)"
 
 _PAGE = string.Template("""\
 <!DOCTYPE html>
@@ -55,12 +62,26 @@ p { max-width: 50rem; margin: .5rem 0; overflow-wrap: anywhere; }
 figure { margin: 1.5rem 0; }
 figcaption { max-width: 720px; margin-top: .5rem; }
 figure img { display: block; width: 720px; max-width: 100%; background: #fff; border-radius: 4px; }
-.table { overflow-x: auto; }
+.table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0;
          border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; vertical-align: bottom; }
-th span, td:first-child { white-space: nowrap; }
+th span { white-space: nowrap; }
+td:first-child { overflow-wrap: anywhere; min-width: 5rem; }
+@media $telephone {
+  figure img { width: 100%; }
+  table { font-size: .8125rem; }
+  th, td { padding-right: .5rem; }
+}
+@media print {
+  body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
+  .table { overflow: visible; }
+  table { font-size: 7.5pt; }
+  th, td { padding-right: .4rem; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
 </style>
 </head>
 <body>

@@ -1,6 +1,5 @@
 """What `compare` reads of finished runs, and the numbers of its report."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -14,29 +13,13 @@ from typing import Any
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import flatten, json_bytes, read_json, write_results
 from prenorm_jax.report import runs_figure, runs_words
+from prenorm_jax.report.figure import NARROW
+from prenorm_jax.report.run import COMPARED_KEYS, Run, alike_until, parting_keys
 
-# These may differ: they are what is compared, and what a native run's own parameters need.
-COMPARED_KEYS = {"model.norm", "parameterization", "model.norm_affine", "model.final_norm_affine"}
-COMPARED_KEYS |= {"model.reader_bias", "model.qkv_bias", "model.head_bias", "model.layer_scale"}
 SETTING_KEYS = ("model.depth", "model.d_model", "batch_size", "data.seq_len", "seed", "model.dtype")
 FINAL_STEPS = 20  # the final training loss is the mean over the last so many steps
 
 _RATE = re.compile(r"(?!model_flops)(\w+)s_per_s")  # a key of metrics.jsonl, such as tokens_per_s: names the unit
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the files of a workdir say. `config` and `info` (run.json) are flat: {"model.norm": ...}."""
-
-    name: str
-    workdir: Path
-    config: dict[str, Any]
-    info: dict[str, Any]
-    unit: str  # what a loss is the mean over, and speed counts: token, image
-    losses: dict[int, float]  # by step; NaN or infinite where training diverged
-    evals: dict[int, float]
-    top1s: dict[int, float]  # of images: the share classified correctly
-    rates: dict[int, float]  # units per second
 
 
 def compare(
@@ -55,23 +38,28 @@ def compare(
     runs = _read_runs([Path(workdir) for workdir in workdirs])
     base = _reference(runs, reference)
     report = {
-        "title": title or "Training loss of " + ", ".join(run.name for run in runs),
+        "title": title or "Training loss of " + _names(runs),
         "reference": base.name,
         "unit": base.unit,
         "final_loss_steps": FINAL_STEPS,
         "runs": [_row(run, base) for run in runs],
         "setting": {key: _text(base.config[key]) for key in SETTING_KEYS if key in base.config},
         "config_differences": _config_differences(runs),
+        "parting_keys": sorted({key for run in runs for key in parting_keys(run, base)}),
         "curves": {run.name: _curves(run, base) for run in runs},
     }
     report = runs_words.with_words(report)
-    png = runs_figure.figure(report)
-    contents = {"json": json_bytes(report), "png": png, "html": runs_words.html_page(report, png)}
+    wide, narrow = runs_figure.figure(report), runs_figure.figure(report, NARROW)
+    contents = {"json": json_bytes(report), "png": wide, "html": runs_words.html_page(report, wide, narrow)}
     out = Path(out)
     folder, stem = (out.parent, out.stem) if out.suffix == ".html" else (out, "report")
     files = {suffix: folder / f"{stem}.{suffix}" for suffix in contents}
     write_results({files[suffix]: content for suffix, content in contents.items()})
     return {**report, "files": {suffix: str(path) for suffix, path in files.items()}}
+
+
+def _names(runs: list[Run]) -> str:
+    return ", ".join(run.name for run in runs) if len(runs) <= 4 else f"{len(runs)} runs"
 
 
 def _read_runs(workdirs: list[Path]) -> list[Run]:
@@ -92,10 +80,23 @@ def _read_run(workdir: Path, name: str) -> Run:
     if not (workdir / "config.json").is_file():
         raise PrenormError(f"{workdir} has no config.json: name the workdir of a run")
     config = _read_flat(workdir / "config.json")
+    for key in ("batch_size", "data.seq_len"):
+        _check(workdir / "config.json", key, config.get(key, 0) or 0, int)
     info = _read_flat(workdir / "run.json") if (workdir / "run.json").is_file() else {}
+    sessions = info.get("sessions") or []
+    _check(workdir / "run.json", "sessions", sessions, list)
+    for session in sessions:
+        _check(workdir / "run.json", "a session", session or 0, dict)
+        for key, kind in {"step": int, "norm": str, "settings": dict}.items():
+            _check(
+                workdir / "run.json",
+                f"a session's {key}",
+                session.get(key, kind() if key == "settings" else None),
+                kind,
+            )
     if not (workdir / "metrics.jsonl").is_file():
         raise PrenormError(f"{workdir} holds no training (no metrics.jsonl): train in it, or leave it out")
-    return Run(name, workdir, config, info, *_read_metrics(workdir / "metrics.jsonl"))
+    return Run(name, workdir, config, info, sessions, *_read_metrics(workdir / "metrics.jsonl"))
 
 
 def _read_flat(path: Path) -> dict[str, Any]:
@@ -105,23 +106,33 @@ def _read_flat(path: Path) -> dict[str, Any]:
         raise PrenormError(f"{error}, or leave this run out") from error
 
 
+def _check(path: Path, what: str, value: Any, kind: type) -> None:
+    if type(value) is not kind:
+        text = f"{path} is damaged: {what} is {_text(value)[:40]}, no {kind.__name__}"
+        raise PrenormError(f"{text}; restore it from a copy, or leave this run out")
+
+
 def _read_metrics(path: Path) -> tuple[Any, ...]:
-    """The unit, then losses, evaluation losses, top-1 and units/s by step; a resumed run's last line of a step wins."""
-    unit, series = "unit", {key: {} for key in ("loss", "eval_loss", "eval_top1", "units_per_s")}
+    """The unit, then the series that `Run` lists, by step; a resumed run's last line of a step wins."""
+    keys = ("loss", "eval_loss", "eval_top1", "units_per_s", "learning_rate", "skipped")
+    unit, series = "unit", {key: {} for key in keys}
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line.decode())
-            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int or not 0 <= entry["step"] < 2**53:
                 raise ValueError("not an object with a whole number as step")
+            if "loss" in entry:
+                numbers = (_number(entry.get(key, 0)) for key in ("loss", "grad_norm", "param_norm"))
+                series["skipped"][entry["step"]] = not all(map(math.isfinite, numbers))
             for key, value in entry.items():
                 if rate := _RATE.fullmatch(key):
                     unit, key = rate[1], "units_per_s"
                 if key in series:
                     series[key][entry["step"]] = _number(value)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             if number == len(lines):  # no newline follows: a crash cut this line short
                 break
             raise PrenormError(f"{path}, line {number}: {error}; repair or delete this line") from error
@@ -150,6 +161,7 @@ def _reference(runs: list[Run], reference: str | Path | None) -> Run:
 def _row(run: Run, base: Run) -> dict[str, Any]:
     """A run's numbers. None: unknown, not finite, or a difference of the reference from itself."""
     last = list(run.losses.values())[-FINAL_STEPS:]
+    skipped = [step for step, left_out in run.skipped.items() if left_out]
     nonfinite = [step for step, loss in run.losses.items() if not math.isfinite(loss)]
     changes = [abs(after - before) for before, after in itertools.pairwise(run.losses.values())]
     final_eval = max(run.evals, default=None)
@@ -162,6 +174,7 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
         "workdir": str(run.workdir),
         "norm": str(run.config.get("model.norm", "–")),
         "switches": _switches(run),
+        "changes": run.changes(),
         "parameterization": str(run.config.get("parameterization", "–")),
         "dtype": str(run.config.get("model.dtype", "–")),
         "parameters_trained": run.info.get("parameters.trained"),
@@ -176,6 +189,8 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
         "best_eval_step": best_eval,
         "nonfinite_losses": len(nonfinite),
         "first_nonfinite_step": nonfinite[0] if nonfinite else None,
+        "skipped_updates": len(skipped),
+        "first_skipped_step": skipped[0] if skipped else None,
         "change_per_step": _median(filter(math.isfinite, changes)),
         **_differences(run, base),
         "final_eval_top1": _finite(run.top1s[max(run.top1s)]) if run.top1s else None,
@@ -185,12 +200,27 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
 
 
 def _differences(run: Run, base: Run) -> dict[str, Any]:
-    """The sizes of a run's differences from the reference; none of the reference from itself."""
+    """The sizes of a run's differences from the reference; none of the reference from itself.
+
+    They are of the steps up to which both are trained alike ("alike_until"; None: all); if these are none, of all.
+    """
     if not run.losses.keys() & base.losses.keys():
         raise PrenormError(f"{run.workdir} has no step in common with the reference {base.workdir}: leave it out")
+    if run.unit != base.unit and "unit" not in (run.unit, base.unit):
+        raise PrenormError(
+            f"the losses of {run.workdir} are per {run.unit}, those of the reference {base.workdir} per {base.unit}: "
+            "compare runs of one kind of data, or leave it out"
+        )
+    until, parted_by = alike_until(run, base)
+    finite = {step: math.isfinite(run.losses[step]) for step in run.losses.keys() & base.losses.keys()}
     deltas, evals = ({}, {}) if run is base else (_deltas(run.losses, base.losses), _deltas(run.evals, base.evals))
+    if until:
+        deltas, evals, finite = ({s: one[s] for s in one if s <= until} for one in (deltas, evals, finite))
     largest, final_eval = max(deltas, key=lambda step: abs(deltas[step]), default=None), max(evals, default=None)
     return {
+        "alike_until": until,
+        "parted_by": parted_by,
+        "diverged": any(finite[step] != math.isfinite(base.losses[step]) for step in finite),
         "common_steps": len(deltas),
         "first_abs_delta": abs(next(iter(deltas.values()))) if deltas else None,
         "median_abs_delta": _median(map(abs, deltas.values())),
@@ -203,13 +233,9 @@ def _differences(run: Run, base: Run) -> dict[str, Any]:
 
 def _switches(run: Run) -> list[dict[str, Any]]:
     """The steps at which training went on with another norm."""
-    kept: list[dict[str, Any]] = []
-    for session in run.info.get("sessions") or []:
-        # A session has overwritten what those that started no earlier had trained.
-        kept = [earlier for earlier in kept if earlier["step"] < session["step"]] + [session]
     return [
         {"step": after["step"], "from": before["norm"], "to": after["norm"]}
-        for before, after in itertools.pairwise(kept)
+        for before, after in itertools.pairwise(run.starts)
         if after["norm"] != before["norm"]
     ]
 

@@ -4,17 +4,24 @@ import math
 import statistics
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from prenorm_jax.report.figure import (
+    AMBER,
+    BLACK,
     BLUE,
     FONT,
     GREEN,
     GREY,
     LIGHT_GREY,
+    NARROW,
     ORANGE,
     PINK,
+    SKY,
+    WIDTH,
     diamonds,
     label,
     new_figure,
@@ -26,30 +33,42 @@ NORM_NAMES = {"layernorm": "Pre-LN", "rmsnorm": "Pre-RMSNorm", "crmsnorm": "Pre-
 # The reference is wide and light, the others are narrow and broken, so that curves that coincide can all be seen.
 REFERENCE_STYLE = {"color": LIGHT_GREY, "linewidth": 5.0}
 ALONE_STYLE = {"color": BLUE, "linewidth": 1.4}
-STYLES = (
-    {"color": ORANGE, "linewidth": 1.8, "linestyle": (0, (4, 2.5))},
-    {"color": BLUE, "linewidth": 1.4, "linestyle": (0, (1, 1.6))},
-    {"color": GREEN, "linewidth": 1.4, "linestyle": (0, (6, 2, 1, 2))},
-    {"color": PINK, "linewidth": 1.4, "linestyle": (0, (2, 2))},
-)
+COLORS = (ORANGE, BLUE, GREEN, PINK, AMBER, SKY, BLACK)
+DASHES = ((4, 2.5), (1, 1.6), (6, 2, 1, 2), (2, 2), (8, 2))
 FEW_STEPS = 20  # up to so many losses are also drawn as points
 
 Report = dict[str, Any]  # what report.json holds
 
 
-def figure(report: Report) -> bytes:
-    """The PNG: loss curves and, below, how far each is from the reference."""
+def figure(report: Report, width: float = WIDTH) -> bytes:
+    """The PNG: loss curves and, below, how far each is from the reference. `width`: in inches, WIDTH or NARROW."""
     names = [row["name"] for row in report["runs"] if row["name"] != report["reference"]]
-    styles = {name: STYLES[index % len(STYLES)] for index, name in enumerate(names)}
-    drawing, axes = new_figure([3.2, 2.4] if styles else [3.2], margin=0.5)
+    styles = {name: _style(index) for index, name in enumerate(names)}
+    columns = 1 if width == NARROW or not names else 2
+    changes = _changes(report["runs"])
+    legend_rows = math.ceil((len(names) + 2) / columns) + len(changes)
+    drawing, axes = new_figure([3.2, 2.4] if styles else [3.2], margin=0.7 + 0.19 * legend_rows, width=width)
     _draw_losses(axes[0], report, {report["reference"]: REFERENCE_STYLE if styles else ALONE_STYLE} | styles)
     if styles:
         _draw_differences(axes[1], report, styles)
-    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(2 if width == NARROW else "auto", integer=True, steps=[1, 2, 5, 10]))
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
     axes[-1].set_xlabel("optimizer step", fontsize=FONT)
-    _draw_switches(axes, report["runs"])
     drawing.align_ylabels(axes)
+    # What is what stands beside the axes, where it covers no curve.
+    look = {"fontsize": FONT, "frameon": False, "borderaxespad": 0.2}
+    drawing.legend(loc="outside lower left", ncols=columns, handlelength=3.2, **look)
+    if changes:
+        numbers = _draw_changes(axes, changes)
+        texts = [label(text, 90 if width == WIDTH else 46) for text in changes.values()]
+        drawing.legend(numbers, texts, loc="outside upper left", handlelength=1, **look)
     return png(drawing)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Of the so many-th run that is not the reference: 35 are told apart."""
+    dashes = DASHES[(index + index // len(COLORS)) % len(DASHES)]
+    return {"color": COLORS[index % len(COLORS)], "linewidth": 1.4 if index else 1.8, "linestyle": (0, dashes)}
 
 
 def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
@@ -62,7 +81,7 @@ def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
         steps, losses = _columns(report["curves"][name]["loss"])
         points = {"marker": "o", "markersize": style["linewidth"] + 1} if len(steps) <= FEW_STEPS else {}
         role = ", the reference" if index == 0 and len(styles) > 1 else ""
-        text = label(f"{norms[name]} ({name})") + role
+        text = label(f"{norms[name]} ({name})", 44 - len(role)) + role
         ax.plot(steps, losses, label=text, zorder=2 + index / 100, **style, **points)
         evals = _columns(report["curves"][name]["eval_loss"])
         ax.plot(*evals, **diamonds(style["color"], max(9 - 2.5 * index, 3), len(evals[0])))
@@ -72,7 +91,6 @@ def _draw_losses(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
     if min(map(min, every)) > 0 and max(map(max, every)) > 10 * min(map(max, every)):
         ax.set_yscale("log")  # a linear axis would flatten the other runs
     ax.set_ylabel(f"training loss\n(nats per {report['unit']})", fontsize=FONT)
-    ax.legend(fontsize=FONT, edgecolor="none", framealpha=0.85, handlelength=3.2)
 
 
 def _draw_differences(ax: Axes, report: Report, styles: dict[str, Report]) -> None:
@@ -125,21 +143,33 @@ def _apart(heights: dict[str, float], gap: float, ceiling: float) -> dict[str, f
     return placed
 
 
-def _draw_switches(axes: list[Axes], rows: list[Report]) -> None:
-    """A line where a run went on with another norm; runs that switch at the same step share it."""
-    labels: dict[int, list[str]] = {}
+def _changes(rows: list[Report]) -> dict[int, str]:
+    """Step -> which runs went on from it with another norm or settings, or left out its update, as their first."""
+    found: dict[int, list[str]] = {}
     for row in rows:
+        steps: dict[int, list[str]] = {}
         for switch in row["switches"]:
-            norm = NORM_NAMES.get(switch["to"], switch["to"])
-            labels.setdefault(switch["step"], []).append(label(f"{row['name']} → {norm}"))
-    for index, step in enumerate(sorted(labels)):
+            steps.setdefault(switch["step"], []).append(NORM_NAMES.get(switch["to"], switch["to"]))
+        for change in row["changes"]:
+            steps.setdefault(change["step"], []).append(f"{change['key']} {change['to']}")
+        if row["skipped_updates"]:
+            steps.setdefault(row["first_skipped_step"], []).append("first update left out")
+        for step, what in steps.items():
+            found.setdefault(step, []).append(f"{row['name']}: {', '.join(what)}")
+    return {step: f"step {step:,}, {'; '.join(found[step])}" for step in sorted(found)}
+
+
+def _draw_changes(axes: list[Axes], changes: dict[int, str]) -> list[Artist]:
+    """A numbered line at each; the numbers, for a legend."""
+    look = {"color": "#333333", "linestyle": ""}
+    for number, step in enumerate(changes, 1):
         for ax in axes:
             ax.axvline(step, color=GREY, linewidth=0.9, zorder=1.5)
         # Every other one is a line higher: neighbours would overlap.
-        text = "\n".join(labels[step] + [""] * (index % 2))
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        look = {"ha": "center", "va": "bottom", "fontsize": FONT - 1, "color": "#333333"}
-        axes[0].annotate(text, (step, 1), (0, 2), **place, **look)
+        place |= {"ha": "center", "va": "bottom", "fontsize": FONT - 1}
+        axes[0].annotate(f"{number}" + "\n" * (number % 2 == 0), (step, 1), (0, 2), color=look["color"], **place)
+    return [Line2D([], [], marker=f"${number}$", markersize=5, **look) for number in range(1, len(changes) + 1)]
 
 
 def _columns(pairs: list[list[Any]]) -> tuple[list[int], list[float]]:

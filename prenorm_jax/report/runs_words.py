@@ -1,5 +1,6 @@
 """What `compare` says: sentences and a table from its report, as plain text and as an HTML page."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,6 @@ Report = dict[str, Any]  # what report.json holds
 
 # Of one rounding, relative.
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-
-# Keys that leave the losses as they are: no warning when they differ.
-BOOKKEEPING_KEYS = {"eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
 
 NBSP = "\N{NO-BREAK SPACE}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -28,7 +26,8 @@ FOOTNOTE = (
     "over the steps, the first 10 % left out; steps/s = {unit}s/s ÷ {size}. Runs made "
     "one after the other on a shared machine are no benchmark. “Follows closely”: the largest |Δ loss| is "
     "at most a tenth of the reference's median change from one step to the next; “follows”: at most that "
-    "change; “departs from”: more, or not finite where the reference is."
+    "change; “departs from”: more, or not finite where the reference is. Where two runs are trained alike only up to a "
+    "step, |Δ| and verdict are of the steps up to it (“step 7 of 50”)."
 )
 
 
@@ -55,36 +54,39 @@ def with_words(report: Report) -> Report:
 
 
 def _relation(row: Report, base: Report) -> str:
-    largest, change = row["max_abs_delta"], base["change_per_step"]
-    diverged = row["nonfinite_losses"] != base["nonfinite_losses"]
-    if largest is None:
+    largest, change, until = row["max_abs_delta"], base["change_per_step"], row["alike_until"]
+    if largest is None or until == 0:
         return "cannot be compared with {}"
-    if largest == 0 and not diverged:
-        return "equals {}"
     ratio = largest / change if change else math.inf
-    return "departs from {}" if diverged or ratio > 1 else "follows {}" if ratio > 0.1 else "follows {} closely"
+    if row["diverged"] or (largest and ratio > 1):
+        relation = "departs from {}"
+    else:
+        relation = "equals {}" if not largest else "follows {}" if ratio > 0.1 else "follows {} closely"
+    return relation + (f" up to step {until:,}" if until else "")
 
 
 def _verdict(row: Report, base: Report, unit: str) -> str:
-    name, largest, change = row["name"], row["max_abs_delta"], base["change_per_step"]
+    name, largest, change, until = row["name"], row["max_abs_delta"], base["change_per_step"], row["alike_until"]
     claim = f"{name} {row['relation'].format(base['name'])}"
     if largest is None:
         return f"{claim}: at no common step both losses are finite."
-    diverged = row["nonfinite_losses"] != base["nonfinite_losses"]
-    steps = f"{row['common_steps']:,} common steps" + (" with finite losses" if diverged else "")
-    if largest == 0 and not diverged:
-        text = f"{claim}: over {steps} the training losses agree in every digit."
+    steps = f"{row['common_steps']:,} common steps" + (" with finite losses" if row["diverged"] else "")
+    if largest == 0:
+        differ = "agree in every digit."
     else:
-        text = (
-            f"{claim}: over {steps} the training losses differ by at most "
-            f"{two_digits(largest)} nats per {unit} (at step {row['max_abs_delta_step']:,}; at first "
-            f"{two_digits(row['first_abs_delta'])}, in the median {two_digits(row['median_abs_delta'])})."
+        differ = (
+            f"differ by at most {two_digits(largest)} nats per {unit} (at step {row['max_abs_delta_step']:,}; at first "
+            f"{two_digits(row['first_abs_delta'])}, in the median {two_digits(row['median_abs_delta'])})"
         )
-        if change:
-            text += (
-                f" The largest is {two_digits(largest / change)} times the {two_digits(change)} by which the loss of "
-                f"{base['name']} itself typically changes from one step to the next."
-            )
+        if change and until != 0:
+            differ += f", {_part(largest / change)} the {two_digits(change)} by which that of {base['name']} typically "
+            differ += "changes from one step to the next"
+        differ += "."
+    if until == 0:
+        return f"{claim}, for {row['parted_by']}: whatever the norm, over {steps} the training losses {differ}"
+    text = f"{claim}: over {steps} the training losses {differ}"
+    if until:
+        text += f" After step {until:,} {row['parted_by']}: how the curves part from there is not the norm's doing."
     native = [one["name"] for one in (base, row) if one["parameterization"] == "native" and one["norm"] != "layernorm"]
     if native and (row["norm"], row["parameterization"]) != (base["norm"], base["parameterization"]):
         text += (
@@ -96,8 +98,7 @@ def _verdict(row: Report, base: Report, unit: str) -> str:
 
 def _warnings(report: Report) -> list[str]:
     rows, warnings = report["runs"], []
-    keys = [key for key in report["config_differences"] if key not in BOOKKEEPING_KEYS]
-    if keys:
+    if keys := report["parting_keys"]:
         warnings.append(
             f"The configurations differ in {', '.join(keys)}: curves from different seeds, data or settings "
             "are not comparable."
@@ -106,6 +107,16 @@ def _warnings(report: Report) -> list[str]:
         ends = ", ".join(f"{row['name']} at {row['last_step']:,}" for row in rows)
         warnings.append(f"The runs end at different steps ({ends}): their final values do not compare.")
     for row in rows:
+        for step, changes in itertools.groupby(row["changes"], lambda change: change["step"]):
+            changed = ", ".join(f"{change['key']}={change['to']} instead of {change['from']}" for change in changes)
+            warnings.append(
+                f"{row['name']} went on after step {step:,} with {changed}: from there its training differs."
+            )
+        if left_out := row["skipped_updates"] - row["nonfinite_losses"]:
+            warnings.append(
+                f"{row['name']}: at {left_out:,} steps the loss is finite, but its gradient or update was not and was "
+                f"left out; the first update left out is that of step {row['first_skipped_step']:,}."
+            )
         if row["nonfinite_losses"]:
             warnings.append(
                 f"{row['name']}: the training loss is not finite at {row['nonfinite_losses']:,} steps, first "
@@ -120,28 +131,27 @@ def plain_text(report: Report) -> str:
     return "\n".join([table.to_text(_results(report, for_terminal=True)), *report["verdict"], *warnings])
 
 
-def html_page(report: Report, png: bytes) -> bytes:
-    """The HTML page."""
+def html_page(report: Report, wide: bytes, narrow: bytes) -> bytes:
+    """The HTML page, with the figure in two widths."""
     names = [row["name"] for row in report["runs"]]
     differences = [[key, *(texts[name] for name in names)] for key, texts in report["config_differences"].items()]
-    origins = [
-        [row["name"], row["workdir"], str(row["device"] or "–"), _pairs(row["versions"]) or "–"]
-        for row in report["runs"]
-    ]
+    origins = [["run", "parameterization", "parameters trained / computed", "workdir", "device", "versions"]]
+    for row in report["runs"]:
+        origin = [row["name"], row["parameterization"], _parameters(row), row["workdir"]]
+        origins.append([*origin, str(row["device"] or "–"), _pairs(row["versions"]) or "–"])
     per_step = "(batch_size · data.seq_len)" if "data.seq_len" in report["setting"] else "batch_size"
     footnote = FOOTNOTE.format(final=report["final_loss_steps"], unit=report["unit"], size=per_step)
     parts = [
         page.paragraphs([_pairs(report["setting"])], "quiet"),
         page.paragraphs((f"Warning: {text}" for text in report["warnings"]), "alert"),
-        page.picture(png, ALT, CAPTION if report["verdict"] else ""),
-        page.paragraphs([*report["verdict"], *report["notes"]]),
-        page.heading("Results"),
         table.to_html(_results(report)),
+        page.picture(wide, narrow, ALT, CAPTION if report["verdict"] else ""),
+        page.paragraphs([*report["verdict"], *report["notes"]]),
         page.paragraphs([footnote], "quiet"),
         page.heading("Differences in configuration, other than norm and parameterization"),
         table.to_html([["key", *names], *differences]) if differences else page.paragraphs(["None."]),
         page.heading("Runs"),
-        table.to_html([["run", "workdir", "device", "versions"], *origins]),
+        table.to_html(origins),
     ]
     return page.page(report["title"], parts)
 
@@ -152,14 +162,12 @@ def _results(report: Report, for_terminal: bool = False) -> table.Rows:
     columns: list[tuple[str, bool, Callable[[Report], str]]] = [  # head, whether it fits a terminal, cell
         ("run", True, lambda row: row["name"]),
         ("norm", True, _norms),
-        ("parameterization", False, lambda row: row["parameterization"]),
-        ("parameters trained / in the variant's tree", False, _parameters),
         ("final training loss", True, lambda row: _loss(row["final_loss"])),
         ("final eval loss", True, lambda row: _at_step(row, "final_eval_loss", "final_eval_step", _loss)),
-        ("best eval loss", False, lambda row: _at_step(row, "best_eval_loss", "best_eval_step", _loss)),
         ("final top-1", True, lambda row: _number(row["final_eval_top1"], ".2%")),
         (f"largest |Δ{NBSP}loss|", True, lambda row: _delta(row, "max_abs_delta", reference)),
         (f"final |Δ{NBSP}eval{NBSP}loss|", False, lambda row: _delta(row, "final_eval_abs_delta", reference)),
+        ("best eval loss", False, lambda row: _at_step(row, "best_eval_loss", "best_eval_step", _loss)),
         (
             "steps/s",
             True,
@@ -183,11 +191,12 @@ def _parameters(row: Report) -> str:
 
 
 def _delta(row: Report, key: str, reference: str) -> str:
-    return "reference" if row["name"] == reference else _at_step(row, key, f"{key}_step", two_digits)
+    of = f" of {row['alike_until']:,}" if row["alike_until"] else ""
+    return "reference" if row["name"] == reference else _at_step(row, key, f"{key}_step", two_digits, of)
 
 
-def _at_step(row: Report, key: str, step: str, text: Callable[[Any], str]) -> str:
-    return "–" if row[step] is None else f"{text(row[key])} (step{NBSP}{row[step]:,})"
+def _at_step(row: Report, key: str, step: str, text: Callable[[Any], str], of: str = "") -> str:
+    return "–" if row[step] is None else f"{text(row[key])} (step{NBSP}{row[step]:,}{of})"
 
 
 def _loss(value: float | None) -> str:
@@ -196,6 +205,11 @@ def _loss(value: float | None) -> str:
 
 def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "–"
+
+
+def _part(ratio: float) -> str:
+    """Such as "2.1 times" or "1/4,700 of", before what it is a part of."""
+    return f"{two_digits(ratio)} times" if ratio >= 0.1 else f"1/{float(f'{1 / ratio:.1e}'):,.0f} of"
 
 
 def two_digits(value: float) -> str:

@@ -83,10 +83,10 @@ class _Training:
         """Writes and says what is started, and drops the metrics of steps after the state's."""
         run, start = self._run, int(state.step)
         self._checkpoints, self._skipped_before = checkpoints, int(state.nonfinite)
-        write_config(self._workdir, run.config)
         computed = jax.eval_shape(run.computed_params, state.params)
         counts = {"trained": count(state.params), "computed": count(computed)}
-        self._record.start(run, start, counts)
+        self._record.start(run, start, counts, self._data.digest)
+        write_config(self._workdir, run.config)
         model = run.computed
         of = f" from {counts['trained']:,} of its Pre-LN form ({run.config.parameterization})" * run.converts
         say(f"data: {self._data.description}")
@@ -96,6 +96,8 @@ class _Training:
         )
         say(f"speed: {self._utilisation.describe()}")
         say(f"{'going on' if start else 'starting'} at step {start} of {run.config.steps} in {self._workdir}")
+        if run.config.steps < (warmup := run.config.optimizer.warmup_steps):
+            say(f"warning: the {run.config.steps} steps end within optimizer.warmup_steps={warmup}, below the peak")
         drop_after(self._workdir / "metrics.jsonl", start, first=self._record.first_step)
 
     def take_steps(self, state: TrainState, end: int, signals: StopSignals) -> None:

@@ -1,8 +1,8 @@
 """The files of a run's folder beside its checkpoints.
 
 config.json      the run's configuration, every key
-run.json         what the run is and was made with: parameters, device, versions, each start with its step and norm, and
-                 the last step that is known to be saved
+run.json         what the run is and was made with: parameters, data, device, versions, each start with its step, norm
+                 and settings (`settings`), and the last step that is known to be saved
 lock             held by the process that trains here
 metrics.jsonl    one object a line: {step, loss, grad_norm, param_norm, learning_rate, tokens_per_s or images_per_s,
                  model_flops_per_s, mfu (where the device's peak is known)} or {step, eval_loss, ...}
@@ -24,7 +24,7 @@ from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import flatten, read_json, write_json
 from prenorm_jax.config import base_config
-from prenorm_jax.models.config import EXECUTION
+from prenorm_jax.models.config import EXECUTION, ModelConfig
 from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.run import Run
 
@@ -37,6 +37,9 @@ MAY_CHANGE |= {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_check
 MAY_CHANGE |= {"profile", "on_nonfinite", "grace_seconds"}
 MAY_CHANGE |= {"accumulate", "mesh.fsdp", "mesh.tensor", "mesh.largest_replicated"}
 MAY_CHANGE |= {f"model.{key}" for key in EXECUTION}
+
+# Those of them that decide more of a step than its rounding, under some configurations: what they change.
+CHANGED_BY = {"steps": "the learning rate's schedule"} | dict.fromkeys(("accumulate", "model.scan"), "dropout's masks")
 
 
 def load_config(workdir: str | Path) -> ConfigDict:
@@ -89,6 +92,15 @@ def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     ]
 
 
+def settings(config: ConfigDict) -> dict[str, Any]:
+    """Of the keys that may change those that decide, in this run, more of a step than its rounding: key -> value."""
+    rates = ("stochastic_depth", *ModelConfig.rates)
+    decides = {"the learning rate's schedule": config.optimizer.final_learning_rate != 1}
+    decides["dropout's masks"] = any(config.model.get(rate) for rate in rates)
+    values = flatten(config)
+    return {key: values[key] for key, what in CHANGED_BY.items() if decides[what]}
+
+
 def configure_jax(config: ConfigDict) -> None:
     """JAX's settings for a command. To be called before any array is made.
 
@@ -106,7 +118,7 @@ class RunRecord:
     """`run.json`: what is known about a run beside its configuration. One that is damaged is said, and starts anew."""
 
     def __init__(self, workdir: Path):
-        self._path = workdir / "run.json"
+        self._workdir, self._path = workdir, workdir / "run.json"
         self._values: dict[str, Any] = {}
         if self._path.exists():
             try:
@@ -124,15 +136,29 @@ class RunRecord:
         """Where the training in this folder began: 0, or the step of a converted checkpoint."""
         return self._values["sessions"][0]["step"]
 
-    def start(self, run: Run, step: int, counts: dict[str, int]) -> None:
-        """Adds a start at `step`; says so if the norm is another than before."""
-        sessions, norm = self._values.get("sessions", []), run.computed.norm
-        if sessions and sessions[-1]["norm"] != norm:
-            say(f"the norm is switched from {sessions[-1]['norm']} to {norm} after step {step}")
+    def start(self, run: Run, step: int, counts: dict[str, int], data: str) -> None:
+        """Adds a start at `step` on the data of this digest; says what of its steps is computed otherwise than before.
+
+        To be called before the configuration is written: of a start that an earlier version recorded, it is the old one
+        that tells the settings.
+        """
+        sessions, norm, now = self._values.get("sessions", []), run.computed.norm, settings(run.config)
+        # Of the starts before, what this one goes on from.
+        if before := next((session for session in reversed(sessions) if session["step"] < step), None):
+            if before["norm"] != norm:
+                say(f"the norm is switched from {before['norm']} to {norm} after step {step}")
+            was = before.setdefault("settings", settings(load_config(self._workdir)))
+            changed = [
+                f"{key} {was[key]} -> {value} ({CHANGED_BY[key]})"
+                for key, value in now.items()
+                if was.get(key, value) != value
+            ]
+            if changed:
+                say(f"computed otherwise after step {step}: {', '.join(changed)}")
         made_with = {"device": device_name(), "versions": {name: version(name) for name in LIBRARIES}}
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        session = {"step": step, "norm": norm, "date": date, **made_with}
-        self._values |= {"norm": norm, "parameters": counts, **made_with, "last_saved": step}
+        session = {"step": step, "norm": norm, "settings": now, "date": date, **made_with}
+        self._values |= {"norm": norm, "parameters": counts, "data": data, **made_with, "last_saved": step}
         self._values["sessions"] = [*sessions, session]
         write_json(self._path, self._values)
 
