@@ -17,7 +17,8 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.data import images as images_module
 from prenorm_jax.data.augment import image_examples, mix, resized_crop, shifted_crop
-from prenorm_jax.data.images import load_images, square
+from prenorm_jax.data.image_files import square
+from prenorm_jax.data.images import load_images
 from prenorm_jax.train.loss import rank_of_label
 
 
@@ -58,12 +59,12 @@ def test_digits_are_the_default_and_a_fifth_is_held_out():
     data = load_images(vit_config())
     assert (len(data.train.labels), len(data.eval.labels)) == (1438, 359)
     assert (data.side, data.channels, data.classes) == (8, 1, 10)
-    pixels = data.train.read(np.arange(1438))
+    pixels = data.train.read(np.arange(1438))[0]
     assert pixels.dtype == np.uint8 and pixels.max() == 255
     # Both sides together are all of them, and no image is on both.
     from sklearn.datasets import load_digits
 
-    everything = np.concatenate([pixels, data.eval.read(np.arange(359))])[..., 0]
+    everything = np.concatenate([pixels, data.eval.read(np.arange(359))[0]])[..., 0]
     expected = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
     key = lambda rows: sorted(row.tobytes() for row in rows)  # noqa: E731
     assert key(everything) == key(expected)
@@ -76,7 +77,7 @@ def test_idx_files(tmp_path, zipped):
     data = load_images(vit_config(data__path=str(tmp_path)))
     assert (len(data.train.labels), len(data.eval.labels), data.classes) == (20, 6, 3)
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(data.train.read(np.arange(20))[..., 0], rng.integers(256, size=(20, 8, 8)))
+    np.testing.assert_array_equal(data.train.read(np.arange(20))[0][..., 0], rng.integers(256, size=(20, 8, 8)))
     np.testing.assert_array_equal(data.train.labels, rng.integers(3, size=20))
     # Without files of an evaluation split a part is held out.
     for file in tmp_path.glob("t10k*"):
@@ -100,17 +101,12 @@ def test_a_folder_of_class_folders(tmp_path):
     data = load_images(config)
     assert (len(data.train.labels), len(data.eval.labels), data.classes) == (8, 2, 2)
     for split in (data.train, data.eval):
-        pixels = split.read(np.arange(len(split.labels)))
+        pixels = split.read(np.arange(len(split.labels)))[0]
         assert pixels.shape[1:] == (8, 8, 3)
         np.testing.assert_array_equal(pixels[:, 0, 0, 0], np.where(split.labels == 0, 40, 200))
     grey = load_images(vit_config(data__path=str(tmp_path)))
-    assert grey.train.read(np.arange(2)).shape == (2, 8, 8, 1)
+    assert grey.train.read(np.arange(2))[0].shape == (2, 8, 8, 1)
     assert load_images(vit_config(data__path=str(tmp_path), data__image_size=16)).side == 16
-    next(tmp_path.rglob("*.png")).write_bytes(b"\x89PNG nothing")
-    damaged = load_images(config)
-    with pytest.raises(PrenormError, match=r"image .*\.png cannot be decoded"):
-        for split in (damaged.train, damaged.eval):
-            split.read(np.arange(len(split.labels)))
 
 
 def test_pictures_that_change_change_the_digest(tmp_path):
@@ -153,7 +149,7 @@ def test_a_folder_with_splits(tmp_path):
     make_pictures(tmp_path, ("train", "test"))
     data = load_images(vit_config(data__path=str(tmp_path), data__eval_split="test", model__channels=3))
     assert (len(data.train.labels), len(data.eval.labels)) == (10, 10)
-    with pytest.raises(PrenormError, match=r"has no data\.eval_split='validation'; it has train, test"):
+    with pytest.raises(PrenormError, match=r"has no data\.eval_split='validation' that .*; it has test, train"):
         load_images(vit_config(data__path=str(tmp_path), data__eval_split="validation"))
 
 
@@ -172,7 +168,7 @@ def test_hub_data(monkeypatch):
     data = load_images(vit_config(**keys, data__eval_split="valid"))
     assert asked == [("x/y", None)]
     assert (len(data.train.labels), len(data.eval.labels), data.classes) == (20, 5, 7)
-    np.testing.assert_array_equal(data.train.read(np.array([3, 1]))[:, 0, 0, 0], [30, 10])
+    np.testing.assert_array_equal(data.train.read(np.array([3, 1]))[0][:, 0, 0, 0], [30, 10])
     with pytest.raises(PrenormError, match=r"no column data\.label_column='label'; it has img, fine"):
         load_images(vit_config(data__hub="x/y", data__image_column="img"))
     with pytest.raises(PrenormError, match=r"data\.image_column='fine' holds no images"):
