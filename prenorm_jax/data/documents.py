@@ -40,6 +40,7 @@ _COMPRESSED = {
     ".zst": lambda file, mode: io.BufferedReader(pa.input_stream(str(file), compression="zstd")),
 }
 _KNOWN = f"{' '.join(FILE_FORMATS)}, all but .parquet also with {' '.join(_COMPRESSED)}"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -118,7 +119,7 @@ def warn_of_splits(files: dict[str, Path], origin: str) -> None:
     if train and others:
         say(
             f"warning: {origin} trains not only on {train[0]} but also on {', '.join(others[:3])}"
-            f"{', ...' * (len(others) > 3)}: to evaluate on it, give it as data.eval_path; or leave it out by a glob"
+            f"{', ...' * (len(others) > 3)}: to evaluate on one, name it in data.eval_path; or leave it out by a glob"
         )
 
 
@@ -183,6 +184,8 @@ def _json(file: Path, column: str, where: str) -> pa.ChunkedArray:
             if column not in columns:
                 columns |= row
             text = row.get(column)
+            if isinstance(text, str) and _SURROGATE.search(text):
+                raise ValueError(f"line {line}: half of a surrogate pair, which no text can hold")
             if not isinstance(text, str | None):
                 raise _no_text(column, type(text).__name__, f"{where}, line {line}")
             texts.append(text)
@@ -200,7 +203,7 @@ def _json_rows(content: BinaryIO) -> Iterator[tuple[int, Any]]:
             if not text.strip():
                 continue
             try:
-                rows = [json.loads(text)]
+                rows = [json.loads(text.strip())]
             except json.JSONDecodeError:
                 if found:
                     raise

@@ -24,14 +24,19 @@ class LeftOut:
 
 
 def list_folder(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
-    """(folders, files) in it, sorted, links followed; what is hidden is left out. Raises PrenormError."""
-    folders, files = [], []
+    """(folders, files) in it, sorted. Links are followed, but not to where the folder lies; what is hidden is left out.
+
+    Raises PrenormError.
+    """
+    folders, files, place = [], [], Path(os.path.realpath(folder))
     try:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = folder / entry.name
                 if entry.name.startswith("."):
                     left_out.add("hidden", path)
+                elif entry.is_symlink() and place.is_relative_to(os.path.realpath(path)):
+                    left_out.add("links back", path)
                 elif path.is_dir() if entry.is_symlink() else entry.is_dir():
                     folders.append(path)
                 elif path.is_file() if entry.is_symlink() else entry.is_file():
@@ -50,10 +55,10 @@ def walk(root: Path, left_out: LeftOut) -> Iterator[Path]:
     seen, waiting = set(), deque([root])
     while waiting:
         folder = waiting.popleft()
-        if (place := folder.resolve()) in seen:
+        if (place := os.path.realpath(folder)) in seen:
             continue
         seen.add(place)
         folders, files = list_folder(folder, left_out)
         yield from files
-        for inner in folders:  # links last: a folder that is reached both ways keeps the name of its place
-            (waiting.append if inner.is_symlink() else waiting.appendleft)(inner)
+        waiting.extendleft(inner for inner in reversed(folders) if not inner.is_symlink())
+        waiting.extend(inner for inner in folders if inner.is_symlink())  # what lies here too keeps that name
