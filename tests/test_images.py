@@ -1,6 +1,7 @@
 """Images: where they come from, their split, and what augmentation makes of a batch."""
 
 import gzip
+import io
 import re
 from types import SimpleNamespace
 
@@ -325,6 +326,21 @@ def test_hub_data(monkeypatch):
         load_images(vit_config(data__hub="x/y", data__image_column="img"))
     with pytest.raises(PrenormError, match=r"data\.image_column='fine' holds no images"):
         load_images(vit_config(**keys | {"data__image_column": "fine"}))
+
+
+def test_damaged_and_missing_images_of_hub_data_are_left_out_too(monkeypatch, capsys):
+    png = io.BytesIO()
+    Image.new("L", (10, 10), 7).save(png, "png")
+    rows = [{"bytes": content, "path": None} for content in (png.getvalue(), b"no image", b"", png.getvalue()[:45])]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
+    split = datasets.Dataset.from_dict({"image": [*rows, None], "label": [1, 0, 0, 0, 0]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict({"train": split}))
+    data = load_images(vit_config(data__hub="x/y", data__eval_split="train"))
+    batch = data.train_batch(vit_config(batch_size=5), 0)
+    assert (batch["images"] == 7).all() and batch["labels"].tolist() == [1] * 5
+    assert [batch["weights"].tolist() for batch in data.eval_batches(vit_config())] == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    said = capsys.readouterr().err
+    assert all(f"row {row} cannot be decoded (" in said for row in (1, 2, 3, 4))
 
 
 def test_the_central_square_is_taken():

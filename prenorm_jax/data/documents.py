@@ -7,6 +7,7 @@ a file, its relative path as "name". Nothing that is read is executed.
 import bz2
 import contextlib
 import errno
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -17,7 +18,7 @@ import os
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,10 +65,7 @@ def find_files(path: str, key: str) -> tuple[dict[str, Path], str]:
         # A folder may have such a name: a pattern is only what does not exist as it stands.
         root = next(place for place in given.parents if place.is_dir())
         left_out = LeftOut(root)
-        names = sorted(glob.glob(str(given.relative_to(root)), root_dir=root, recursive=True), key=len, reverse=True)
-        # Through a link up, a file has many names: the shortest stays.
-        places = {(file.parent.resolve(), file.name): file for file in map(root.joinpath, names) if file.is_file()}
-        found = list(places.values())
+        found = [file for file in _glob(root, given.relative_to(root)) if file.is_file()]
     else:
         raise PrenormError(f"{origin} does not exist: give a file, a folder or a glob")
     if not found:
@@ -82,6 +80,22 @@ def find_files(path: str, key: str) -> tuple[dict[str, Path], str]:
             filled[name] = file
     _check_kinds(filled, origin)
     return filled, str(left_out)
+
+
+def _glob(root: Path, pattern: Path) -> Iterator[Path]:
+    if "**" not in pattern.parts:
+        return (root / name for name in glob.glob(str(pattern), root_dir=root))
+    # `glob` would follow links in circles, which may never end.
+    files = walk(root, LeftOut(root))
+    return (file for file in files if _matches(file.relative_to(root).parts, pattern.parts))
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not (parts and pattern):
+        return not parts and not pattern
+    if pattern[0] == "**":  # any number of folders; at the end also the file
+        return any(_matches(parts[i:], pattern[1:] or ["*"]) for i in range(len(parts)))
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _kind(file: Path) -> str | None:
