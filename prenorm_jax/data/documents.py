@@ -41,7 +41,6 @@ _COMPRESSED = {
     ".zst": lambda file, mode: io.BufferedReader(pa.input_stream(str(file), compression="zstd")),
 }
 _KNOWN = f"{' '.join(FILE_FORMATS)}, all but .parquet also with {' '.join(_COMPRESSED)}"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -198,11 +197,12 @@ def _json(file: Path, column: str, where: str) -> pa.ChunkedArray:
             if column not in columns:
                 columns |= row
             text = row.get(column)
-            if isinstance(text, str) and _SURROGATE.search(text):
-                raise ValueError(f"line {line}: half of a surrogate pair, which no text can hold")
             if not isinstance(text, str | None):
                 raise _no_text(column, type(text).__name__, f"{where}, line {line}")
-            texts.append(text)
+            try:
+                texts.append(text and text.encode())
+            except UnicodeEncodeError as error:  # of half a surrogate pair
+                raise ValueError(f"line {line}: {first_line(error)}") from error
     if texts and column not in columns:
         raise _no_column(column, columns, where)
     return pa.chunked_array([pa.array(texts, pa.large_string())])
