@@ -282,8 +282,10 @@ def test_a_folder_called_like_a_pattern_is_a_folder(tmp_path):
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
     files = {"a.txt": "aaa", "b.txt": "bbb", "c.csv": "c", "d.pdf": "d", ".git/e.txt": "e", "f.txt": ""}
-    data = load_text(data_config(path=write(tmp_path, files)))
-    assert "; left out: 1 hidden (.git), 2 of other types (c.csv), 1 empty (f.txt)" in data.description
+    path, other = write(tmp_path / "train", files), write(tmp_path / "eval", {"g.txt": "ggg", ".h": "h"})
+    description = load_text(data_config(path=path, eval_path=other)).description
+    assert "; left out: 1 hidden (.git), 2 of other types (c.csv), 1 empty (f.txt); eval 1 documents" in description
+    assert description.endswith("; left out: 1 hidden (.h)")
     assert capsys.readouterr().err == ""
 
 
@@ -751,7 +753,8 @@ def test_refused_files(tmp_path):
         },
     )
     for key in ("path", "eval_path"):
-        assert f"data.{key}='/nowhere' does not exist" in refusal(**{key: "/nowhere"})
+        for nowhere in ("/nowhere", "~nobody-of-that-name/x", "a\0b"):
+            assert f"data.{key}={nowhere!r} does not exist" in refusal(**{key: nowhere})
     assert "matches no file" in refusal(path=path + "/*.md")
     assert "matches no file" in refusal(path=path + "/none")
     assert "'one.csv' is of an unknown type; the types are .txt .md" in refusal(path=path + "/one.csv")

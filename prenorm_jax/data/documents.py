@@ -51,7 +51,7 @@ def find_files(path: str, key: str) -> tuple[dict[str, Path], str]:
     out is said in the second result: what is hidden, empty or of an unknown type, and compressed copies of files beside
     them. Raises PrenormError, naming `key`, if there are no files, unknown types, or kinds that are not read alike.
     """
-    given, origin = Path(path).expanduser(), f"{key}={path!r}"
+    given, origin = Path(os.path.expanduser(path)), f"{key}={path!r}"
     root = given if given.is_dir() else given.parent
     left_out = LeftOut(root)
     if given.is_file():

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.data.folders import LeftOut, list_folder, walk
 
+warnings.filterwarnings("ignore", module="PIL")  # what it warns of, in lines that name no file, ends nothing
 _OTHER = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # PostScript is a program; of the others only headers are read
 _TYPES = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _OTHER}
 _FORMATS = [name for name in Image.ID if name not in _OTHER]  # which is a matter of the content, not of the name

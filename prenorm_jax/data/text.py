@@ -104,9 +104,9 @@ def load_text(config: ConfigDict) -> TextData:
         raise PrenormError("the evaluation data hold no tokens: raise data.holdout or give data.eval_path")
     description = (
         f"{source}, tokenizer {config.tokenizer} ({tokenizer.vocab_size:,} ids): "
-        f"train {train.documents:,} documents, {len(train.tokens) - 1:,} tokens; "
+        f"train {train.documents:,} documents, {len(train.tokens) - 1:,} tokens{left_out}; "
         f"eval {evaluation.documents:,} documents, {len(evaluation.tokens) - 1:,} tokens, {evaluation.size:,} bytes"
-        f"{left_out}{eval_left_out}"
+        f"{eval_left_out}"
     )
     return TextData(
         train=train.tokens,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
             eot=256,
             digest="bytes",
         )
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     local = path.exists() or path.suffix == ".json"
     remedy = "give a valid" if local else "it needs network access, or give a local"
     with _refusing(f"data.tokenizer={name!r} cannot be loaded", f"{remedy} tokenizers .json file, or 'bytes'"):
