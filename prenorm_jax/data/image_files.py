@@ -143,11 +143,9 @@ class Decoder:
         except Exception as error:  # each format has exceptions of its own
             if name not in self._named:
                 self._named.add(name)
-                print(  # not `say`: of many processes each meets others
+                sys.stderr.write(  # whole, from any thread; not `say`: of many processes each meets others
                     f"warning: {self._source}: {name} cannot be decoded ({first_line(error)}): in training the image "
-                    f"after it takes its place, evaluation leaves it out; {len(self._named)} so far",
-                    file=sys.stderr,
-                    flush=True,
+                    f"after it takes its place, evaluation leaves it out; {len(self._named)} so far\n"
                 )
             return None
 
