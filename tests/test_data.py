@@ -781,6 +781,7 @@ def test_refused_files(tmp_path):
         (b'{"text": "a"}\n{"text": 3}\n', "line 2: data.text_column='text' holds int, not text"),
         (b'{"body": "a"}\n{"body": "b"}\n', "has no column data.text_column='text'; it has body"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_damaged_lines_are_named(tmp_path, content, message):
     good = write_rows(tmp_path / "good.jsonl", [{"text": "good"}])
