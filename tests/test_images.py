@@ -372,6 +372,7 @@ def test_refused_keys(changes, message):
     ("file", "content", "message"),
     [
         ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + bytes(12), "is no IDX file of unsigned bytes"),
+        ("train-images-idx3-ubyte", b"\0\0\x08", "is no IDX file of unsigned bytes"),
         ("train-images-idx3-ubyte", b"", "is no IDX file of unsigned bytes"),
         ("train-images-idx3-ubyte", idx(np.zeros((20, 8, 8)))[:-1], "is cut short or too long"),
         ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12 + bytes(9), "is cut short or too long"),

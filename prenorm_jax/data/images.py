@@ -224,7 +224,7 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise PrenormError(f"{path} cannot be read: {first_line(error)}") from error
     start = 4 + 4 * content[3] if len(content) > 3 else 4
-    if content[:3] != b"\0\0\x08" or content[3] > 4 or len(content) < start:
+    if len(content) < start or content[:3] != b"\0\0\x08" or content[3] > 4:
         raise PrenormError(f"{path} is no IDX file of unsigned bytes")
     shape = tuple(map(int, np.frombuffer(content[4:start], ">u4")))
     if len(content) - start != math.prod(shape) or max(shape, default=0) > len(content):
