@@ -69,7 +69,7 @@ def base_config(family: str = "gpt") -> ConfigDict:
 
 def _text() -> dict[str, Any]:
     data = ConfigDict()
-    data.path = config_dict.placeholder(str)  # file, folder or glob: .txt .md .py .jsonl .json .parquet
+    data.path = config_dict.placeholder(str)  # file, folder or glob: .txt .md .rst .py .jsonl .json .parquet
     data.hub = config_dict.placeholder(str)  # a hub data set's name; give path or hub, or neither: stdlib
     data.hub_config = config_dict.placeholder(str)  # its configuration, e.g. wikitext-103-raw-v1
     data.stream_tokens = config_dict.placeholder(int)  # of hub data: stream until there are so many; None: load whole
@@ -93,8 +93,8 @@ def _images() -> dict[str, Any]:
     data.hub_config = config_dict.placeholder(str)
     data.image_column = "image"  # of hub data
     data.label_column = "label"  # of hub data
-    data.train_split = "train"  # of hub data
-    data.eval_split = config_dict.placeholder(str)  # of hub data; None: hold images out
+    data.train_split = "train"  # of hub data, or a folder's name in path
+    data.eval_split = config_dict.placeholder(str)  # the same; None: hold images out
     data.holdout = 0.2  # fraction of the images held out where no evaluation data are named
     data.image_size = config_dict.placeholder(int)  # pixels to resize images to, before they are cropped to the model's
     data.mean = (0.5,)  # of all channels or of each, in units of the largest pixel value: subtracted,

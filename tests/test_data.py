@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import functools
+import gzip
 import itertools
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -13,6 +17,7 @@ import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import huggingface_hub.constants
@@ -26,13 +31,15 @@ from ml_collections import ConfigDict
 from test_images import make_pictures
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.config import base_config
 from prenorm_jax.data import documents as sources
 from prenorm_jax.data import windows as batches
 from prenorm_jax.data.text import TextData, load_text
 from prenorm_jax.data.tokenizer import load_tokenizer
 from prenorm_jax.data.windows import eval_batches, train_batch
+from prenorm_jax.models.continuation import write_texts
+from prenorm_jax.models.sampling import Sampling
 
 settings.register_profile("no_deadline", deadline=None)  # machines that run tests are busy
 settings.load_profile("no_deadline")
@@ -236,6 +243,109 @@ def test_rows_are_documents_and_copies_stay_together(tmp_path, suffix):
     assert sorted(train + held) == sorted(row["body"] for row in rows if row["body"])
     assert set(train).isdisjoint(held) and 2 <= len(set(held)) <= 16
     assert data.eval_bytes == sum(len(text.encode()) for text in held)
+
+
+def test_links_are_followed_and_compressed_files_read(tmp_path):
+    texts = {"a.txt": "aaa", "inner/b.txt": "bbb"}
+    path = write(tmp_path / "data", texts)
+    write(tmp_path / "elsewhere", {"c.txt": "ccc"})
+    for name, target in {"more": "../elsewhere", "again": "inner", "inner/up": "..", "self": "self"}.items():
+        (tmp_path / "data" / name).symlink_to(target)
+    zst = functools.partial(pa.compress, codec="zstd", asbytes=True)
+    for end, compress in {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zst}.items():
+        write(tmp_path / "data", {f"{end}.txt.{end.upper()}": compress(end.encode()), f"a.txt.{end}": b"?"})
+    data = load_text(data_config(path=path, holdout=0.2))
+    expected = ["aaa", "bbb", "bz2", "ccc", "gz", "xz", "zst"]
+    assert sorted(texts_of(data.train) + texts_of(data.eval)) == expected
+    said = "1 links back (inner/up), 4 compressed copies (a.txt.bz2)"
+    assert "1 neither file nor folder (self)" in data.description and said in data.description
+    by_glob = load_text(data_config(path=path + "/**/*.[tT][xX]*", holdout=0.2))
+    assert sorted(texts_of(by_glob.train) + texts_of(by_glob.eval)) == expected
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in expected).encode()
+    for end, compress in {"gz": gzip.compress, "zst": zst}.items():
+        write(tmp_path / "rows", {f"r.jsonl.{end}": compress(rows)})
+        data = load_text(data_config(path=str(tmp_path / "rows" / f"r.jsonl.{end}"), holdout=0.2))
+        assert sorted(texts_of(data.train) + texts_of(data.eval)) == expected
+    for end, compress in {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zst}.items():
+        cut = write(tmp_path / "cut", {f"x.txt.{end}": compress(bytes(range(128)) * 99)[:-7]})
+        assert f"'x.txt.{end}' cannot be read as UTF-8 text (" in refusal(path=f"{cut}/x.txt.{end}")
+
+
+def test_a_folder_called_like_a_pattern_is_a_folder(tmp_path):
+    path = write(tmp_path / "[1]::*", {"a.txt": "aaa", "in[2]/b.txt": "bbb"})
+    for name in (path, path + "/**/*.txt"):
+        data = load_text(data_config(path=name))
+        assert sorted(texts_of(data.train) + texts_of(data.eval)) == ["aaa", "bbb"]
+    one = load_text(data_config(path=path + "/in[2]/*.txt", holdout=0.5, seq_len=1))
+    assert texts_of(one.train)[0] + texts_of(one.eval)[0] == "bbb"
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    files = {"a.txt": "aaa", "b.txt": "bbb", "c.csv": "c", "d.pdf": "d", ".git/e.txt": "e", "f.txt": ""}
+    path, other = write(tmp_path / "train", files), write(tmp_path / "eval", {"g.txt": "ggg", ".h": "h"})
+    description = load_text(data_config(path=path, eval_path=other)).description
+    assert "; left out: 1 hidden (.git), 2 of other types (c.csv), 1 empty (f.txt); eval 1 documents" in description
+    assert description.endswith("; left out: 1 hidden (.h)")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "test.jsonl"), ("x/train-0.jsonl", "x/valid-0.jsonl")])
+def test_a_test_set_is_not_trained_on_without_a_word(tmp_path, capsys, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / name, [{"text": name}, {"text": name + "!"}])
+    load_text(data_config(path=str(tmp_path)))
+    assert f"trains not only on {names[0]} but also on {names[1]}: " in capsys.readouterr().err
+    load_text(data_config(path=str(tmp_path), eval_path=str(tmp_path / names[1])))
+    load_text(data_config(path=str(tmp_path / names[1])))
+    load_text(data_config(path=write(tmp_path / "code", {"train.py": "a", "test_train.py": "b", "test.py": "c"})))
+    assert capsys.readouterr().err == ""
+
+
+def test_of_rows_only_the_text_is_read(tmp_path):
+    """Whatever the other columns of the files, a shard that has no rows, and a disk that has no room for a cache."""
+    kinds = [1, "x", [2.5], {"y": None}]
+    texts = [f"row {i}" for i in range(len(kinds))]
+    for i, (text, other) in enumerate(zip(texts, kinds, strict=True)):
+        for suffix in ("jsonl", "parquet"):
+            (tmp_path / suffix).mkdir(exist_ok=True)
+            write_rows(tmp_path / suffix / f"{i}.{suffix}", [{"n": other, "text": text, f"only{i}": i}])
+    none = {"text": pa.array([], pa.null()), "n": pa.array([], pa.float64())}
+    pyarrow.parquet.write_table(pa.table(none), tmp_path / "parquet" / "none.parquet")
+    pyarrow.parquet.write_table(pa.table({"other": pa.array([], pa.int8())}), tmp_path / "parquet" / "nothing.parquet")
+    encoded = {"text": pa.array(["dictionary"]).dictionary_encode()}
+    pyarrow.parquet.write_table(pa.table(encoded), tmp_path / "parquet" / "types.parquet")
+    (tmp_path / "jsonl" / "blank.jsonl").write_text("\n\n")
+    for suffix, found in {"jsonl": texts, "parquet": ["dictionary", *texts]}.items():
+        with mock.patch("tempfile.tempdir", "/nowhere"):
+            data = load_text(data_config(path=str(tmp_path / suffix)))
+        assert sorted(texts_of(data.train) + texts_of(data.eval)) == found
+
+
+def test_digests_of_texts_are_those_of_runs_that_are_there(tmp_path):
+    def digest(name: str, content: str | bytes) -> str:
+        write(tmp_path, {name: content})
+        return load_text(data_config(path=str(tmp_path / name), holdout=0.3)).digest
+
+    rows = [{"n": i, "text": f"row é {i}\r\n\u2028x"} for i in range(12)] + [{"text": None}, {"text": ""}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for content in (
+        "\n".join(lines),
+        "\ufeff" + "\r\n\n".join(lines) + "\n",
+        json.dumps(rows, indent=1),
+        "[" + ",".join(lines) + "]",
+        json.dumps([row["text"] for row in rows if row["text"]]),
+        "\n".join(json.dumps(row, indent=1) for row in rows),
+    ):
+        assert digest("rows.json", content) == "a327422698ad133da91b3454562c4795"
+    rows = write_rows(tmp_path / "rows.parquet", rows)
+    assert digest("rows.parquet", Path(rows).read_bytes()) == "a327422698ad133da91b3454562c4795"
+    folder = write(tmp_path / "texts", {f"{i}.txt": f"text {i}" for i in range(9)} | {"sub/x.md": "mm"})
+    write(tmp_path / "texts", {"sub b/x.md": "mmb"})
+    (tmp_path / "texts" / "link.txt").symlink_to("0.txt")
+    for path in (folder, folder + "/**/*"):
+        digest_now = load_text(data_config(path=path, holdout=0.3)).digest
+        assert digest_now == "5c8124c807fe93a43f4de859fb220deb"
 
 
 def test_one_document_is_cut_and_few_leave_no_side_empty(tmp_path):
@@ -519,7 +629,7 @@ def test_what_was_cut_short_is_not_taken_for_whole(corpus, monkeypatch, capsys):
 
     with monkeypatch.context() as context:
         context.setattr(sources, "load_dataset", broken)
-        with pytest.raises(PrenormError, match=r"cannot be loaded: connection reset; it needs network access"):
+        with pytest.raises(PrenormError, match=r"cannot be loaded: connection reset by somebody; it needs network"):
             load_text(stream_config(corpus, stream_tokens=5000))
     assert [folder for folder in (corpus.parent / "cache").iterdir() if list(folder.glob("*.*")) == []]
     assert len(load_text(stream_config(corpus, stream_tokens=5000)).train) == 5001
@@ -643,7 +753,8 @@ def test_refused_files(tmp_path):
         },
     )
     for key in ("path", "eval_path"):
-        assert f"data.{key}='/nowhere' does not exist" in refusal(**{key: "/nowhere"})
+        for nowhere in ("/nowhere", "~nobody-of-that-name/x", "a\0b"):
+            assert f"data.{key}={nowhere!r} does not exist" in refusal(**{key: nowhere})
     assert "matches no file" in refusal(path=path + "/*.md")
     assert "matches no file" in refusal(path=path + "/none")
     assert "'one.csv' is of an unknown type; the types are .txt .md" in refusal(path=path + "/one.csv")
@@ -651,16 +762,81 @@ def test_refused_files(tmp_path):
     assert "mixes json (b.jsonl) and text (a.txt): give one kind" in refusal(path=path + "/mixed")
     assert "holds no text" in refusal(path=path + "/empty")
     assert "data.eval_path=" in (message := refusal(eval_path=path + "/empty")) and "holds no text" in message
-    assert "'no.txt' is no readable UTF-8 text ('utf-8' codec" in refusal(path=path + "/bad")
+    assert "'no.txt' cannot be read as UTF-8 text ('utf-8' codec" in refusal(path=path + "/bad")
     assert "cannot be read as parquet (" in refusal(path=path + "/bad.parquet")
     assert "cannot be read as json (" in refusal(path=path + "/bad.jsonl")
     assert "a single character" in refusal(path=path + "/char.txt")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: 'utf-8' codec can't encode"),
+        (b'{"text": "a"}\n{"text": \n{"text": "b"}\n', "line 2: Expecting value"),
+        (b'[\n{"text": "a"},\n{"text": }\n]', "line 3: Expecting value"),
+        (b'{"text": "a"}\n' + b"[" * 100_000, "line 2: maximum recursion depth"),
+        (b'{"text": "a"}\n{"text": "b", "n": ' + b"1" * 5000 + b"}", "line 2: Exceeds the limit"),
+        (b'{"text": "a"}\n3\n', "line 2: int, not an object"),
+        (b'{"text": "a"}\n{"text": 3}\n', "line 2: data.text_column='text' holds int, not text"),
+        (b'{"body": "a"}\n{"body": "b"}\n', "has no column data.text_column='text'; it has body"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_damaged_lines_are_named(tmp_path, content, message):
+    good = write_rows(tmp_path / "good.jsonl", [{"text": "good"}])
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    assert f"data.path={str(tmp_path)!r}: 'bad.jsonl'" in (said := refusal(path=str(tmp_path))) and message in said
+    (tmp_path / "bad.jsonl").unlink()
+    assert Path(good).exists() and texts_of(load_text(data_config(path=str(tmp_path), holdout=0.5)).eval)
+
+
+def test_parquet_columns_that_are_no_text(tmp_path):
+    bytes_ = pa.array([b"ok", b"\xff\xfe"], pa.binary())
+    wrong = {"text": pa.Array.from_buffers(pa.string(), 2, bytes_.buffers()), "bytes": bytes_}
+    pyarrow.parquet.write_table(pa.table(wrong), tmp_path / "a.parquet")
+    assert "'a.parquet' cannot be read as parquet (" in (said := refusal(path=str(tmp_path))) and "UTF8" in said
+    assert "data.text_column='bytes' holds binary, not text" in refusal(path=str(tmp_path), text_column="bytes")
+    assert "no column data.text_column='x'; it has text, bytes" in refusal(path=str(tmp_path), text_column="x")
+
+
+def test_names_that_are_no_utf8_are_refused(tmp_path):
+    (tmp_path / "\udcff.txt").write_text("a")
+    assert r"the file name '\udcff.txt' is not UTF-8: rename the file" in refusal(path=str(tmp_path))
+
+
+def test_tokenizers_without_their_unknown_token(tmp_path):
+    """In training and in `generate`, which calls write_texts; and where the library's Rust panics."""
+    path = write(tmp_path, {"data/a.txt": "a", "data/b.txt": "b"})
+    for model in (
+        {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "[UNK]"},
+        {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0], ["</s>", -1.0]], "byte_fallback": False},
+    ):
+        (tmp_path / "t.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+        name = str(tmp_path / "t.json")
+        message = f"data.tokenizer={name!r} cannot encode a text: "
+        assert message in refusal(path=path + "/data", tokenizer=name)
+        with pytest.raises(PrenormError, match=re.escape(message)):
+            write_texts(None, None, load_tokenizer(name), ["b"], 1, Sampling(), 0)
+    broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "t.json").write_text(json.dumps({"version": "1.0", "normalizer": broken, "model": model}))
+    assert f"data.tokenizer={name!r} cannot be loaded: " in refusal(tokenizer=name)
+
+
+def test_an_error_of_many_lines_says_what_and_why():
+    def lines(*lines: str) -> str:
+        return first_line(ValueError("\n".join(lines)))
+
+    assert lines("401 Client Error.", "", "  No such\trepository ", "====") == "401 Client Error. No such repository"
+    long = lines("Couldn't cast", *["column: string"] * 40, "because column names don't match")
+    assert long == "Couldn't cast … because column names don't match"
+    assert len(lines("a" * 900)) == 300 and lines("") == "ValueError"
+
+
 def test_refused_rows(tmp_path):
     rows = write_rows(tmp_path / "a.jsonl", [{"body": "x", "n": 1}, {"body": "x", "n": 2}])
     assert "no column data.text_column='text'; it has body, n" in refusal(path=rows)
-    assert "data.text_column='n' holds Value('int64'), not text" in refusal(path=rows, text_column="n")
+    assert "data.text_column='n' holds int, not text; name another" in refusal(path=rows, text_column="n")
     assert "every document is the same" in refusal(path=rows, text_column="body")
     pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
     (tmp_path / "none.jsonl").touch()
@@ -697,8 +873,11 @@ def test_refused_hub_names(tmp_path, monkeypatch):
     assert "network" in message and "data.path" in message
 
     def from_pretrained(name: str) -> None:
-        raise Exception("no route to host\nmore that nobody reads")
+        raise Exception("401 Client Error.\n\nNo such repository")
 
     monkeypatch.setattr("prenorm_jax.data.tokenizer.Tokenizer.from_pretrained", from_pretrained, raising=False)
     message = refusal(tokenizer="gpt2")
-    assert "data.tokenizer='gpt2' cannot be loaded: no route to host; it needs network access" in message
+    assert (
+        "data.tokenizer='gpt2' cannot be loaded: 401 Client Error. No such repository; it needs network access"
+        in message
+    )

@@ -1,6 +1,8 @@
 """Images: where they come from, their split, and what augmentation makes of a batch."""
 
 import gzip
+import io
+import re
 from types import SimpleNamespace
 
 import datasets
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
+from commands import here, losses_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,7 +20,9 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.data import images as images_module
 from prenorm_jax.data.augment import image_examples, mix, resized_crop, shifted_crop
-from prenorm_jax.data.images import load_images, square
+from prenorm_jax.data.image_files import square
+from prenorm_jax.data.images import load_images
+from prenorm_jax.data.windows import example_rows
 from prenorm_jax.train.loss import rank_of_label
 
 
@@ -58,12 +63,12 @@ def test_digits_are_the_default_and_a_fifth_is_held_out():
     data = load_images(vit_config())
     assert (len(data.train.labels), len(data.eval.labels)) == (1438, 359)
     assert (data.side, data.channels, data.classes) == (8, 1, 10)
-    pixels = data.train.read(np.arange(1438))
+    pixels = data.train.read(np.arange(1438))[0]
     assert pixels.dtype == np.uint8 and pixels.max() == 255
     # Both sides together are all of them, and no image is on both.
     from sklearn.datasets import load_digits
 
-    everything = np.concatenate([pixels, data.eval.read(np.arange(359))])[..., 0]
+    everything = np.concatenate([pixels, data.eval.read(np.arange(359))[0]])[..., 0]
     expected = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
     key = lambda rows: sorted(row.tobytes() for row in rows)  # noqa: E731
     assert key(everything) == key(expected)
@@ -76,7 +81,7 @@ def test_idx_files(tmp_path, zipped):
     data = load_images(vit_config(data__path=str(tmp_path)))
     assert (len(data.train.labels), len(data.eval.labels), data.classes) == (20, 6, 3)
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(data.train.read(np.arange(20))[..., 0], rng.integers(256, size=(20, 8, 8)))
+    np.testing.assert_array_equal(data.train.read(np.arange(20))[0][..., 0], rng.integers(256, size=(20, 8, 8)))
     np.testing.assert_array_equal(data.train.labels, rng.integers(3, size=20))
     # Without files of an evaluation split a part is held out.
     for file in tmp_path.glob("t10k*"):
@@ -100,17 +105,161 @@ def test_a_folder_of_class_folders(tmp_path):
     data = load_images(config)
     assert (len(data.train.labels), len(data.eval.labels), data.classes) == (8, 2, 2)
     for split in (data.train, data.eval):
-        pixels = split.read(np.arange(len(split.labels)))
+        pixels = split.read(np.arange(len(split.labels)))[0]
         assert pixels.shape[1:] == (8, 8, 3)
         np.testing.assert_array_equal(pixels[:, 0, 0, 0], np.where(split.labels == 0, 40, 200))
     grey = load_images(vit_config(data__path=str(tmp_path)))
-    assert grey.train.read(np.arange(2)).shape == (2, 8, 8, 1)
+    assert grey.train.read(np.arange(2))[0].shape == (2, 8, 8, 1)
     assert load_images(vit_config(data__path=str(tmp_path), data__image_size=16)).side == 16
-    next(tmp_path.rglob("*.png")).write_bytes(b"\x89PNG nothing")
-    damaged = load_images(config)
-    with pytest.raises(PrenormError, match=r"image .*\.png cannot be decoded"):
-        for split in (damaged.train, damaged.eval):
-            split.read(np.arange(len(split.labels)))
+
+
+def make_classes(folder, *names, count=10, prefixes=("",)):
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (9, 9), 20 * label + i).save(folder / name / f"{prefixes[i % len(prefixes)]}{i}.bmp")
+
+
+@pytest.mark.parametrize(
+    ("classes", "place", "prefixes"),
+    [
+        (("bus", "car", "bullet train", "steam train"), "pictures", ("",)),
+        (("bus", "car", "train"), "pictures", ("",)),
+        (("test", "train", "val", "dev", "eval-set"), "train test", ("",)),
+        (("a", "b"), "pictures", ("train_", "val_", "test-", "eval")),
+        (("a", "b"), "pictures[1]::*? {x}", ("",)),
+        (("__background__", "Zebra", "ape"), "pictures", ("",)),
+    ],
+)
+def test_names_of_classes_and_files_decide_nothing(tmp_path, classes, place, prefixes):
+    make_classes(tmp_path / place, *classes, prefixes=prefixes)
+    data = load_images(vit_config(data__path=str(tmp_path / place)))
+    total = 10 * len(classes)
+    assert f": train {total * 4 // 5}, eval {total // 5} images" in data.description
+    assert data.description.endswith(f"{len(classes)} classes"), "nothing is left out"
+    for split in (data.train, data.eval):
+        pixels, good = split.read(np.arange(len(split.labels)))
+        ranks = [sorted(classes).index(classes[value // 20]) for value in pixels[:, 0, 0, 0]]
+        assert good.all() and split.labels.tolist() == ranks
+
+
+def test_a_split_is_a_folder_that_is_called_so(tmp_path):
+    make_classes(tmp_path / "train", "bottle", "test tube", count=5)
+    make_classes(tmp_path / "test", "bottle", "test tube", count=2)
+
+    def described(**changes):
+        config = vit_config(data__path=str(tmp_path), **{f"data__{key}": value for key, value in changes.items()})
+        return load_images(config).description.removeprefix(f"{tmp_path}: ")
+
+    assert described(eval_split="test") == "train 10, eval 4 images of 8 × 8 × 1, 2 classes"
+    assert described(train_split="test", eval_split="train") == "train 4, eval 10 images of 8 × 8 × 1, 2 classes"
+    unused = "; left out: 4 beside the splits (test/bottle/0.bmp)"
+    assert described() == f"train 8, eval 2 images of 8 × 8 × 1, 2 classes{unused}"
+    for key in ("train_split", "eval_split"):  # `validation` is no other name of val, nor `testing` one of test
+        (tmp_path / "val").mkdir(exist_ok=True)
+        with pytest.raises(PrenormError, match=rf"has no data\.{key}='validation' .* it has test, train, val$"):
+            described(**{key: "validation"})
+
+
+def test_what_is_left_out_of_a_folder_is_counted_and_said(tmp_path):
+    make_classes(tmp_path, "a", "b", "c")
+    make_classes(tmp_path / "b" / "more", "deep", count=2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a" / "0.bmp").rename(tmp_path / "loose.bmp")
+    (tmp_path / "a" / "notes.txt").touch()
+    (tmp_path / "a" / ".hidden.bmp").touch()
+    (tmp_path / "a" / "gone.bmp").symlink_to("nowhere")
+    (tmp_path / "a" / "back").symlink_to("..")
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "linked").symlink_to(tmp_path / "c")
+    (tmp_path / "c" / "0.bmp").write_bytes(b"no image")
+    (tmp_path / "c" / "1.bmp").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would be run
+    Image.fromarray(np.full((9, 9), 20000, np.uint16)).save(tmp_path / "b" / "deeper.png")
+    data = load_images(vit_config(data__path=str(tmp_path)))
+    assert (len(data.train.labels) + len(data.eval.labels), data.classes) == (9 + 10 + 8 + 8, 4)
+    said = data.description.split("; left out: ")[1]
+    for part in (
+        "1 loose (loose.bmp)",
+        "2 nested (b/more/deep/0.bmp)",
+        "1 folders without images (empty)",
+        "1 of other types (a/notes.txt)",
+        "1 hidden (a/.hidden.bmp)",
+        "2 neither file nor folder (self)",
+        "1 links back (a/back)",
+        "5 unreadable (b/deeper.png: mode 'I;16' has more than 8 bits a channel: convert it first)",
+    ):
+        assert part in said
+    for name in ("a", "b", "c"):
+        (tmp_path / name).rename(tmp_path / f".{name}")
+    (tmp_path / "linked").unlink()
+    with pytest.raises(PrenormError, match=r"holds no images of two classes; left out: .*loose.bmp.*: give a folder"):
+        load_images(vit_config(data__path=str(tmp_path)))
+
+
+def test_digests_of_folders_are_those_of_runs_that_are_there(tmp_path):
+    for split in ("train", "test"):
+        for label, count in (("cat", 4), ("Dog", 3), ("a b", 2), ("a", 2), ("10", 1), ("2", 2)):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                name = f"{i * 3} x.{'BMP' if i % 2 else 'bmp'}"
+                Image.new("RGB", (9 + i, 9), (i * 40, 10, 200)).save(tmp_path / split / label / name)
+
+    def digest(path, **changes):
+        return load_images(vit_config(data__path=str(path), model__channels=3, **changes)).digest
+
+    assert digest(tmp_path / "train") == digest(tmp_path) == "752a9fb98298a6e98caf33aae49d2999"
+    assert digest(tmp_path, data__eval_split="test") == "a5371f1c2c7420f3249680663bc41c81"
+
+
+def truncate(file, keep=0.5):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * keep)])
+
+
+def test_an_image_that_cannot_be_decoded_ends_nothing(tmp_path, capsys):
+    make_classes(tmp_path / "train", "a", "b", count=6)
+    make_classes(tmp_path / "test", "a", "b", count=6)
+    config = vit_config(data__path=str(tmp_path), data__eval_split="test", batch_size=1)
+    whole = load_images(config)
+    pixels, _ = whole.train.read(np.arange(12))
+    for split in ("train", "test"):
+        for name in ("a/5.bmp", "b/0.bmp", "b/5.bmp"):  # rows 5, 6 and 11
+            truncate(tmp_path / split / name)
+    data = load_images(config)
+    assert "; left out" not in data.description, "their headers are whole"
+    instead = np.array([0, 1, 2, 3, 4, 7, 7, 7, 8, 9, 10, 0])
+    for step in range(24):
+        batch, rows = data.train_batch(config, step), instead[example_rows(config.seed, step, 1, 12)]
+        np.testing.assert_array_equal(batch["images"], pixels[rows])
+        assert batch["labels"] == whole.train.labels[rows] and batch["weights"] == 1
+    for size in (1, 5):
+        config.batch_size = size
+        batches = list(data.eval_batches(config))
+        weights = np.concatenate([batch["weights"] for batch in batches])
+        assert np.flatnonzero(weights[:12] == 0).tolist() == [5, 6, 11] and weights.sum() == 9
+        assert {batch["images"].shape for batch in batches} == {(size, 8, 8, 1)}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6, "each is said once"
+    assert all(re.search(r"warning: .*bmp cannot be decoded \(.*\): .* so far", line) for line in said)
+    with pytest.raises(PrenormError, match="no image of the evaluation split can be decoded"):
+        data.summarize({"weight": 0.0, "nats": 0.0, "top1": 0.0, "top5": 0.0})
+    for file in (tmp_path / "train").rglob("*.bmp"):
+        truncate(file, keep=0.9)
+    with pytest.raises(PrenormError, match="12 images in a row cannot be decoded"):
+        load_images(config).train_batch(config, 0)
+    (tmp_path / "test" / "a" / "1.bmp").unlink()
+    with pytest.raises(PrenormError, match=r"1\.bmp cannot be read any more \(No such file"):
+        list(data.eval_batches(config))
+
+
+def test_a_run_goes_on_past_a_damaged_image(tmp_path):
+    make_classes(tmp_path / "pictures", "a", "b", count=10)
+    flags = ["--config=configs/vit_digits.py", f"--config.data.path={tmp_path / 'pictures'}", "--config.batch_size=4"]
+    flags += ["--config.model.depth=1", "--config.steps=6", "--config.eval_every=3", f"--workdir={tmp_path / 'run'}"]
+    truncate(tmp_path / "pictures" / "a" / "3.bmp")
+    printed = here("train.py", *flags)
+    assert "done: 6 of 6 steps" in printed.stderr and printed.stderr.count("3.bmp cannot be decoded") == 1
+    assert len(losses_of(tmp_path / "run")) == 6 and np.isfinite(list(losses_of(tmp_path / "run").values())).all()
 
 
 def test_pictures_that_change_change_the_digest(tmp_path):
@@ -153,7 +302,7 @@ def test_a_folder_with_splits(tmp_path):
     make_pictures(tmp_path, ("train", "test"))
     data = load_images(vit_config(data__path=str(tmp_path), data__eval_split="test", model__channels=3))
     assert (len(data.train.labels), len(data.eval.labels)) == (10, 10)
-    with pytest.raises(PrenormError, match=r"has no data\.eval_split='validation'; it has train, test"):
+    with pytest.raises(PrenormError, match=r"has no data\.eval_split='validation' that .*; it has test, train"):
         load_images(vit_config(data__path=str(tmp_path), data__eval_split="validation"))
 
 
@@ -172,11 +321,26 @@ def test_hub_data(monkeypatch):
     data = load_images(vit_config(**keys, data__eval_split="valid"))
     assert asked == [("x/y", None)]
     assert (len(data.train.labels), len(data.eval.labels), data.classes) == (20, 5, 7)
-    np.testing.assert_array_equal(data.train.read(np.array([3, 1]))[:, 0, 0, 0], [30, 10])
+    np.testing.assert_array_equal(data.train.read(np.array([3, 1]))[0][:, 0, 0, 0], [30, 10])
     with pytest.raises(PrenormError, match=r"no column data\.label_column='label'; it has img, fine"):
         load_images(vit_config(data__hub="x/y", data__image_column="img"))
     with pytest.raises(PrenormError, match=r"data\.image_column='fine' holds no images"):
         load_images(vit_config(**keys | {"data__image_column": "fine"}))
+
+
+def test_damaged_and_missing_images_of_hub_data_are_left_out_too(monkeypatch, capsys):
+    png = io.BytesIO()
+    Image.new("L", (10, 10), 7).save(png, "png")
+    rows = [{"bytes": content, "path": None} for content in (png.getvalue(), b"no image", b"", png.getvalue()[:45])]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
+    split = datasets.Dataset.from_dict({"image": [*rows, None], "label": [1, 0, 0, 0, 0]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: datasets.DatasetDict({"train": split}))
+    data = load_images(vit_config(data__hub="x/y", data__eval_split="train"))
+    batch = data.train_batch(vit_config(batch_size=5), 0)
+    assert (batch["images"] == 7).all() and batch["labels"].tolist() == [1] * 5
+    assert [batch["weights"].tolist() for batch in data.eval_batches(vit_config())] == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    said = capsys.readouterr().err
+    assert all(f"row {row} cannot be decoded (" in said for row in (1, 2, 3, 4))
 
 
 def test_the_central_square_is_taken():
@@ -208,6 +372,7 @@ def test_refused_keys(changes, message):
     ("file", "content", "message"),
     [
         ("train-images-idx3-ubyte", b"\0\0\x0d\x03" + bytes(12), "is no IDX file of unsigned bytes"),
+        ("train-images-idx3-ubyte", b"\0\0\x08", "is no IDX file of unsigned bytes"),
         ("train-images-idx3-ubyte", b"", "is no IDX file of unsigned bytes"),
         ("train-images-idx3-ubyte", idx(np.zeros((20, 8, 8)))[:-1], "is cut short or too long"),
         ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12 + bytes(9), "is cut short or too long"),

@@ -52,6 +52,10 @@ def check_integer(key: str, value: Any) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; 300 characters at most."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 300 else line[:299] + "…"
+    """An error's message as one line, or its type where it has none; 300 characters at most.
+
+    Of a longer message the beginning of the first line and the end of the last stay: what failed, and mostly why.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if any(map(str.isalnum, line))]
+    whole = " ".join(lines) or type(error).__name__
+    return whole if len(whole) <= 300 else f"{lines[0][:199]} … {lines[-1][-98:]}"

@@ -59,8 +59,8 @@ def stream_corpus(config: ConfigDict, tokenizer: TextTokenizer, hold_out: bool) 
         "dtype": np.min_scalar_type(tokenizer.vocab_size - 1).newbyteorder("<").str,
     }
     name = re.sub(r"[^\w.-]+", "-", config.hub)[-60:].strip("-.")
-    cache = Path(config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "prenorm_jax")).expanduser()
-    folder = cache / f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(asked).encode())}"
+    cache = config.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "prenorm_jax")
+    folder = Path(os.path.expanduser(cache)) / f"{name}-{xxhash.xxh3_64_hexdigest(json.dumps(asked).encode())}"
     files = {side: folder / f"{side}.bin" for side in ("train", "eval")[: 1 + hold_out]}
     if (about := _about(folder, files, asked)) is None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import io
 import math
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
 import xxhash
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
 
 from prenorm_jax.base.errors import PrenormError, check_range, first_line
 from prenorm_jax.data import Data, HostBatch
-from prenorm_jax.data.quiet import datasets
+from prenorm_jax.data.folders import LeftOut
+from prenorm_jax.data.image_files import Decoder, Encoded, find_splits, readable
 from prenorm_jax.data.windows import example_rows
+
+if TYPE_CHECKING:
+    import datasets
+
+_IN_A_ROW = 100  # images that are tried before a batch is given up
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,17 +33,31 @@ class Images:
 
     Attributes:
       labels: (N,) int32 classes.
-      read: rows (n,) -> (n, side, side, C) uint8.
+      read: rows (n,) -> (n, side, side, C) uint8, and which of them could be decoded, (n,) bool.
       content: what is hashed to tell these images from others.
     """
 
     labels: np.ndarray
-    read: Callable[[np.ndarray], np.ndarray]
+    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     content: bytes | np.ndarray
 
     def batch(self, rows: np.ndarray, weights: np.ndarray) -> HostBatch:
-        """images uint8 (B, side, side, C), labels int32 (B,), weights float32 (B,)."""
-        return {"images": self.read(rows), "labels": self.labels[rows], "weights": weights.astype(np.float32)}
+        """images uint8 (B, side, side, C), labels int32 (B,), weights float32 (B,): 0 where none could be decoded."""
+        images, good = self.read(rows)
+        return {"images": images, "labels": self.labels[rows], "weights": (weights * good).astype(np.float32)}
+
+    def full_batch(self, rows: np.ndarray) -> HostBatch:
+        """The same, but in the place of an image that cannot be decoded stands the next one that can.
+
+        Raises PrenormError if too many in a row cannot.
+        """
+        images, good = self.read(rows)
+        for _ in range(tries := min(_IN_A_ROW, len(self.labels))):
+            if good.all():
+                return {"images": images, "labels": self.labels[rows], "weights": np.ones(len(rows), np.float32)}
+            rows = np.where(good, rows, (rows + 1) % len(self.labels))
+            images[~good], good[~good] = self.read(rows[~good])
+        raise PrenormError(f"{tries} images in a row cannot be decoded (the lines above say why): mend the data")
 
     def select(self, rows: np.ndarray) -> Images:
         """These rows alone."""
@@ -79,7 +93,7 @@ class ImageData(Data):
 
     def train_batch(self, config: ConfigDict, step: int, rows: slice | None = None) -> HostBatch:
         chosen = example_rows(config.seed, step, config.batch_size, len(self.train.labels), rows)
-        return self.train.batch(chosen, np.ones(len(chosen)))
+        return self.train.full_batch(chosen)
 
     def eval_batches(self, config: ConfigDict, rows: slice | None = None) -> Iterator[HostBatch]:
         last = len(self.eval.labels) - 1
@@ -89,7 +103,8 @@ class ImageData(Data):
 
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss (nats per image), eval_top1, eval_top5 (fractions), eval_images}."""
-        count = sums["weight"]
+        if not (count := sums["weight"]):
+            raise PrenormError("no image of the evaluation split can be decoded (the lines above say why): mend them")
         top = {f"eval_top{k}": sums[f"top{k}"] / count for k in (1, 5)}
         return {"eval_loss": sums["nats"] / count, **top, "eval_images": int(count)}
 
@@ -112,19 +127,20 @@ def load_images(config: ConfigDict) -> ImageData:
         raise PrenormError(f"data.mean={data.mean} and data.std={data.std} must be numbers")
     if not min(data.std) > 0:
         raise PrenormError(f"data.std={data.std} must be above 0")
+    left_out = ""
     if data.hub or (folder and not _idx_files(folder)):
-        train, evaluation, classes, source = _read_datasets(config, folder)
+        train, evaluation, classes, source, left_out = _read_folder(config, folder) if folder else _read_hub(config)
         side, channels = data.image_size or config.model.image_size, config.model.channels
     else:
         train, evaluation, source = _read_idx_folder(folder) if folder else (*_read_digits(), "digits")
-        side, channels = train.read(np.arange(1)).shape[2:]
+        side, channels = train.read(np.arange(1))[0].shape[2:]
         classes = 1 + max(split.labels.max() for split in (train, evaluation) if split is not None)
         if data.image_size not in (None, side):
             raise PrenormError(f"data.image_size={data.image_size}: images of {source} are {side} wide; unset it")
     if evaluation is None:
         train, evaluation = hold_out(train, data.holdout)
     sizes = f"train {len(train.labels):,}, eval {len(evaluation.labels):,} images"
-    description = f"{source}: {sizes} of {side} × {side} × {channels}, {classes} classes"
+    description = f"{source}: {sizes} of {side} × {side} × {channels}, {classes} classes{left_out}"
     digest = xxhash.xxh3_128(f"{side} {channels}".encode())
     for split in (train, evaluation):
         digest.update(split.labels)
@@ -144,7 +160,11 @@ def hold_out(images: Images, fraction: float) -> tuple[Images, Images]:
 
 def _array_images(images: np.ndarray, labels: np.ndarray) -> Images:
     """From (N, side, side) uint8 and (N,)."""
-    return Images(labels.astype(np.int32), lambda rows: images[rows, :, :, None], np.ascontiguousarray(images))
+
+    def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return images[rows, :, :, None], np.ones(len(rows), bool)
+
+    return Images(labels.astype(np.int32), read, np.ascontiguousarray(images))
 
 
 def _read_digits() -> tuple[Images, None]:
@@ -158,7 +178,7 @@ def _read_digits() -> tuple[Images, None]:
 def _idx_files(folder: Path) -> dict[str, Path]:
     """The folder's {train images, train labels, eval images, eval labels}, as far as there are any."""
     found = {}
-    for file in sorted(folder.glob("*idx[13]*")):
+    for file in sorted(file for file in folder.glob("*idx[13]*") if file.is_file()):
         split = "train" if "train" in file.name else "eval" if "t10k" in file.name or "test" in file.name else None
         kind = f"{split} {'images' if 'idx3' in file.name else 'labels'}"
         if kind in found:
@@ -204,7 +224,7 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise PrenormError(f"{path} cannot be read: {first_line(error)}") from error
     start = 4 + 4 * content[3] if len(content) > 3 else 4
-    if content[:3] != b"\0\0\x08" or content[3] > 4 or len(content) < start:
+    if len(content) < start or content[:3] != b"\0\0\x08" or content[3] > 4:
         raise PrenormError(f"{path} is no IDX file of unsigned bytes")
     shape = tuple(map(int, np.frombuffer(content[4:start], ">u4")))
     if len(content) - start != math.prod(shape) or max(shape, default=0) > len(content):
@@ -212,37 +232,65 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _read_datasets(config: ConfigDict, folder: Path | None) -> tuple[Images, Images | None, int, str]:
-    """From the hub, or a folder of class folders, with splits as folders around them or not."""
-    data = config.data
-    source = f"data.hub={data.hub!r}" if data.hub else f"data.path={data.path!r}"
-    if folder and not folder.is_dir():
+def _read_folder(config: ConfigDict, folder: Path) -> tuple[Images, Images | None, int, str, str]:
+    """Of class folders, in folders of the splits or not."""
+    data, source = config.data, f"data.path={config.data.path!r}"
+    if not folder.is_dir():
         raise PrenormError(f"{source} is no folder: give one of IDX files, or of a folder of images for each class")
-    try:
-        if data.hub:
-            splits = datasets.load_dataset(data.hub, data.hub_config)
-        else:
-            with tempfile.TemporaryDirectory() as cache:  # as in documents.read_files
-                place = str(folder.resolve())
-                splits = datasets.load_dataset("imagefolder", data_dir=place, cache_dir=cache, keep_in_memory=True)
-    except Exception as error:  # network, cache, files, unknown name: each has exceptions of its own
-        remedy = "it needs network access, or give a folder as data.path" if data.hub else "give a folder of classes"
-        raise PrenormError(f"{source} cannot be loaded: {first_line(error.__cause__ or error)}; {remedy}") from error
+    splits, left_out = find_splits(folder, data, source)
+    classes = {name: label for label, name in enumerate(sorted(set().union(*splits.values())))}
+    images = {split: _of_files(config, found, classes, left_out) for split, found in splits.items()}
+    if any(not len(split.labels) for split in images.values()) or len(classes) < 2:
+        raise PrenormError(
+            f"{source} holds no images of two classes{left_out}: give a folder of a folder of images for each class, "
+            "or of IDX files"
+        )
+    evaluation = images[data.eval_split] if data.eval_split else None
+    return images[data.train_split], evaluation, len(classes), data.path, str(left_out)
+
+
+def _of_files(config: ConfigDict, found: dict[str, list[str]], classes: dict[str, int], left_out: LeftOut) -> Images:
+    labelled = sorted((file, classes[name]) for name, files in found.items() for file in files)
+    good, content = readable([file for file, _ in labelled], left_out)
+    files = np.array([file for file, _ in labelled], object)[good]
+
+    def fetch(rows: np.ndarray) -> list[Encoded]:
+        return [(file, file) for file in files[rows]]
+
+    labels = np.array([label for _, label in labelled], np.int32)[good]
+    return Images(labels, _decoder(config, fetch, f"data.path={config.data.path!r}"), content)
+
+
+def _decoder(config: ConfigDict, fetch: Callable[[np.ndarray], list[Encoded]], source: str) -> Decoder:
+    if (channels := config.model.channels) not in (1, 3):
+        raise PrenormError(f"model.channels={channels}: image files are read as 1 (grey) or 3 (RGB)")
+    return Decoder(fetch, config.data.image_size or config.model.image_size, channels, source)
+
+
+def _read_hub(config: ConfigDict) -> tuple[Images, Images | None, int, str, str]:
+    from prenorm_jax.data.documents import loading_hub
+    from prenorm_jax.data.quiet import datasets  # its import takes a second
+
+    data = config.data
+    with loading_hub(data.hub, data.hub_config) as source:
+        splits = datasets.load_dataset(data.hub, data.hub_config)
     for key in ("train_split", "eval_split"):
         if data[key] is not None and data[key] not in splits:
             raise PrenormError(f"{source} has no data.{key}={data[key]!r}; it has {', '.join(splits)}")
     train, classes = _from_dataset(splits[data.train_split], config, source)
     evaluation = _from_dataset(splits[data.eval_split], config, source)[0] if data.eval_split else None
-    return train, evaluation, classes, data.hub or data.path
+    return train, evaluation, classes, data.hub, ""
 
 
 def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) -> tuple[Images, int]:
     """The images of a split, decoded as they are read, and the number of its classes."""
-    data, channels, side = config.data, config.model.channels, config.data.image_size or config.model.image_size
+    from datasets import Image
+
+    data = config.data
     for key in ("image_column", "label_column"):
         if data[key] not in dataset.features:
             raise PrenormError(f"{source} has no column data.{key}={data[key]!r}; it has {', '.join(dataset.features)}")
-    if not isinstance(dataset.features[data.image_column], datasets.Image):
+    if not isinstance(dataset.features[data.image_column], Image):
         raise PrenormError(f"{source}: data.image_column={data.image_column!r} holds no images; name another")
     feature = dataset.features[data.label_column]
     labels = np.asarray(dataset.with_format("numpy")[data.label_column][:])
@@ -250,43 +298,27 @@ def _from_dataset(dataset: datasets.Dataset, config: ConfigDict, source: str) ->
         raise PrenormError(
             f"{source}: data.label_column={data.label_column!r} holds no classes 0, 1, ...: name another"
         )
-    if channels not in (1, 3):
-        raise PrenormError(f"model.channels={channels}: image files are read as 1 (grey) or 3 (RGB)")
-    encoded = dataset.select_columns([data.image_column]).cast_column(data.image_column, datasets.Image(decode=False))
-    pool = ThreadPoolExecutor(os.cpu_count())
+    encoded = dataset.select_columns([data.image_column]).cast_column(data.image_column, Image(decode=False))
 
-    def decode(row: int, item: dict[str, Any]) -> np.ndarray:
-        try:
-            with Image.open(io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]) as image:
-                if image.mode.startswith(("I", "F")):  # converting them would cut off all above 255
-                    raise ValueError(f"mode {image.mode!r} has more than 8 bits a channel: convert it first")
-                return square(ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB"), side)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            where = item["path"] or f"row {row}"
-            raise PrenormError(f"{source}: image {where} cannot be decoded: {first_line(error)}") from error
-
-    def read(rows: np.ndarray) -> np.ndarray:
-        items = encoded[rows.tolist()][data.image_column]
-        return np.stack(list(pool.map(decode, rows, items))).reshape(len(rows), side, side, channels)
+    def fetch(rows: np.ndarray) -> list[Encoded]:
+        items = [item or {"path": None, "bytes": None} for item in encoded[rows.tolist()][data.image_column]]
+        names = [item["path"] or f"row {row}" for row, item in zip(rows, items, strict=True)]
+        return [(name, item["bytes"] or item["path"]) for name, item in zip(names, items, strict=True)]
 
     classes = getattr(feature, "num_classes", None) or int(labels.max()) + 1
-    return Images(labels.astype(np.int32), read, _contents(encoded, data.image_column)), classes
+    content = _contents(encoded, data.image_column)
+    return Images(labels.astype(np.int32), _decoder(config, fetch, source), content), classes
 
 
 def _contents(encoded: datasets.Dataset, column: str) -> bytes:
-    """A hash of the names and sizes of the encoded images: of a large data set, reading all bytes takes hours."""
+    """A hash of the names and sizes of the encoded images, as in `readable`."""
+    from pyarrow.compute import binary_length
+
     digest = xxhash.xxh3_128()
     for chunk in encoded.data.column(column).chunks:
-        sizes = pa.compute.binary_length(chunk.field("bytes")).to_pylist()
+        sizes = binary_length(chunk.field("bytes")).to_pylist()
         for path, size in zip(chunk.field("path").to_pylist(), sizes, strict=True):
-            size = Path(path).stat().st_size if size is None else size
+            if size is None:
+                size = Path(path).stat().st_size if path else 0
             digest.update(f"{Path(path or '').name} {size}\n".encode())
     return digest.digest()
-
-
-def square(image: Image.Image, side: int) -> np.ndarray:
-    """The central square of an image, resized to side × side: uint8."""
-    half = min(image.size) / 2
-    x, y = (extent / 2 for extent in image.size)
-    box = (x - half, y - half, x + half, y + half)
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))

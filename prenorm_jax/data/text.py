@@ -12,7 +12,14 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.data import Data, HostBatch
-from prenorm_jax.data.documents import find_files, hold_out, read_files, read_hub, read_stdlib
+from prenorm_jax.data.documents import (
+    find_files,
+    hold_out,
+    read_files,
+    read_hub,
+    read_stdlib,
+    warn_of_splits,
+)
 from prenorm_jax.data.hub_cache import Split, stream_corpus
 from prenorm_jax.data.quiet import datasets
 from prenorm_jax.data.tokenizer import TextTokenizer, check_vocab_size, load_tokenizer
@@ -77,15 +84,16 @@ def load_text(config: ConfigDict) -> TextData:
     if not (config.eval_path or config.eval_split or 0 < config.holdout < 1):
         raise PrenormError(f"data.holdout={config.holdout} must be above 0 and below 1")
     tokenizer = load_tokenizer(config.tokenizer, config.eot_token)
+    eval_files, eval_left_out = find_files(config.eval_path, "data.eval_path") if config.eval_path else ({}, "")
     if config.stream_tokens is None:
-        documents, source = _train_documents(config)
-        held_out = _eval_documents(config)
+        documents, source, left_out = _train_documents(config, eval_files)
+        held_out = _eval_documents(config, eval_files)
         if held_out is None:
             documents, held_out = hold_out(documents, config.holdout)
         train = _stream(documents, tokenizer, config.separate_documents)
         digest = xxhash.xxh3_128(train.tokens)
     else:
-        held_out, source = _eval_documents(config), f"{config.hub} (streamed)"
+        held_out, source, left_out = _eval_documents(config, eval_files), f"{config.hub} (streamed)", ""
         train, evaluation, train_digest = stream_corpus(config, tokenizer, hold_out=held_out is None)
         digest = xxhash.xxh3_128(train_digest.encode())
     if held_out is not None:
@@ -96,8 +104,9 @@ def load_text(config: ConfigDict) -> TextData:
         raise PrenormError("the evaluation data hold no tokens: raise data.holdout or give data.eval_path")
     description = (
         f"{source}, tokenizer {config.tokenizer} ({tokenizer.vocab_size:,} ids): "
-        f"train {train.documents:,} documents, {len(train.tokens) - 1:,} tokens; "
+        f"train {train.documents:,} documents, {len(train.tokens) - 1:,} tokens{left_out}; "
         f"eval {evaluation.documents:,} documents, {len(evaluation.tokens) - 1:,} tokens, {evaluation.size:,} bytes"
+        f"{eval_left_out}"
     )
     return TextData(
         train=train.tokens,
@@ -110,28 +119,26 @@ def load_text(config: ConfigDict) -> TextData:
     )
 
 
-def _train_documents(config: ConfigDict) -> tuple[datasets.Dataset, str]:
-    """The documents, before any are held out, and what to call them."""
+def _train_documents(config: ConfigDict, eval_files: dict[str, Path]) -> tuple[datasets.Dataset, str, str]:
+    """The documents, before any are held out; what to call them; what is left out of their folder."""
     if config.path:
-        taken = {file.resolve() for file in _eval_files(config).values()}
-        files = find_files(config.path, "data.path")
+        taken = {file.resolve() for file in eval_files.values()}
+        files, left_out = find_files(config.path, "data.path")
         files = {name: file for name, file in files.items() if file.resolve() not in taken}
         if not files:
             raise PrenormError("data.eval_path takes every file of data.path: unset it to hold some out")
-        return read_files(files, config.text_column, f"data.path={config.path!r}"), config.path
+        origin = f"data.path={config.path!r}"
+        warn_of_splits(files, origin)
+        return read_files(files, config.text_column, origin), config.path, left_out
     if config.hub:
         split = config.train_split, config.text_column, "data.train_split"
-        return read_hub(config.hub, config.hub_config, *split), config.hub
-    return read_stdlib(), f"Python {platform.python_version()} standard library"
+        return read_hub(config.hub, config.hub_config, *split), config.hub, ""
+    return read_stdlib(), f"Python {platform.python_version()} standard library", ""
 
 
-def _eval_files(config: ConfigDict) -> dict[str, Path]:
-    return find_files(config.eval_path, "data.eval_path") if config.eval_path else {}
-
-
-def _eval_documents(config: ConfigDict) -> datasets.Dataset | None:
+def _eval_documents(config: ConfigDict, files: dict[str, Path]) -> datasets.Dataset | None:
     """The documents of data.eval_path or data.eval_split; None if neither is given and some are to be held out."""
-    if files := _eval_files(config):
+    if files:
         return read_files(files, config.text_column, f"data.eval_path={config.eval_path!r}")
     if config.eval_split:
         return read_hub(config.hub, config.hub_config, config.eval_split, config.text_column, "data.eval_split")

@@ -1,7 +1,9 @@
 """Text to token ids and back."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +43,21 @@ def check_vocab_size(needed: int, config: ConfigDict) -> None:
         )
 
 
+@contextlib.contextmanager
+def _refusing(what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # `tokenizers` raises plain Exception, and where its Rust panics not even that
+        raise PrenormError(f"{what}: {first_line(error)}; {remedy}") from error
+
+
 def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     """The tokenizer `name`: "bytes" (end-of-text is 256), a `tokenizers` .json file, or a name on the hub.
 
-    Raises PrenormError if it cannot be loaded or does not know `eot_token` (None: any of EOT_TOKENS).
+    Raises PrenormError if it cannot be loaded or does not know `eot_token` (None: any of EOT_TOKENS); so do its
+    functions where it fails, as where its unknown token is none of its tokens.
     """
     if name == "bytes":
         if eot_token:
@@ -56,15 +69,11 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
             eot=256,
             digest="bytes",
         )
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     local = path.exists() or path.suffix == ".json"
-    try:
+    remedy = "give a valid" if local else "it needs network access, or give a local"
+    with _refusing(f"data.tokenizer={name!r} cannot be loaded", f"{remedy} tokenizers .json file, or 'bytes'"):
         tokenizer = Tokenizer.from_file(str(path)) if local else Tokenizer.from_pretrained(name)
-    except Exception as error:  # `tokenizers` raises plain Exception
-        remedy = "give a valid" if local else "it needs network access, or give a local"
-        raise PrenormError(
-            f"data.tokenizer={name!r} cannot be loaded: {first_line(error)}; {remedy} tokenizers .json file, or 'bytes'"
-        ) from error
     # Files made for short contexts may ask for both, which would silently drop or add tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -79,10 +88,12 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     dtype = np.min_scalar_type(vocab_size - 1)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with _refusing(f"data.tokenizer={name!r} cannot encode a text", "mend its file or give another"):
+            return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode([int(i) for i in ids])
+        with _refusing(f"data.tokenizer={name!r} cannot decode tokens", "mend its file or give another"):
+            return tokenizer.decode([int(i) for i in ids])
 
     digest = xxhash.xxh3_128_hexdigest(f"{eots[0]} {tokenizer.to_str()}".encode())
     return TextTokenizer(encode, decode, vocab_size, eots[0], digest)
