@@ -202,7 +202,8 @@ def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags,
 def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path, arguments, message):
     """Whose main it is that the other tests call, and that nothing is printed by what it imports or leaves behind."""
     done = command(*(argument.format(tmp_path) for argument in arguments), status=2)
-    (line,) = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines()
+    assert before == ["importing the libraries and reading the data"] * (arguments[0] == "train.py")
     assert message in line and done.stdout == ""
     assert not list(tmp_path.iterdir())
 
