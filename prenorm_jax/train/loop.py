@@ -190,7 +190,9 @@ class _Training:
         skipped += self._skipped_before
         model, digest = self._run.trained, self._data.digest
         self._checkpoints.save(done, self._state.params, self._state.opt_state, model, skipped, digest)
-        self._record.saved(self._checkpoints.steps())  # the ones before: this one is being written
+        if jax.default_backend() == "cpu":  # what is written in the background takes the cores that train
+            self._checkpoints.wait()
+        self._record.saved(self._checkpoints.steps())  # of one that is still being written, those before
 
     def _saved(self) -> None:
         self._checkpoints.wait()

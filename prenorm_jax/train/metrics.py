@@ -119,7 +119,9 @@ class MetricsWriter:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes and says the result of an evaluation. Raises Unwritable if the line cannot be written."""
         self._write(step, values)
-        self._progress.say(step, ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in values.items()))
+        *numbers, _ = values.items()  # the last is how much there was to evaluate
+        words = (f"{name.removeprefix('eval_').replace('_', ' ')} {value:.5g}" for name, value in numbers)
+        self._progress.say(step, "held-out " + ", ".join(words))
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         # JSON has no NaN: what is not finite is null.
@@ -195,25 +197,26 @@ class Progress:
     def show(self, step: int, text: str) -> None:
         """What is known of the last step fetched."""
         self._bar.set_postfix_str(text, refresh=False)
-        self._last = f"step {step} of {self._steps}: {text}"
+        if self._bar.disable:
+            self._last = f"step {step} of {self._steps}: {text}"
         if self.due:
-            self._shown = time.monotonic()
             self._say_last()
 
     def say(self, step: int, text: str) -> None:
-        """A line of its own, above the bar."""
+        """A line of its own, above the bar, after what is known of the steps before."""
         if self._is_shown:
+            self._say_last()
             tqdm.write(f"step {step} of {self._steps}: {text}", file=sys.stderr)
 
     def close(self) -> None:
         """Shows the last step."""
-        if self._bar.disable and self._last:
-            self._say_last()
+        self._say_last()
         self._bar.close()
 
     def _say_last(self) -> None:
-        say(self._last)
-        self._last = ""
+        if self._last:
+            say(self._last)
+            self._shown, self._last = time.monotonic(), ""
 
 
 def drop_after(path: Path, step: int, first: int) -> None:
