@@ -273,11 +273,12 @@ def test_the_installed_library_needs_no_clone(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_commands_that_read_no_data_do_not_wait_for_its_libraries():
+def test_commands_that_read_no_data_do_not_wait_for_its_libraries_and_none_for_pytorch(tmp_path):
     script = "import sys\n"
     for name in ("convert", "compare", "aot", "benchmark"):
         script += f"import prenorm_jax.{name}; assert 'datasets' not in sys.modules, '{name}'\n"
-    command("-c", script)
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch is imported')")
+    command("-c", f"{script}import prenorm_jax.train.loop; assert 'torch' not in sys.modules", PYTHONPATH=tmp_path)
 
 
 def test_a_checkpoint_with_another_tree_than_it_says_is_refused(runs, tmp_path):
