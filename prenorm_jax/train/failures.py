@@ -23,7 +23,7 @@ def refusal(error: Exception, config: ConfigDict) -> PrenormError | None:
             "devices (--config.mesh.fsdp), or take a smaller batch_size or model in another workdir"
         )
     if isinstance(error, OSError):
-        return PrenormError(f"{first_line(error)}: mend that")
+        return PrenormError(f"{first_line(error)}: mend that and give the same command again")
     return None
 
 
