@@ -119,12 +119,12 @@ class _Training:
         """Writes what is started, and drops the metrics of steps after it.
 
         Only now that a step was taken: a folder whose model cannot be trained stays free for another. And before
-        anything is saved: it says whose folder this is.
+        anything is saved: config.json, the last of them, says whose folder this is.
         """
         self._place.check()
-        write_config(self._workdir, self._run.config)
         self._record.start(self._run, start, self._counts)
         drop_after(self._workdir / "metrics.jsonl", start, first=self._record.first_step)
+        write_config(self._workdir, self._run.config)
         self._is_claimed = True
 
     def take_steps(self, end: int, signals: StopSignals) -> None:
@@ -152,6 +152,7 @@ class _Training:
         compiled, clock = self._compiled(first), StepClock()
         with traced(compiled, config.profile, start, end, self._workdir / "profile", clock.stopped) as train_step:
             steps = self._steps(train_step, itertools.chain([first], batches))
+            del first  # it would lie on the devices to the end
             of_first_step = jax.block_until_ready(next(steps))
             with clock.stopped():
                 self._claim(start)
