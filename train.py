@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from prenorm_jax.base.console import run_command
+from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.flags import parse_flags
 from prenorm_jax.base.processes import initialize
-from prenorm_jax.train.workdir import configure_jax, load_config
 
 
 def parse(argv: Sequence[str] | None) -> flags.FlagValues:
@@ -28,6 +27,8 @@ def parse(argv: Sequence[str] | None) -> flags.FlagValues:
 
     def held(written: dict[str, str]) -> ConfigDict:
         """The configuration that the workdir holds."""
+        from prenorm_jax.train.workdir import load_config
+
         if not written.get("workdir"):
             raise missing
         return load_config(written["workdir"])
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parse(argv)
     logging.disable(logging.ERROR)  # jax, datasets and orbax tell of what is installed, found and saved
     from prenorm_jax.train.loop import train  # here: its imports take seconds, and the flags are known to be right
+    from prenorm_jax.train.workdir import configure_jax
 
     configure_jax(given.config)
     initialize(given.coordinator, given.processes, given.process)
@@ -50,4 +52,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    say("importing the libraries and reading the data")  # JAX alone takes seconds, which is why nothing above needs it
     run_command(main)

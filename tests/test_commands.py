@@ -202,7 +202,8 @@ def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags,
 def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path, arguments, message):
     """Whose main it is that the other tests call, and that nothing is printed by what it imports or leaves behind."""
     done = command(*(argument.format(tmp_path) for argument in arguments), status=2)
-    (line,) = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines()
+    assert before == ["importing the libraries and reading the data"] * (arguments[0] == "train.py")
     assert message in line and done.stdout == ""
     assert not list(tmp_path.iterdir())
 
@@ -272,11 +273,12 @@ def test_the_installed_library_needs_no_clone(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_commands_that_read_no_data_do_not_wait_for_its_libraries():
+def test_commands_that_read_no_data_do_not_wait_for_its_libraries_and_none_for_pytorch(tmp_path):
     script = "import sys\n"
     for name in ("convert", "compare", "aot", "benchmark"):
         script += f"import prenorm_jax.{name}; assert 'datasets' not in sys.modules, '{name}'\n"
-    command("-c", script)
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch is imported')")
+    command("-c", f"{script}import prenorm_jax.train.loop; assert 'torch' not in sys.modules", PYTHONPATH=tmp_path)
 
 
 def test_a_checkpoint_with_another_tree_than_it_says_is_refused(runs, tmp_path):

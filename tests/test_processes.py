@@ -64,10 +64,10 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> tuple[lis
 
 
 def lines(printed: str) -> list[str]:
-    """Without what the progress bar drew, and the line that every process says when it starts to wait."""
-    first, *rest = re.split(r"[\r\n]", printed)
+    """Without the lines of progress, and the line that every process says when it starts to wait."""
+    first, *rest = printed.removeprefix("importing the libraries and reading the data\n").splitlines()
     assert re.fullmatch(r"waiting for \d processes at .*, for at most \d+ s", first), printed
-    return [line for line in rest if line.strip() and "step/s" not in line and "it/s" not in line]
+    return [line for line in rest if line.strip() and not re.match(r"step \d+ of", line)]
 
 
 def check_lost(status: int, errors: str) -> None:

@@ -1,10 +1,15 @@
 """Runs that are killed, stopped, moved, switched, or not finite: what they leave, and how they go on."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +18,7 @@ from commands import (
     SMALL,
     command,
     damage,
+    digests,
     error_of,
     evaluate,
     few_devices,
@@ -23,13 +29,15 @@ from commands import (
     steps_written,
     wait_until,
 )
+from jax.errors import JaxRuntimeError
 from jax.experimental.layout import Format, Layout
 from kill_and_damage import check_same_run, kill, run_flags, start
 from ml_collections import ConfigDict
 
 import prenorm_jax.train.sharding as sharding_module
 import prenorm_jax.train.step as step_module
-from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.console import run_command
+from prenorm_jax.base.errors import PrenormError, Unwritable
 from prenorm_jax.base.files import flatten
 from prenorm_jax.config import load_data
 from prenorm_jax.models.abstract import abstract_params
@@ -39,6 +47,7 @@ from prenorm_jax.train import loop
 from prenorm_jax.train.checkpoint import Checkpoints
 from prenorm_jax.train.evaluation import evaluate as evaluate_params
 from prenorm_jax.train.evaluation import load_as, mesh_for
+from prenorm_jax.train.failures import Place
 from prenorm_jax.train.loop import train
 from prenorm_jax.train.nonfinite import worst_leaf
 from prenorm_jax.train.run import Run
@@ -284,6 +293,113 @@ def test_the_worst_leaf_is_named():
     assert worst_leaf(finite, params).startswith("worst gradient in a/kernel (0% not finite, up to 1e+09")
     nothing = {"a": {"kernel": np.full(3, np.nan)}, "b": {"kernel": np.full(3, np.nan)}}
     assert "the largest parameter is in b/kernel (7e+05)" in worst_leaf(nothing, params)
+
+
+# --- Other errors in the loop. ---
+
+EXHAUSTED = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.\nand 27 lines more")
+
+
+def before(monkeypatch: pytest.MonkeyPatch, what: str, step: int, hook: Callable[[Any], None]) -> None:
+    """In the next run calls `hook`, with the state or None, before the step is taken or its batch is read."""
+    compiled, prefetch = loop._Training._compiled, loop.prefetch
+
+    def hooked(training: object, batch: object) -> Callable:
+        train_step = compiled(training, batch)
+
+        def call(state: Any, batch: object) -> Any:
+            if int(state.step) == step - 1:
+                hook(state)
+            return train_step(state, batch)
+
+        return call
+
+    def hooked_read(read: Callable[[int], Any], steps: range) -> Any:
+        return prefetch(lambda number: (number == step - 1 and hook(None)) or read(number), steps)
+
+    if what == "step":
+        monkeypatch.setattr(loop._Training, "_compiled", hooked)
+    else:
+        monkeypatch.setattr(loop, "prefetch", hooked_read)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@alone
+def test_any_error_in_the_loop_saves_first_and_what_goes_on_is_bit_for_bit_the_same(
+    saved, text, tmp_path, monkeypatch, capsys
+):
+    config, run = small_run(text, steps=6, dropout=0.1, log_every=4), tmp_path / "run"
+    for what, at, error, message in (
+        ("data", 2, PrenormError("x.png cannot be read: replace it"), r"x\.png cannot be read: replace it; step 1 is"),
+        ("step", 5, EXHAUSTED, r"memory is exhausted \(.*bytes\.\): .*--config\.accumulate=2.*fsdp.*; step 4 is"),
+        ("step", 6, ZeroDivisionError("a mistake"), "^a mistake$"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(type(error) if at == 6 else PrenormError) as caught:
+            before(patch, what, at, raising(error))
+            train(config, run)
+        assert re.search(message, str(caught.value))
+        assert at == 6 or str(caught.value).endswith(f"step {at - 1} is saved: the same command goes on from there")
+        assert "\n" not in str(caught.value)
+        assert list(losses_of(run)) == list(range(1, at)), "lines of steps that were taken are lost"
+    assert capsys.readouterr().err.splitlines()[-1] == "step 5 is saved: the same command goes on from there"
+    train(config, run)
+    assert losses_of(run) == losses_of(saved)
+    assert digests(run, 6) == digests(saved, 6)
+
+
+@alone
+def test_a_folder_in_which_nothing_was_trained_stays_free_and_a_state_that_is_gone_is_not_saved(
+    text, tmp_path, monkeypatch
+):
+    config, run = small_run(text, steps=6), tmp_path / "run"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "config.json")
+    with monkeypatch.context() as patch, pytest.raises(PrenormError, match=r"No space left .*config\.json': mend that"):
+        patch.setattr(loop, "write_config", raising(full))
+        train(config, run)
+    with monkeypatch.context() as patch, pytest.raises(PrenormError, match=r"memory is exhausted .*another workdir$"):
+        before(patch, "step", 1, raising(EXHAUSTED))
+        train(config, run)
+
+    def fail(state: Any) -> None:
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # it was donated
+        raise EXHAUSTED
+
+    before(monkeypatch, "step", 3, fail)
+    config.data.text_column = "another"
+    with pytest.raises(PrenormError, match="nothing is saved yet: the same command starts anew"):
+        train(config, run)
+    assert list(losses_of(run)) == [1, 2]
+
+
+@alone
+def test_a_workdir_that_is_taken_away_ends_the_run(text, tmp_path, monkeypatch):
+    run, away = tmp_path / "run", tmp_path / "away"
+    before(monkeypatch, "data", 3, lambda _: run.rename(away) and None)
+    with pytest.raises(PrenormError, match="run was removed, renamed or replaced while it was trained in: put it"):
+        train(small_run(text, steps=6), run)
+    assert not run.exists()
+    place = Place(away)
+    place.check()
+    shutil.rmtree(away)
+    for _ in ("removed", "replaced"):
+        with pytest.raises(Unwritable):
+            place.check()
+        tmp_path.joinpath("another").mkdir(exist_ok=True)  # so that the new one is not given its number
+        away.mkdir(exist_ok=True)
+
+
+def test_memory_that_is_exhausted_is_one_line_in_every_command(capsys):
+    for error in (EXHAUSTED, MemoryError("std::bad_alloc"), JaxRuntimeError("INTERNAL: CUDA: out of memory")):
+        with pytest.raises(SystemExit) as ended:
+            run_command(raising(error))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: memory is exhausted (") and "take less at once" in line and ended.value.code == 2
 
 
 # --- Starting from another run. ---

@@ -1,11 +1,15 @@
-"""How much of a machine a run uses, and the trace of its steps."""
+"""How fast a run is, how much of a machine it uses, and the trace of its steps."""
 
+import contextlib
 import gzip
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import few_devices, lines_of
 from common import TINY, random_inputs
@@ -19,8 +23,8 @@ from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.decoding import prefill
 from prenorm_jax.models.flops import model_flops
 from prenorm_jax.models.registry import build_model, model_config
+from prenorm_jax.train import metrics, utilisation
 from prenorm_jax.train import tracing as profiling
-from prenorm_jax.train import utilisation
 from prenorm_jax.train.loop import train
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
@@ -76,6 +80,64 @@ def run_config(text: Path) -> ConfigDict:
     config.data.path, config.data.seq_len = str(text), 4
     config.model.update(TINY | {"vocab_size": 257, "dtype": "float32", "param_dtype": "float32"})
     return config
+
+
+class Machine:
+    """A device that takes a second a step, and its host, which has the time and waits for the device where it asks."""
+
+    def __init__(self, queues: bool):
+        self.now, self._free, self._queues = 1000.0, 0.0, queues
+
+    def step(self) -> SimpleNamespace:
+        """Begins one, and where steps are not queued ends it; the loss, which is there when the step has ended."""
+        end = self._free = max(self.now, self._free) + 1
+        if not self._queues:
+            self.wait(end)
+        return SimpleNamespace(__array__=lambda: self.wait(end))
+
+    def wait(self, end: float) -> np.ndarray:
+        self.now = max(self.now, end)
+        return np.float64(0.5)
+
+
+@pytest.mark.parametrize("queues", [False, True])
+@pytest.mark.parametrize(("log_every", "pause_every"), [(2, 2), (10, 10), (7, 10), (3, 1), (10, 0), (100, 45)])
+def test_rates_are_steps_over_the_time_between_their_ends(
+    monkeypatch, tmp_path, capsys, queues, log_every, pause_every
+):
+    """Whatever pauses there are, and wherever they fall: none of them, nor the last step before one, makes another."""
+    machine = Machine(queues)
+    monkeypatch.setattr(
+        metrics, "time", SimpleNamespace(perf_counter=lambda: machine.now, monotonic=lambda: machine.now)
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if queues else "cpu")
+    config = base_config()
+    config.steps, config.log_every, config.tensorboard = 95, log_every, False
+    data = SimpleNamespace(unit="token", units_per_batch=lambda config: 100)
+    clock = metrics.StepClock()
+    with clock.stopped():
+        machine.now += 7
+    with metrics.MetricsWriter(tmp_path, 0, config, data, Utilisation(3e9, 1, "cpu", "float32", True), clock) as writer:
+        for step in range(1, 96):
+            writer.add(step, {"loss": machine.step()}, wait=step == 1)
+            if pause_every and step % pause_every == 0:
+                with writer.pause():
+                    machine.now += 20
+                    writer.write(step, {"eval_loss": 0.25, "eval_tokens": 7})
+    lines = [line for line in lines_of(tmp_path) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 96))
+    assert {line["tokens_per_s"] for line in lines} == {100.0}
+    assert {line["model_flops_per_s"] for line in lines} == {3e9}
+    said = capsys.readouterr().err
+    assert "\r" not in said, "a bar where there is no terminal"
+    shown = [line for line in said.splitlines() if "held-out" not in line]
+    assert shown[0] == "step 1 of 95: loss 0.5000, 100 tokens/s, 3 GFLOP/s" and shown[-1].startswith(
+        "step 95 of 95: loss"
+    )
+    assert said.count("held-out loss 0.25\n") == (95 // pause_every if pause_every else 0)
+    if not pause_every:
+        numbers = [int(line.split()[1]) for line in shown]
+        assert all(30 <= after - before <= 41 for before, after in itertools.pairwise(numbers[:-1]))
 
 
 @pytest.mark.slow
@@ -159,6 +221,22 @@ def test_each_of_many_processes_has_a_folder_for_its_trace(monkeypatch, tmp_path
     with traced(lambda: 1, "1:2", 0, 1, tmp_path) as step:
         step()
     assert folders == [tmp_path / "process_3"]
+
+
+def test_to_start_and_to_end_a_trace_takes_no_step_any_time(monkeypatch, tmp_path):
+    happened = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop"))
+
+    @contextlib.contextmanager
+    def untimed():
+        happened.append("[")
+        yield
+        happened.append("]")
+
+    with traced(lambda: happened.append("step"), "1:2", 0, 1, tmp_path, untimed) as step:
+        step()
+    assert happened == ["[", "start", "]", "step", "[", "stop", "]"]
 
 
 def test_a_trace_is_stopped_by_an_error_too_and_one_that_fails_ends_no_run(monkeypatch, tmp_path, capsys):

@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from prenorm_jax.base.errors import Interrupted, PrenormError, first_line
+from prenorm_jax.base.errors import Interrupted, PrenormError, first_line, is_out_of_memory
 from prenorm_jax.base.processes import count_processes, is_first, lost_process
 
 
@@ -32,6 +32,9 @@ def run_command(command: Callable[[], None]) -> None:
     except Exception as error:
         if lost_process(error):
             end_for_lost_process(error)
+        if is_out_of_memory(error):
+            less = "take less at once (a smaller batch, fewer or shorter prompts), a smaller model or more devices"
+            end(f"error: memory is exhausted ({first_line(error)}): {less}", PrenormError.status)
         if isinstance(error, OSError):  # no room, no rights: it names the file
             end(f"error: {first_line(error)}: mend that and give the same command again", PrenormError.status)
         if count_processes() > 1:

@@ -1,6 +1,7 @@
 """The one exception that users are meant to read, and the checks and commands that raise and print it."""
 
 import operator
+import re
 from typing import Any
 
 
@@ -18,6 +19,10 @@ class SharedError(PrenormError):
     """One that all of many processes raise."""
 
     shared = True
+
+
+class Unwritable(PrenormError):
+    """The folder of a run cannot be written to any more: its last complete checkpoint is what is left."""
 
 
 class Interrupted(SharedError):
@@ -59,3 +64,9 @@ def first_line(error: BaseException) -> str:
     lines = [" ".join(line.split()) for line in str(error).splitlines() if any(map(str.isalnum, line))]
     whole = " ".join(lines) or type(error).__name__
     return whole if len(whole) <= 300 else f"{lines[0][:199]} … {lines[-1][-98:]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was exhausted: the host's, or a device's in the words of XLA."""
+    words = r"RESOURCE_EXHAUSTED|(?i:out of memory|bad_alloc)"
+    return isinstance(error, MemoryError) or bool(isinstance(error, RuntimeError) and re.search(words, str(error)))

@@ -166,7 +166,7 @@ def _row(run: Run, base: Run) -> dict[str, Any]:
     changes = [abs(after - before) for before, after in itertools.pairwise(run.losses.values())]
     final_eval = max(run.evals, default=None)
     best_eval = min((step for step in run.evals if math.isfinite(run.evals[step])), key=run.evals.get, default=None)
-    rates = list(run.rates.values())[len(run.rates) // 10 :]  # compilation slows the first ones
+    rates = list(run.rates.values())[len(run.rates) // 10 :]  # warming up slows the first ones
     units_per_s = _median(filter(math.isfinite, rates))
     units_per_step = (run.config.get("batch_size") or 0) * (run.config.get("data.seq_len", 1) or 0)  # images: one each
     return {

@@ -29,7 +29,7 @@ import xxhash
 from absl import logging
 from flax.traverse_util import unflatten_dict
 
-from prenorm_jax.base.errors import PrenormError, SharedError, first_line
+from prenorm_jax.base.errors import PrenormError, SharedError, Unwritable, first_line
 from prenorm_jax.base.files import write_whole
 from prenorm_jax.base.processes import count_processes, first_said, is_first, lost_process, wait_for_all
 from prenorm_jax.base.trees import Flat
@@ -165,7 +165,7 @@ class Checkpoints:
                 raise
             complete = self.steps()
             last = f"the last complete one is at step {complete[-1]}" if complete else "there is no complete one yet"
-            raise PrenormError(
+            raise Unwritable(
                 f"a checkpoint in {self.directory} could not be written: {first_line(error)}; {last}: {MEND}"
             ) from error
 

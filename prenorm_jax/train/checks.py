@@ -40,7 +40,7 @@ def check_workdir(workdir: Path, config: ConfigDict, record: RunRecord) -> bool:
     if workdir.exists() and not workdir.is_dir():
         raise PrenormError(f"--workdir={workdir} is a file: name a folder")
     if not (workdir / "config.json").exists():
-        if (workdir / "checkpoints").exists():
+        if any((workdir / "checkpoints").glob("*")):  # an empty one is of a start that came no further
             raise PrenormError(f"{workdir} holds checkpoints but no config.json: name another workdir")
         return True
     differences = config_differences(literal_config(load_config(workdir)), literal_config(config))

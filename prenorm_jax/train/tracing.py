@@ -31,13 +31,19 @@ def parse_steps(profile: str | None, steps: float = float("inf")) -> range:
 
 @contextlib.contextmanager
 def traced(
-    train_step: Callable[..., Any], profile: str | None, start: int, end: int, folder: Path
+    train_step: Callable[..., Any],
+    profile: str | None,
+    start: int,
+    end: int,
+    folder: Path,
+    untimed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[Callable]:
     """Gives `train_step` as it is to be called for steps `start` + 1 to `end`: the chosen ones are traced to `folder`.
 
     The trace holds nothing of the steps before the first, and the last to its end, however far the host is ahead. It
-    ends sooner where the run does. If none of the steps to come is chosen, or the trace fails, that is said: it ends no
-    run. Of many processes each has a folder in `folder`: those of one host would write the same files.
+    ends sooner where the run does. Starting and ending it is `untimed`. If none of the steps to come is chosen, or the
+    trace fails, that is said: it ends no run. Of many processes each has a folder in `folder`: those of one host would
+    write the same files.
     """
     chosen, number = parse_steps(profile), start
     steps = range(max(chosen.start, start + 1), min(chosen.stop, end + 1))
@@ -53,7 +59,7 @@ def traced(
             return train_step(*arguments)
         if number == steps[0]:
             jax.block_until_ready(arguments)
-            with _or_say("the profiler does not start"):
+            with untimed(), _or_say("the profiler does not start"):
                 jax.profiler.start_trace(folder)
                 trace.callback(stop)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -64,7 +70,7 @@ def traced(
         return result
 
     def stop() -> None:
-        with _or_say(f"steps {profile} are not traced"):
+        with untimed(), _or_say(f"steps {profile} are not traced"):
             jax.profiler.stop_trace()
             say(f"steps {steps[0]} to {number} are traced in {folder}")
 
