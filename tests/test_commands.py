@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,12 @@ import numpy as np
 import pytest
 from commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, here, lines_of, make_text
 
-from prenorm_jax.train.checkpoint import json_digest
+from configs import vit_digits
+from prenorm_jax.base.files import flatten
+from prenorm_jax.base.flags import Parser
+from prenorm_jax.config import base_config
+from prenorm_jax.train.checkpoint import Checkpoints, json_digest
+from prenorm_jax.train.flags import parse
 
 __all__ = ["ROOT", "SMALL", "clean_environment", "command", "error_of", "evaluate", "lines_of", "make_text"]
 
@@ -160,8 +166,14 @@ def test_compare_writes_a_report_of_them(runs, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config.model.nrom=rmsnorm"], 'Did you mean "norm" instead of "nrom"'),
-        (["--config.nosuch=1"], "no such key: nosuch; prenorm_jax/config.py lists the keys"),
+        (["--config.model.nrom=rmsnorm"], "no such flag: --config.model.nrom; did you mean --config.model.norm"),
+        (["--config.stpes=9"], "no such flag: --config.stpes; did you mean --config.steps"),
+        (["--config.norm=rmsnorm"], "did you mean --config.model.norm?"),
+        (["--norm=rmsnorm"], "no such flag: --norm; did you mean --config.model.norm?"),
+        (["--steps", "9"], "no such flag: --steps; did you mean --config.steps?"),
+        (["--proces=0"], "did you mean --process"),
+        (["--config.nosuch=1"], "no such flag: --config.nosuch; --help lists the flags"),
+        (["--process=first"], "argument --process: invalid int value: 'first'"),
         (["--config.seed=-1"], "seed=-1 must be at least 0"),
         (["--config.optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be at least 0"),
         (["--config.model.norm=batchnorm"], "model.norm='batchnorm' is not one of layernorm, rmsnorm, crmsnorm"),
@@ -182,6 +194,9 @@ def test_compare_writes_a_report_of_them(runs, tmp_path):
         (["--config.stop_at=0"], "stop_at=0 must be at least 1"),
         (["--config.on_nonfinite=ignore"], "on_nonfinite='ignore' is not one of stop, skip"),
         (["--config.init_from=/nowhere"], "no such workdir: /nowhere"),
+        (["--workdir="], "'' names no place"),
+        (["--workdir=runs/seed[1]"], "runs/seed[1] has a [ in its name"),
+        (["--workdir=/dev/null/run*"], "/dev/null/run* has a * in its name"),
     ],
 )
 def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags, message):
@@ -192,16 +207,16 @@ def test_train_refuses_bad_input_in_one_line_and_writes_nothing(tmp_path, flags,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.py", *SMALL, "--config.nosuch=1"], "no such key: nosuch"),
-        (["train.py", *SMALL, "--workdir={}/run", "--config.data.path=/nowhere.txt"], "does not exist"),
-        (["eval.py", "--workdir={}/missing"], "no such workdir"),
+        (["train.py", *SMALL, "--config.nosuch=1"], "no such flag: --config.nosuch"),
+        (["train.py", *SMALL, "--workdir={}/run"], "JAX_PLATFORMS=nosuch: no such device is found (Unable"),
+        (["-m", "prenorm_jax.evaluate", "--workdir={}/missing"], "no such workdir"),
         (["-m", "prenorm_jax.convert", "{}/missing", "{}/target", "--to=rmsnorm"], "no such workdir"),
         (["-m", "prenorm_jax.generate", "{}/missing"], "no such workdir"),
     ],
 )
 def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path, arguments, message):
     """Whose main it is that the other tests call, and that nothing is printed by what it imports or leaves behind."""
-    done = command(*(argument.format(tmp_path) for argument in arguments), status=2)
+    done = command(*(argument.format(tmp_path) for argument in arguments), status=2, JAX_PLATFORMS="nosuch")
     (line,) = done.stderr.splitlines()
     assert message in line and done.stdout == ""
     assert not list(tmp_path.iterdir())
@@ -209,10 +224,93 @@ def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path, arguments, 
 
 def test_train_refuses_what_is_not_there(tmp_path):
     assert "no such file" in error_of("train.py", "--config=configs/nothing.py", f"--workdir={tmp_path / 'run'}")
-    assert "no such workdir" in error_of("train.py", f"--workdir={tmp_path / 'run'}")
+    message = error_of("train.py", f"--workdir={tmp_path / 'run'}")
+    assert "a new one needs --config=FILE: configs/gpt2_fineweb.py, " in message
     assert "--workdir is missing" in error_of("train.py", "--config=configs/gpt_stdlib.py")
     (tmp_path / "empty").mkdir()
     assert "holds no run" in error_of("train.py", f"--workdir={tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def get_config(): return None", "its get_config returns no ConfigDict, but a NoneType"),
+        ("def get_config(): return {'steps': 3}", "its get_config returns no ConfigDict, but a dict"),
+        ("config = base_config()", "KeyError: 'get_config'"),
+        ("def get_config(size): return base_config()", "missing 1 required positional argument: 'size'"),
+        ("def get_config(): return base_config('nosuch')", "model.family='nosuch' is not one of gpt, vit"),
+        ("def get_config(): return ConfigDict({'steps': 3})", "it lacks accumulate: begin with base_config()"),
+        (
+            "config = base_config(); config.stpes = 3\ndef get_config(): return config",
+            "is stpes: begin with base_config",
+        ),
+        ("def get_config(): return ConfigDict({'model': 5})", "'int' object has no attribute 'get'"),
+        ("def get_config(): raise OSError('one\\ntwo')", "OSError: one two"),
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_config_file_that_gives_no_configuration_is_one_line_that_says_why(tmp_path, content, message):
+    imports = "from ml_collections import ConfigDict\nfrom prenorm_jax.config import base_config\n"
+    (tmp_path / "mine.py").write_text(imports + content)
+    found = error_of("train.py", f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
+    assert message in found and f"--config={tmp_path / 'mine.py'}: " in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_of_a_config_file_that_follow_others_follow_what_the_command_line_makes_of_them(tmp_path):
+    lines = ["from prenorm_jax.config import base_config", "def get_config():", "    config = base_config()"]
+    lines += ["    config.eval_every = config.get_oneway_ref('steps')", "    return config"]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    parser = Parser("train.py", "", add_help=False)
+    _, config = parse(parser, [f"--config={tmp_path / 'mine.py'}", "--config.steps=7"], lambda args: base_config())
+    assert config.eval_every == 7
+
+
+@pytest.mark.parametrize("flags", [[], ["--config=configs/vit_digits.py"]])
+@pytest.mark.parametrize("name", ["train.py", "prenorm_jax.aot"])
+def test_help_has_a_line_for_every_key_with_its_value_and_what_it_means(name, flags):
+    printed = here(name, "--help", *flags).stdout
+    config = vit_digits.get_config() if flags else base_config()
+    for key, value in flatten(config).items():
+        assert re.search(rf"^  --config.{key}={re.escape(str(value))}  +\S", printed, re.MULTILINE), key
+    assert "configs/gpt_stdlib.py" in printed and "--config FILE" in printed
+
+
+@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "compare", "benchmark", "demo"])
+def test_help_of_the_other_commands_needs_nothing_and_misspelt_flags_are_named(name):
+    assert f"python -m prenorm_jax.{name}" in here(f"prenorm_jax.{name}", "--help").stdout
+    needed = {"evaluate": ["--workdir=x"], "generate": ["x"], "convert": ["x", "y", "--to=z"], "compare": ["x"]}
+    flag = {"evaluate": "--norm", "generate": "--prompt", "convert": "--step", "compare": "--title"}.get(
+        name, "--quick"
+    )
+    message = error_of(f"prenorm_jax.{name}", *needed.get(name, []), f"{flag}s=3")
+    if name not in ("evaluate", "generate"):  # which first look into the run
+        assert f"no such flag: {flag}s; did you mean {flag}?" in message
+
+
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "prenorm_jax.demo", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + 13, b"")
+
+
+def test_the_home_folder_is_meant_by_every_path(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(runs["layernorm"])
+    assert Checkpoints("~/run", read_only=True).steps() == [3, 6]  # as init_from is opened
+    for arguments in (
+        ["eval.py", "--workdir=~/missing"],
+        ["train.py", "--workdir=~/missing"],
+        ["-m", "prenorm_jax.generate", "~/missing"],
+        ["-m", "prenorm_jax.convert", "~/missing", "target", "--to=rmsnorm"],
+        ["-m", "prenorm_jax.convert", runs["layernorm"], "~/run", "--to=rmsnorm"],
+        ["-m", "prenorm_jax.compare", "~/missing"],
+        ["-m", "prenorm_jax.aot", "--config=configs/gpt_stdlib.py", "--out=~"],
+    ):
+        assert str(tmp_path) in error_of(*arguments)
+    assert "names no place" in error_of("eval.py", "--workdir=~nosuchuser/run")
 
 
 def test_train_refuses_the_workdir_of_another_run(runs, text):

@@ -34,6 +34,7 @@ class TextData(Data):
     eot: int
     description: str
     digest: str
+    vocabulary: str
     unit = "token"
 
     def check_model(self, config: ConfigDict) -> None:
@@ -107,6 +108,7 @@ def load_text(config: ConfigDict) -> TextData:
         eot=tokenizer.eot,
         description=description,
         digest=digest.hexdigest(),
+        vocabulary=tokenizer.vocabulary,
     )
 
 
