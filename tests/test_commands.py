@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, here, lines_of, make_text
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from configs import vit_digits
 from prenorm_jax.base.files import flatten
 from prenorm_jax.base.flags import Parser
 from prenorm_jax.config import base_config
+from prenorm_jax.data.tokenizer import load_tokenizer
 from prenorm_jax.train.checkpoint import Checkpoints, json_digest
 from prenorm_jax.train.flags import parse
 
@@ -47,7 +49,7 @@ def test_a_vit_goes_through_every_command(tmp_path):
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
     """One finished run of each norm, under pre_ln, and a native one. The first was trained as a user would."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = [*SMALL, f"--config.data.path={text}"]
+    flags = [*SMALL, f"--config.data.path={os.path.relpath(text, ROOT)}"]
     command("train.py", *flags, f"--workdir={folder / 'layernorm'}", "--config.model.norm=layernorm")
     for norm in ("rmsnorm", "crmsnorm"):
         here("train.py", *flags, f"--workdir={folder / norm}", f"--config.model.norm={norm}")
@@ -332,6 +334,104 @@ def test_convert_refuses_what_it_cannot_do(runs, tmp_path):
     assert "it has [3, 6]" in error_of(*convert, runs["layernorm"], target, "--to=rmsnorm", "--step=5")
     assert not target.exists()
     assert "exists: name a new folder" in error_of(*convert, runs["layernorm"], runs["native"], "--to=rmsnorm")
+
+
+def test_convert_leaves_what_is_not_its_own(runs, tmp_path):
+    """A folder that has the name of one in the making, the run that it reads, what links of a checkpoint lead to."""
+    convert = ["-m", "prenorm_jax.convert"]
+    source = shutil.copytree(runs["rmsnorm"], tmp_path / "it's the source")
+    inside = source / "checkpoints" / "9"
+    assert "lies in" in error_of(*convert, source, inside, "--to=layernorm")
+    assert "[ in its name" in error_of(*convert, source, tmp_path / "seed[1]", "--to=layernorm")
+    kept = tmp_path / ".mine.tmp" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    printed = here(*convert, source, tmp_path / "mine", "--to=layernorm").stdout
+    assert f"python eval.py --workdir={tmp_path / 'mine'}\n" in printed
+    printed = here(*convert, source, tmp_path / "it is mine", "--to=layernorm").stdout
+    assert f"--workdir='{tmp_path}/it is mine' " in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "it is mine", "it's the source", "mine"]
+    assert kept.read_text() == "mine" and not inside.exists()
+    (source / "checkpoints" / "6" / "extra").symlink_to(kept)
+    assert "extra is a link to what is not of the checkpoint" in error_of(
+        *convert, source, tmp_path / "no", "--to=layernorm"
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def rotating(monkeypatch, run: Path, method: str) -> None:
+    """The run of `saved` has only its first checkpoint; when that is read, the second comes and the first goes."""
+    later, read = shutil.move(run / "checkpoints" / "6", run / "later"), getattr(Checkpoints, method)
+
+    def as_it_rotates(self, step, *rest):
+        if later.exists():
+            later.rename(run / "checkpoints" / "6")
+            shutil.rmtree(run / "checkpoints" / "3")
+        return read(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, method, as_it_rotates)
+
+
+@pytest.mark.parametrize("command", ["eval.py", "prenorm_jax.generate", "prenorm_jax.convert"])
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_damaged_but_the_latest_is_another(
+    runs, tmp_path, monkeypatch, command
+):
+    run = shutil.copytree(runs["layernorm"], tmp_path / "run")
+    method = "leaves" if command.endswith("convert") else "params"
+    flags = {"eval.py": [f"--workdir={run}"], "prenorm_jax.generate": [run, "--tokens=1", "--json"]}
+    flags = flags.get(command, [run, tmp_path / "target", "--to=rmsnorm"])
+    rotating(monkeypatch, run, method)
+    assert re.search(r"at step 6|\"step\": 6", here(command, *flags).stdout)
+    shutil.copytree(runs["layernorm"] / "checkpoints" / "3", run / "checkpoints" / "3")
+    rotating(monkeypatch, run, method)
+    if command.endswith("convert"):
+        shutil.rmtree(tmp_path / "target")
+    message = error_of(command, *flags, "--step=3")
+    assert "checkpoints/3 is gone: its run keeps its latest; --step=6 names another" in message
+
+
+def test_where_the_data_lie_is_kept_so_that_it_is_right_from_anywhere_and_can_be_said(runs, text, tmp_path):
+    run, moved = runs["layernorm"], shutil.copytree(text, tmp_path / "moved")
+    data = json.loads((run / "config.json").read_text())["data"]
+    assert data["path"] == str(ROOT / os.path.relpath(text, ROOT))
+    assert (data["eval_path"], data["tokenizer"]) == (None, "bytes")
+    expected = evaluate(run)
+    assert evaluate(run, f"--config.data.path={moved}") == expected
+
+    for file in moved.iterdir():
+        file.write_text(file.read_text()[::-1])
+    evaluated = ["eval.py", f"--workdir={run}", f"--config.data.path={moved}"]
+    message = error_of(*evaluated)
+    assert "the data are not those that" in message and "--other-data evaluates on these" in message
+    assert "on other data than it was trained on: " in here(*evaluated, "--other-data").stdout
+    found = evaluate(run, f"--config.data.path={moved}", "--other-data")
+    assert found["other_data"] and found["eval_loss"] != expected["eval_loss"]
+
+    message = error_of(*evaluated, "--config.steps=5")
+    assert "--config.steps cannot be changed here: only data.cache, data.eval_path, data.path, " in message
+    assert "did you mean --config.data.path or" in error_of(*evaluated, "--config.data.paht=x")
+    assert "did you mean --other-data?" in error_of(*evaluated, "--other-date")
+
+
+def words(path: Path, **ids: int) -> Path:
+    """A tokenizer of whole words."""
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_tokenizer_that_is_not_the_runs_is_refused_wherever_it_is_read(runs, tmp_path):
+    mine = words(tmp_path / "mine.json", **{"</s>": 0, "def": 1, "norm": 2})
+    other = words(tmp_path / "other.json", **{"</s>": 0, "norm": 1, "def": 2})
+    digests = [load_tokenizer(str(path)).vocabulary for path in (mine, shutil.copy(mine, tmp_path / "2.json"), other)]
+    assert digests[0] == digests[1] != digests[2] and None not in digests
+    here("-m", "prenorm_jax.convert", runs["layernorm"], tmp_path / "rms", "--to=rmsnorm")
+    flag, message = f"--config.data.tokenizer={mine}", "the tokenizer is not that of"
+    for run in (runs["layernorm"], tmp_path / "rms"):
+        assert message in error_of("prenorm_jax.generate", run, "--prompt=def norm", flag)
+    assert message in error_of("eval.py", f"--workdir={run}", "--other-data", flag)
+    assert "cannot be loaded" in error_of("prenorm_jax.generate", run, f"{flag}.missing.json")
 
 
 def test_materialize_writes_the_parameters_that_a_pre_ln_run_computes(runs, tmp_path):

@@ -70,14 +70,20 @@ def override(config: ConfigDict, given: Sequence[str], parser: Parser, keys: Col
     Raises PrenormError for what is no such flag, or no value of its key.
     """
     known = {f"--config.{key}": key for key in flatten(config)}
+    rest, unset = [], flatten(base_config(config.model.family))
     for argument in given:
         name = re.sub(r"^--?(no(?=config\.))?", "--", argument.split("=")[0])
         if argument.startswith("-") and name not in known:
             raise parser.unknown(argument, [flag for flag, key in known.items() if keys is None or key in keys])
         if keys is not None and known.get(name, "") not in keys and argument.startswith("-"):
             raise PrenormError(f"{name} cannot be changed here: only {', '.join(sorted(keys))} can, where data lie")
+        key, value = known.get(name), argument.partition("=")[2]
+        if value == "None" and key in unset and unset[key] is None:  # as --help shows it
+            config.update_from_flattened_dict({key: None})
+            continue
+        rest.append(argument)
     scratch = flags.FlagValues()
-    argv = ["", *given]  # absl wants a program's name
+    argv = ["", *rest]  # absl wants a program's name
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=scratch, sys_argv=argv)
         _, *rest = scratch(argv)
