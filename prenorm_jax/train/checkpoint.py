@@ -144,12 +144,19 @@ class Checkpoints:
         return self.of(None, use)
 
     def save(
-        self, step: int, params: Any, opt_state: Any, model: ModelConfig, nonfinite: int = 0, **known: str | None
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        model: ModelConfig,
+        nonfinite: int = 0,
+        data: str | None = None,
+        vocabulary: str | None = None,
     ) -> None:
         """Starts writing in the background; returns once the arrays may change, and earlier saves are complete.
 
-        `opt_state` None: there is none. `nonfinite`, and what is `known` of `data` and `vocabulary`: for the metadata.
-        Raises PrenormError if this save, or the one before it, cannot be written.
+        `opt_state` None: there is none. `nonfinite`, `data`, `vocabulary`: for the metadata. Raises PrenormError if
+        this save, or the one before it, cannot be written.
         """
         pieces = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         trees = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
@@ -157,8 +164,8 @@ class Checkpoints:
             "step": step,
             "nonfinite": nonfinite,
             "model": dataclasses.asdict(model),
-            "data": known.get("data"),
-            "vocabulary": known.get("vocabulary"),
+            "data": data,
+            "vocabulary": vocabulary,
             "digests": {name: digest(tree) for name, tree in trees.items()},
         }
         metadata["digest"] = json_digest(metadata)
@@ -169,15 +176,14 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)))
 
     @contextlib.contextmanager
-    def save_leaves(
-        self, step: int, leaves: Flat, model: ModelConfig, nonfinite: int = 0, **known: str | None
-    ) -> Iterator[NewLeaves]:
+    def save_leaves(self, step: int, leaves: Flat, model: ModelConfig, *known: Any) -> Iterator[NewLeaves]:
         """While entered, the leaves of `params` are written, in parts; on leaving, the checkpoint is complete.
 
+        `known`: as `save` takes it after the model.
         Until then it is one that counts as damaged: for a workdir that is not in its place yet. Raises PrenormError.
         """
         small = {path: np.zeros(1, leaf.dtype) for path, leaf in leaves.items()}  # Orbax describes the tree by these
-        self.save(step, unflatten_dict(small), None, model, nonfinite, **known)
+        self.save(step, unflatten_dict(small), None, model, *known)
         self.wait()
         folder = self.directory / str(step)
 

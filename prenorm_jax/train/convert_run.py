@@ -102,10 +102,10 @@ def _write(
         checkpoints.copy(step, folder)
         print(f"{source} stores its {model.norm} parameters: they and the optimizer state are carried over as they are")
         return
-    known = {key: metadata.get(key) for key in ("data", "vocabulary")}
+    known = [metadata.get(key) for key in ("nonfinite", "data", "vocabulary")]
     with (
         Checkpoints(folder) as made,
-        made.save_leaves(step, shapes, new_model, metadata["nonfinite"], **known) as new,
+        made.save_leaves(step, shapes, new_model, *known) as new,
         checkpoints.leaves(step) as stored,
     ):
         convert_stored(stored, new, model, new_model.norm)

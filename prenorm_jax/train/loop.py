@@ -135,8 +135,8 @@ class _Training:
 
     def _save(self, done: int, state: TrainState, skipped: int) -> None:
         skipped += self._skipped_before
-        known = {"data": self._data.digest, "vocabulary": self._data.vocabulary}
-        self._checkpoints.save(done, state.params, state.opt_state, self._run.trained, skipped, **known)
+        model, data = self._run.trained, self._data
+        self._checkpoints.save(done, state.params, state.opt_state, model, skipped, data.digest, data.vocabulary)
         self._record.saved(self._checkpoints.steps())  # the ones before: this one is being written
 
     def _saved(self) -> None:
