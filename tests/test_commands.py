@@ -194,10 +194,11 @@ def test_compare_writes_a_report_of_them(runs, tmp_path):
         (["--config.steps=0"], "steps=0 must be at least 1"),
         (["--config.model.final_norm=False", "--config.model.norm=rmsnorm"], "model.final_norm=False"),
         (["surplus"], "'surplus' is not a flag"),
+        (["--config.steps=99999999999"], "steps=99999999999 must be at least 1 and below 2147483648"),
         (["--config.stop_at=0"], "stop_at=0 must be at least 1"),
         (["--config.on_nonfinite=ignore"], "on_nonfinite='ignore' is not one of stop, skip"),
         (["--config.init_from=/nowhere"], "no such workdir: /nowhere"),
-        (["--workdir="], "'' names no place"),
+        (["--workdir="], "'' names no file or folder"),
         (["--workdir=runs/seed[1]"], "runs/seed[1] has a [ in its name"),
         (["--workdir=/dev/null/run*"], "/dev/null/run* has a * in its name"),
     ],
@@ -313,7 +314,7 @@ def test_the_home_folder_is_meant_by_every_path(runs, tmp_path, monkeypatch):
         ["-m", "prenorm_jax.aot", "--config=configs/gpt_stdlib.py", "--out=~"],
     ):
         assert str(tmp_path) in error_of(*arguments)
-    assert "names no place" in error_of("eval.py", "--workdir=~nosuchuser/run")
+    assert "names no file or folder" in error_of("eval.py", "--workdir=~nosuchuser/run")
 
 
 def test_train_refuses_the_workdir_of_another_run(runs, text):

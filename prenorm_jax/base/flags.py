@@ -52,5 +52,5 @@ def place(given: str) -> str:
     """A file or folder of the command line, as argparse's `type`: `~` is the home folder."""
     path = os.path.expanduser(given)
     if not path or path.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{given!r} names no place: write a folder called ~ as ./~")
+        raise argparse.ArgumentTypeError(f"{given!r} names no file or folder")
     return path

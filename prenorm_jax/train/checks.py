@@ -16,7 +16,7 @@ from prenorm_jax.train.workdir import RunRecord, config_differences, literal_con
 def check_config(config: ConfigDict) -> None:
     """Raises PrenormError naming the first key that is wrong. (`Run.create` checks the model, `Data` the data.)"""
     for key in ("steps", "batch_size", "log_every", "keep_checkpoints", "grace_seconds", "stop_at"):
-        check_range(key, config[key], at_least=1)
+        check_range(key, config[key], at_least=1, below=2**31)
     for key in ("eval_every", "checkpoint_every"):
         check_range(key, config[key], at_least=0)
     check_range("seed", config.seed, at_least=0, below=2**32)
