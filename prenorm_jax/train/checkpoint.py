@@ -95,7 +95,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         """Opens (and, unless `read_only`, creates) the folder; at most `keep` checkpoints stay, the latest."""
-        self.directory = Path(workdir).expanduser().absolute() / "checkpoints"
+        self.directory = Path(workdir).absolute() / "checkpoints"
         self._read_only = read_only
         # Orbax logs every save, every item it was not asked for, and errors with their traces: here they are raised.
         logging.set_verbosity(logging.FATAL)

@@ -1,5 +1,6 @@
 """The state a run starts with: its last good checkpoint, another run's parameters, or step 0."""
 
+import os
 from shlex import quote
 from typing import Any
 
@@ -104,7 +105,7 @@ def _state(run: Run, formats: TrainState, step: int, nonfinite: int, params: Any
 
 def load_init_from(run: Run) -> Any:
     """The parameters of the last checkpoint of `config.init_from`, whatever its norm, as those of the trained model."""
-    with Checkpoints(run.config.init_from, read_only=True) as source:
+    with Checkpoints(os.path.expanduser(run.config.init_from), read_only=True) as source:
         step, (model, params) = source.of(None, lambda step: (step, source.params(step)))
     say(f"parameters from {run.config.init_from} at step {step} ({model.norm})")
     return fit_params(params, model, run.trained)

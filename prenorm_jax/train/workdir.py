@@ -69,7 +69,7 @@ def absolute(config: ConfigDict) -> ConfigDict:
     data, here = config.data, str(Path.cwd())
 
     def made(given: str | None) -> str | None:
-        path = Path(given or "").expanduser()
+        path = Path(os.path.expanduser(given or ""))
         if not given or (glob.has_magic(given) and not path.exists() and glob.has_magic(here)):
             return given  # the folder's own name would become part of the pattern
         return str(path.absolute())
