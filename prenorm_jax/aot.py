@@ -1,28 +1,30 @@
 """Compiles a step for TPUs that are not there: `python -m prenorm_jax.aot --config=configs/gpt3_175b.py`."""
 
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import check_folder, json_bytes, write_results
-from prenorm_jax.base.flags import parse_flags
+from prenorm_jax.base.flags import Parser, place
 from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
 from prenorm_jax.models.placement import MESH_AXES
+from prenorm_jax.train.flags import parse
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import sharding_table
+from prenorm_jax.train.workdir import configure_jax
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compiles and prints, for each norm that is named."""
-    args = _parse(argv)
+    args, config = _parse(argv)
     logging.disable(logging.ERROR)  # jax tells of what is installed and found
-    config = args.config
+    configure_jax(config)
     devices, reports = None, []
     if args.out:
         if Path(args.out).is_dir():
@@ -45,20 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_results({Path(args.out): json_bytes(content)})
 
 
-def _parse(argv: Sequence[str] | None) -> flags.FlagValues:
-    args = flags.FlagValues()
-    flags.DEFINE_string("topology", "v5p:2x2x1", "TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8", flag_values=args)
-    flags.DEFINE_string(
-        "norm", None, "norms to compile, with commas between them (default: the config's)", flag_values=args
-    )
-    flags.DEFINE_bool("parameters", False, "only print how each parameter is split; needs no libtpu", flag_values=args)
-    flags.DEFINE_string("out", None, "a JSON file for all figures", flag_values=args)
+def _parse(argv: Sequence[str] | None) -> tuple[Namespace, ConfigDict]:
+    parser = Parser("python -m prenorm_jax.aot", __doc__, add_help=False)
+    parser.add_argument("--topology", default="v5p:2x2x1", help="TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8 (%(default)s)")
+    parser.add_argument("--norm", help="norms to compile, with commas between them (default: the config's)")
+    parser.add_argument("--parameters", action="store_true", help="only print how each is split; needs no libtpu")
+    parser.add_argument("--out", type=place, help="a JSON file for all figures")
 
-    def default(given: dict[str, str]) -> ConfigDict:
+    def without(args: Namespace) -> ConfigDict:
         raise PrenormError("--config is missing: name a config file, such as --config=configs/gpt3_175b.py")
 
-    parse_flags(args, argv, default, __doc__)
-    return args
+    return parse(parser, argv, without)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
 """Compares finished runs: `python -m prenorm_jax.compare runs/ln runs/rms runs/crms --out=report`."""
 
-import argparse
 from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command
+from prenorm_jax.base.flags import Parser, place
 from prenorm_jax.report.runs import compare
 from prenorm_jax.report.runs_words import plain_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Raises the errors of `compare`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prenorm_jax.compare",
-        description="Compares finished runs in one HTML page, PNG and JSON.",
-    )
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="where a run was trained")
-    parser.add_argument("--out", default="report", help="folder to write, or a file name ending in .html")
+    parser = Parser("python -m prenorm_jax.compare", __doc__)
+    parser.add_argument("workdirs", nargs="+", type=place, metavar="WORKDIR", help="where a run was trained")
+    parser.add_argument("--out", default="report", type=place, help="folder to write, or a file name ending in .html")
     parser.add_argument("--title", help="title of the page")
-    parser.add_argument("--reference", help="workdir to compare the others with; default: the first LayerNorm run")
+    parser.add_argument("--reference", type=place, help="workdir to compare with; default: the first LayerNorm run")
     options = parser.parse_args(argv)
     report = compare(options.workdirs, options.out, options.title, options.reference)
     print(plain_text(report))

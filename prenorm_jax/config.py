@@ -1,9 +1,18 @@
-"""A run's configuration: every key with its default. `base_config()` is what the files in `configs/` start from."""
+"""A run's configuration: every key with its default. `base_config()` is what the files in `configs/` start from.
 
+The comment beside a key, here and in the classes of `config.model`, is what --help says of it.
+"""
+
+import inspect
+import itertools
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import flatten
 from prenorm_jax.data import Data
 from prenorm_jax.data.kinds import KINDS, Kind
 from prenorm_jax.models import registry
@@ -29,7 +38,7 @@ def base_config(family: str = "gpt") -> ConfigDict:
     Raises PrenormError for an unknown family.
     """
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of the parameters, the order of the data, dropout and augmentation
     config.steps = 1000  # the schedule spans them: it changes with them, from where a run goes on with another number
     config.stop_at = config_dict.placeholder(int)  # stop on purpose after this step; go on later without it
     config.init_from = config_dict.placeholder(str)  # start from the parameters of this workdir's last checkpoint
@@ -40,31 +49,67 @@ def base_config(family: str = "gpt") -> ConfigDict:
     config.parameterization = "pre_ln"  # pre_ln | native: which parameters are trained (docs/training.md)
     config.eval_every = 200  # steps; 0: only at the end
     config.checkpoint_every = 200  # steps; 0: only at the end
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 3  # the latest; older ones are removed
     config.log_every = 10  # steps between two flushes of metrics to disk; each step gets its line all the same
-    config.tensorboard = True
+    config.tensorboard = True  # whether metrics are written as event files too
     config.profile = config_dict.placeholder(str)  # FIRST:END, as 10:13: trace steps 10 to 12 into workdir/profile
 
     config.mesh = ConfigDict()  # of the devices (`train/sharding.py`); what these leave is the axis data
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.fsdp = 1  # devices that parameters and the batch are split over
+    config.mesh.tensor = 1  # devices that heads, MLP and vocabulary are split over
     config.mesh.largest_replicated = 2**22  # numbers: a larger parameter must not be whole on every device
 
     config.update(_DATA[registry.family(family).config_class.inputs]())
 
-    config.optimizer = ConfigDict()
+    config.optimizer = ConfigDict()  # the learning rate warms up linearly and ends in a cosine
     config.optimizer.name = "adamw"  # adamw | sgd | adafactor | lamb | muon
     config.optimizer.learning_rate = 1e-3  # peak
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_steps = 100  # to the peak
     config.optimizer.final_learning_rate = 0.1  # at the end of the cosine, as a fraction of the peak
     config.optimizer.weight_decay = 0.1  # of matrices; never of biases and norms
     config.optimizer.clip = 1.0  # global gradient norm; 0: none
     config.optimizer.b1 = 0.9  # sgd and muon: the momentum
-    config.optimizer.b2 = 0.95
-    config.optimizer.eps = 1e-8
+    config.optimizer.b2 = 0.95  # adamw, lamb and muon: of the mean square
+    config.optimizer.eps = 1e-8  # adamw and lamb: added to its root
 
-    config.model = registry.model_defaults(family)
+    config.model = registry.model_defaults(family)  # None: as the key that is named beside it
     return config
+
+
+def full_config(values: Mapping[str, Any], origin: str) -> ConfigDict:
+    """The configuration of these values, read from `origin`; what they leave out has its default.
+
+    Raises PrenormError for a value of a wrong type.
+    """
+    try:
+        config = base_config(values.get("model", {}).get("family", "gpt"))
+        defaults = flatten(config)  # with the types of keys that are None, by which `update` checks
+        config.update(values)
+        found = flatten(config)
+        for key, default in defaults.items():
+            if default is not None and found[key] is None and not key.startswith("model."):
+                raise TypeError(f"{key} is None; its default is {default!r}")
+            if isinstance(default, tuple) and not all(isinstance(number, int | float) for number in found[key]):
+                raise TypeError(f"{key}={found[key]!r} must be numbers")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise PrenormError(f"{origin}: {' '.join(str(error).split())}") from error
+    return config
+
+
+def describe_keys(config: ConfigDict) -> str:
+    """A line for each key: its flag with its value, and what the comment beside it says."""
+    config_class, comments, lines = registry.family(config.model.family).config_class, {}, []
+    for place in (base_config, _DATA[config_class.inputs], _augment, *reversed(config_class.__mro__[:-1])):
+        found = re.findall(
+            r"^ +(?:config\.)?([\w.]+)(?:: [^=]+)? = .*?  # (.*)", inspect.getsource(place), re.MULTILINE
+        )
+        comments |= {"model." * isinstance(place, type) + key: comment for key, comment in found}
+    order, values = list(comments), flatten(config)
+    groups = itertools.groupby(sorted(values, key=order.index), key=lambda key: key.rpartition(".")[0])
+    for group, keys in sorted((group, list(keys)) for group, keys in groups):
+        lines += ["", f"{group}: {comments[group]}" if group in comments else group] if group else []
+        lines += [f"  {f'--config.{key}={values[key]}':<44}  {comments[key]}" for key in keys]
+    return "\n".join(lines)
 
 
 def _text() -> dict[str, Any]:
@@ -90,7 +135,7 @@ def _images() -> dict[str, Any]:
     data = ConfigDict()
     data.path = config_dict.placeholder(str)  # folder of IDX files (the MNIST family), or of a folder for each class
     data.hub = config_dict.placeholder(str)  # a hub data set's name; give path or hub, or neither: digits
-    data.hub_config = config_dict.placeholder(str)
+    data.hub_config = config_dict.placeholder(str)  # its configuration
     data.image_column = "image"  # of hub data
     data.label_column = "label"  # of hub data
     data.train_split = "train"  # of hub data, or a folder's name in path
@@ -99,8 +144,8 @@ def _images() -> dict[str, Any]:
     data.image_size = config_dict.placeholder(int)  # pixels to resize images to, before they are cropped to the model's
     data.mean = (0.5,)  # of all channels or of each, in units of the largest pixel value: subtracted,
     data.std = (0.5,)  # then divided by
-    # softmax | sigmoid: in training, each class for itself (arXiv 2110.00476)
-    return {"data": data, "augment": _augment(), "loss": "softmax"}
+    loss = "softmax"  # softmax | sigmoid: in training, each class for itself (arXiv 2110.00476)
+    return {"data": data, "augment": _augment(), "loss": loss}
 
 
 def _augment() -> ConfigDict:

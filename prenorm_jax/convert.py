@@ -1,18 +1,18 @@
 """Converts a run's checkpoint: `python -m prenorm_jax.convert runs/ln runs/ln-as-crms --to=crmsnorm`."""
 
-import argparse
 from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command
+from prenorm_jax.base.flags import Parser, place
 from prenorm_jax.models.config import NORMS
 from prenorm_jax.train.convert_run import convert
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m prenorm_jax.convert", description=__doc__)
-    parser.add_argument("source", help="folder of a run, or of a converted checkpoint")
-    parser.add_argument("target", help="folder to write: must not exist")
+    parser = Parser("python -m prenorm_jax.convert", __doc__)
+    parser.add_argument("source", type=place, help="folder of a run, or of a converted checkpoint")
+    parser.add_argument("target", type=place, help="folder to write: must not exist")
     parser.add_argument("--to", required=True, help=" | ".join(NORMS))
     parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
     parser.add_argument(

@@ -3,9 +3,9 @@
 It calls the same commands that a user would, prints each, and fails if what they show is not what the README claims.
 """
 
-import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.flags import Parser, place
 
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
 
@@ -37,7 +38,7 @@ def run(*arguments: object, capture: bool = False, devices: int = 1) -> str:
     """
     arguments = tuple(map(str, arguments))
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
-    print("\n$", *(f"{name}={value}" for name, value in flags.items()), "python", *arguments, flush=True)
+    print("\n$", *(f"{name}={value}" for name, value in flags.items()), shlex.join(["python", *arguments]), flush=True)
     stdout = subprocess.PIPE if capture else None
     environment = os.environ | flags
     done = subprocess.run([sys.executable, *arguments], stdout=stdout, text=True, check=False, env=environment)
@@ -122,15 +123,15 @@ The curves: {page}   (and .png, .json beside it)"""
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line."""
-    parser = argparse.ArgumentParser(prog="python -m prenorm_jax.demo", description=__doc__)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    parser = Parser("python -m prenorm_jax.demo", __doc__)
+    parser.add_argument("--workdir", type=place, default="runs/demo")
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps: about two minutes")
     parser.add_argument("--switch", action="store_true", help="instead: the norm switched every 25 steps of one run")
     args = parser.parse_args(argv)
     if args.switch:
-        switch_demo(args.workdir)
+        switch_demo(Path(args.workdir))
     else:
-        demo(args.workdir, args.quick)
+        demo(Path(args.workdir), args.quick)
 
 
 if __name__ == "__main__":

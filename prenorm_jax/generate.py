@@ -1,6 +1,8 @@
-"""Text from a GPT: `python -m prenorm_jax.generate runs/ln --prompt="def main"`."""
+"""Text from a GPT: `python -m prenorm_jax.generate runs/ln --prompt="def main"`.
 
-import argparse
+Where its tokenizer lies now is said as to train.py: --config.data.tokenizer=FILE.
+"""
+
 import dataclasses
 import functools
 import json
@@ -9,20 +11,23 @@ from collections.abc import Sequence
 
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.flags import Parser, place
 from prenorm_jax.models.continuation import write_texts
 from prenorm_jax.models.decoding import as_read, generate
 from prenorm_jax.models.registry import build_model, family
 from prenorm_jax.models.sampling import Sampling
 from prenorm_jax.train.evaluation import load_as
-from prenorm_jax.train.workdir import configure_jax, load_config
+from prenorm_jax.train.flags import override
+from prenorm_jax.train.restore import check_vocabulary
+from prenorm_jax.train.workdir import PLACES, configure_jax, load_config
 
 __all__ = ["generate", "main"]  # the first is the Python interface
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, generates, prints. Raises PrenormError."""
-    parser = argparse.ArgumentParser(prog="python -m prenorm_jax.generate", description=__doc__)
-    parser.add_argument("workdir", help="folder of a run, or of a converted checkpoint")
+    parser = Parser("python -m prenorm_jax.generate", __doc__)
+    parser.add_argument("workdir", type=place, help="folder of a run, or of a converted checkpoint")
     parser.add_argument(
         "--prompt", action="append", help="what the text begins with (default: nothing); may be repeated"
     )
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--norm", help="layernorm, rmsnorm or crmsnorm: convert first (default: the run's own)")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
 
     # Imported here: it takes half a second, for which the commands that build on this module do not wait.
     from prenorm_jax.data.tokenizer import check_vocab_size, load_tokenizer
@@ -44,14 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     config = load_config(args.workdir)
+    override(config, rest, parser, PLACES)
     if not family(config.model.family).config_class.decodes:
         raise PrenormError(f"{args.workdir} is the run of a {config.model.family}: only a gpt writes text")
     configure_jax(config)
     norm = args.norm or config.model.norm
-    step, model, params = load_as(args.workdir, norm, args.step)
-    params = as_read(params, model)
+    metadata, model, params = load_as(args.workdir, norm, args.step)
+    step, params = metadata["step"], as_read(params, model)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eot_token)
     check_vocab_size(tokenizer.vocab_size, config)
+    check_vocabulary(metadata, tokenizer.vocabulary, f"{args.workdir} at step {step}")
 
     streamed = len(prompts) == 1 and not args.json
     show = functools.partial(print, end="", flush=True) if streamed else lambda text: None

@@ -86,6 +86,7 @@ def damage_the_part_of_the_second(workdir: Path, step: int) -> None:
 
 def stages(coordinator: str, process: int, text: Path, folder: Path) -> None:
     initialize(coordinator, PROCESSES, process)
+    configure_jax(run_config(text))
     refusals(process, text, folder)
 
     run = folder / "run"
@@ -108,5 +109,4 @@ def stages(coordinator: str, process: int, text: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     address, number, *paths = sys.argv[1:]
-    configure_jax(run_config(Path(paths[0])))
     run_command(lambda: stages(address, int(number), *map(Path, paths)))

@@ -129,7 +129,7 @@ def test_vit_takes_a_size():
 
 def test_an_unknown_size_is_one_line(tmp_path):
     message = error_of("train.py", "--config=configs/gpt3.py:3B", f"--workdir={tmp_path}")
-    assert message.startswith("error: command line or config file: GPT-3 size='3B' is not one of Small, Medium")
+    assert message.startswith("error: --config=configs/gpt3.py:3B: GPT-3 size='3B' is not one of Small, Medium")
 
 
 def test_gpt2_on_a_streamed_corpus_takes_each_token_once():

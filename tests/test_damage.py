@@ -1,10 +1,12 @@
 """Checkpoints and files that are damaged, gone, or another's, and disks that are full: what is said, what goes on."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from commands import ROOT, clean_environment, damage, digests, losses_of, small_run
@@ -12,10 +14,11 @@ from kill_and_damage import check_found_or_harmless
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.registry import model_config
-from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.checkpoint import Checkpoints, json_digest
 from prenorm_jax.train.loop import train
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.step import init_state
+from prenorm_jax.train.workdir import RunRecord, configure_jax, load_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -54,6 +57,68 @@ def test_metadata_that_say_something_else_are_damage(copy, content):
         pytest.raises(PrenormError, match="checkpoints/6 is damaged"),
     ):
         checkpoints.params(6)
+
+
+def test_metadata_of_other_types_are_damage_whatever_their_digest_says(copy):
+    path = copy / "checkpoints" / "6" / "metadata" / "metadata"
+    stored = {key: value for key, value in json.loads(path.read_text()).items() if key != "digest"}
+    for key in ("step", "nonfinite", "model", "digests"):
+        for value in (None, "6", [6], {"a": 6}, 6.0):
+            wrong = stored | {key: value}
+            if type(value) is not type(stored[key]):
+                path.write_text(json.dumps(wrong | {"digest": json_digest(wrong)}))
+                with Checkpoints(copy, read_only=True) as checkpoints, pytest.raises(PrenormError, match="is damaged"):
+                    checkpoints.metadata(6)
+    path.write_text("[" * 100_000)
+    with Checkpoints(copy, read_only=True) as checkpoints, pytest.raises(PrenormError, match="is damaged: maximum rec"):
+        checkpoints.metadata(6)
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "007", "8_", "+8", "latest"])
+def test_folders_that_only_look_like_checkpoints_are_none(copy, name):
+    (copy / "checkpoints" / name).mkdir()
+    with Checkpoints(copy, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 4, 6]
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("5", "null", "[]", "{", DEEP, '{"model": ' + DEEP, "\xff", '{"model": 5}', '{"model": {"family": "bert"}}'),
+        *('{"model": {"family": []}}', '{"steps": null}', '{"steps": "many"}', '{"steps": {}}', '{"data": 5}'),
+        *('{"data": {"path": 5}}', '{"optimizer": []}', '{"seed": 1e999}', '{"model": {"depth": 1.5}}'),
+        *('{"model": {"family": "vit"}, "data": {"mean": ["x"]}}', '{"mesh": {"fsdp": null}}'),
+    ],
+)
+def test_a_config_json_of_other_types_is_damage(copy, content):
+    (copy / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(PrenormError, match=r"config\.json is damaged: .*restore it from a copy"):
+        load_config(copy)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("5", "[]", DEEP, '{"sessions": 5}', '{"sessions": [5]}', '{"sessions": [{}]}', '{"last_saved": "6"}'),
+        *('{"sessions": [{"step": "0", "norm": "layernorm"}]}', '{"sessions": [{"step": 0, "norm": 5}]}'),
+    ],
+)
+def test_a_run_json_of_other_types_starts_anew_and_is_said(copy, content, capsys):
+    (copy / "run.json").write_text(content)
+    record = RunRecord(copy)
+    assert record.last_saved == 0
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_a_platform_that_is_not_there_is_one_line(text, monkeypatch):
+    for error in (RuntimeError("Unable to initialize backend 'tpux'"), AssertionError()):  # as JAX says it
+        monkeypatch.setattr(jax, "devices", mock.Mock(side_effect=error))
+        monkeypatch.setenv("JAX_PLATFORMS", "tpux")
+        with pytest.raises(PrenormError, match="JAX_PLATFORMS=tpux: no such device is found"):
+            configure_jax(small_run(text))
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_damage(copy, text, capsys):

@@ -334,7 +334,7 @@ def test_the_command_casts_what_the_model_reads_in_its_dtype_once_and_rounds_not
     run = ConfigDict({"model": dict(vars(config)), "data": {"tokenizer": "bytes", "eot_token": None}})
     monkeypatch.setattr(generate_module, "load_config", lambda workdir: run)
     monkeypatch.setattr(generate_module, "configure_jax", lambda config: None)
-    monkeypatch.setattr(generate_module, "load_as", lambda workdir, norm, step: (1, config, params))
+    monkeypatch.setattr(generate_module, "load_as", lambda workdir, norm, step: ({"step": 1}, config, params))
     monkeypatch.setattr(
         generate_module, "write_texts", lambda model, params, *rest: given.update(model=model, params=params) or []
     )

@@ -24,6 +24,10 @@ def run_command(command: Callable[[], None]) -> None:
     """
     try:
         command()
+        sys.stdout.flush()  # here, where it is known what a pipe that is closed means
+    except BrokenPipeError:  # as by `| head`, which has read what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes at its end
+        end("", 128 + 13)  # as a shell gives for SIGPIPE
     except PrenormError as error:
         warnings.simplefilter("ignore")  # of what is left undone: after the line there is nothing to add
         end(f"error: {error}", error.status, error.shared)
@@ -49,7 +53,7 @@ def end(line: str, status: int, shared: bool = False) -> None:
     once: all that would be closed on the way waits for the others, which wait for this one.
     """
     with _ending:  # for good: whoever comes second has nothing to add
-        if is_first() or not shared:
+        if line and (is_first() or not shared):
             print(line, file=sys.stderr, flush=True)
         if count_processes() > 1 and not shared:
             sys.stdout.flush()

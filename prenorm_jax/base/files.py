@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file. Raises PrenormError if it holds none."""
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PrenormError(f"{path} is damaged: {error}; restore it from a copy") from error
     if not isinstance(value, dict):
         raise PrenormError(f"{path} is damaged: it holds no JSON object; restore it from a copy")

@@ -1,60 +1,56 @@
-"""Command lines with a configuration: `--config=FILE`, and a flag for every key of it, such as --config.steps=100."""
+"""Command lines: argparse's, where what is wrong is one line that names what may be meant."""
 
-import re
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+import argparse
+import difflib
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
 
 
-def parse_flags(
-    given: flags.FlagValues,
-    argv: Sequence[str] | None,
-    default: Callable[[dict[str, str]], ConfigDict],
-    usage: str,
-) -> None:
-    """Parses absl flags into `given`, with the configuration as `given.config`.
+class Parser(argparse.ArgumentParser):
+    """argparse's, but it raises PrenormError. No flag can be shortened: what is none is said, not guessed."""
 
-    Args:
-      given: defines the program's own flags. Not absl's `flags.FLAGS`: that one can be parsed once in a process.
-      argv: the command line after the program's name; None: that of this process.
-      default: where there is no --config, makes the configuration from the program's own flags that are given. May
-        raise.
-      usage: for --help, which prints it above the flags and ends the process.
+    def __init__(self, prog: str, description: str, **options: Any):
+        """`description`: its first line is what the command does, further ones are kept as they are."""
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=layout, **options)
 
-    Raises PrenormError for what absl, ml_collections or a config file does not like.
-    """
-    if argv is None:
-        argv = sys.argv[1:]
-    if {"--help", "-help", "-h"} & set(argv):
-        print(f"{usage.strip()}\n\nflags:\n{given.get_help()}")
-        sys.exit()
-    first_own = next(iter(given))
-    names = "|".join(["config", *(name for name in given if not given[name].boolean)])
-    argv = re.sub(rf"(^|\0)--?({names})\0", r"\1--\2=", "\0".join(argv)).split("\0")  # "--config x" as "--config=x"
-    argv = ["", *filter(None, argv)]  # absl wants a program's name
-    written = dict(match.groups() for arg in argv if (match := re.fullmatch(f"--?({names})=(.*)", arg)))
-    if "config" in written:
-        if not Path(written["config"].split(":")[0]).is_file():
-            raise PrenormError(f"--config={written['config']}: no such file; those of this project are in configs/")
-        config_flags.DEFINE_config_file("config", flag_values=given, sys_argv=argv)
-    else:
-        config_flags.DEFINE_config_dict("config", default(written), flag_values=given, sys_argv=argv)
-    try:
-        rest = given(argv)
-        given.config.model.keys()  # an error in the file shows only now
-    except (AttributeError, KeyError) as error:
-        reason = str(error).replace("\\n", ". ").replace("\\", "").strip("'\"")  # it comes quoted, twice
-        raise PrenormError(
-            f"command line or config file: no such key: {reason}; prenorm_jax/config.py lists the keys"
-        ) from error
-    except Exception as error:  # a config file is a program: anything can be wrong with it
-        lines = str(error).strip().splitlines()  # ending in the error itself, after the stack trace of a config file
-        reason = lines[-1].removeprefix("prenorm_jax.base.errors.PrenormError: ") if len(lines) > 3 else " ".join(lines)
-        raise PrenormError(f"command line or config file: {reason}") from error
-    if len(rest) > 1:
-        raise PrenormError(f"command line: {rest[1]!r} is not a flag; flags look like --{first_own}=VALUE")
+    def error(self, message: str) -> None:
+        """Raises PrenormError, where argparse prints how the command is used and ends the process."""
+        raise PrenormError(f"command line: {message}; --help lists the flags")
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints it at once, so that a pipe that is closed shows here."""
+        print(self.format_help(), file=file, flush=True)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """The values of the flags. Raises PrenormError."""
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            raise self.unknown(rest[0])
+        return known
+
+    def unknown(self, argument: str, others: Iterable[str] = ()) -> PrenormError:
+        """What to say of an argument that is no flag: those among its flags and `others` that may be meant."""
+        flags, name = [*self._option_string_actions, *others], argument.split("=")[0]
+        if not name.startswith("-"):
+            return PrenormError(f"command line: {argument!r} is not a flag; flags look like {flags[0]}=VALUE")
+        keys = {flag.lstrip("-").removeprefix("config."): flag for flag in flags}
+        wanted = name.lstrip("-").removeprefix("config.")
+        close = functools.partial(difflib.get_close_matches, cutoff=0.7)
+        last = wanted.split(".")[-1]  # --norm may mean --config.model.norm
+        near = [key for key in keys if key.split(".")[-1] == last] or close(wanted, keys)
+        near = near or [key for key in keys if close(last, [key.split(".")[-1]])]
+        meant = f"did you mean {' or '.join(keys[key] for key in near[:3])}?" if near else "--help lists the flags"
+        return PrenormError(f"command line: no such flag: {name}; {meant}")
+
+
+def place(given: str) -> str:
+    """A file or folder of the command line, as argparse's `type`: `~` is the home folder."""
+    path = os.path.expanduser(given)
+    if not path or path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{given!r} names no file or folder")
+    return path

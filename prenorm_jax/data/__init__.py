@@ -20,11 +20,13 @@ class Data(Protocol):
       unit: what the loss is the mean over, and speed counts: token or image.
       description: one line for logs.
       digest: a hash of both splits: the same for the same data, wherever they lie.
+      vocabulary: of text, a digest of which id is which token.
     """
 
     unit: str
     description: str
     digest: str
+    vocabulary: str | None = None
 
     def check_model(self, config: ConfigDict) -> None:
         """Raises PrenormError, naming the key to change, if the model cannot take these data."""

@@ -41,6 +41,7 @@ class TextData(Data):
     eot: int
     description: str
     digest: str
+    vocabulary: str
     unit = "token"
 
     def check_model(self, config: ConfigDict) -> None:
@@ -116,6 +117,7 @@ def load_text(config: ConfigDict) -> TextData:
         eot=tokenizer.eot,
         description=description,
         digest=digest.hexdigest(),
+        vocabulary=tokenizer.vocabulary,
     )
 
 

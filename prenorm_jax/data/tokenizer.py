@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ class TextTokenizer:
     vocab_size: int
     eot: int
     digest: str  # of all that decides the ids, so that other tokenizers have others
+    vocabulary: str  # a digest of which id is which token: unlike the other, the same by any release of `tokenizers`
 
 
 def check_vocab_size(needed: int, config: ConfigDict) -> None:
@@ -68,6 +70,7 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
             vocab_size=257,
             eot=256,
             digest="bytes",
+            vocabulary="bytes",
         )
     path = Path(os.path.expanduser(name))
     local = path.exists() or path.suffix == ".json"
@@ -84,7 +87,8 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
             f"data.tokenizer={name!r} knows no {' or '.join(candidates)}: "
             "set data.eot_token to the token that ends its texts"
         )
-    vocab_size = max(tokenizer.get_vocab().values()) + 1  # not their count: ids may have gaps
+    ids = tokenizer.get_vocab()
+    vocab_size = max(ids.values()) + 1  # not their count: ids may have gaps
     dtype = np.min_scalar_type(vocab_size - 1)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
@@ -96,4 +100,5 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
             return tokenizer.decode([int(i) for i in ids])
 
     digest = xxhash.xxh3_128_hexdigest(f"{eots[0]} {tokenizer.to_str()}".encode())
-    return TextTokenizer(encode, decode, vocab_size, eots[0], digest)
+    vocabulary = xxhash.xxh3_128_hexdigest(json.dumps([eots[0], ids], sort_keys=True).encode())
+    return TextTokenizer(encode, decode, vocab_size, eots[0], digest, vocabulary)

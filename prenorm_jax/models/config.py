@@ -32,11 +32,11 @@ class ModelConfig:
     comment" and is resolved by `resolve`.
     """
 
-    family: str = "gpt"  # models/registry.py
+    family: str = "gpt"  # gpt | vit: decides the other keys
     norm: str = "layernorm"  # layernorm | rmsnorm | crmsnorm
-    depth: int = 4
-    d_model: int = 128
-    heads: int = 4
+    depth: int = 4  # blocks
+    d_model: int = 128  # width d of the stream of the Pre-LN network
+    heads: int = 4  # of queries
     kv_heads: int | None = None  # heads; fewer is grouped-query attention
     head_dim: int | None = None  # d_model // heads
     mlp_dim: int | None = None  # 4 * d_model
@@ -52,12 +52,12 @@ class ModelConfig:
     use_bias: bool = True  # in every linear layer of a block
     reader_bias: bool | None = None  # use_bias; up and gate alone, and what qkv_bias leaves out. Folding sets it
     qkv_bias: bool | None = None  # reader_bias; query, key and value alone. Folding a norm's bias sets it
-    head_bias: bool = False
+    head_bias: bool = False  # in the linear layer that gives the logits
     norm_affine: bool = True  # norms have a scale, and a bias unless norm_bias is false
-    norm_bias: bool = True
+    norm_bias: bool = True  # with norm_affine
     final_norm_affine: bool | None = None  # norm_affine; a tied head keeps it where the others are folded away
     kept_norm_affine: bool | None = None  # norm_affine; of embed_norm, qk_norm and in a ViT's attention pooling
-    epsilon: float = 1e-5
+    epsilon: float = 1e-5  # of every norm
     dropout: float = 0.0  # rate of the three below
     attention_dropout: float | None = None  # dropout; on attention probabilities
     branch_dropout: float | None = None  # dropout; on branch outputs, before they are added to the stream
@@ -69,7 +69,7 @@ class ModelConfig:
     remat: str = "none"  # what of a block its backward pass computes anew: none | dots, all but products | full
     attention_kernel: str = "auto"  # auto: cuDNN's where it serves (see `attention.py`), else as XLA makes it | xla
     dtype: str = "float32"  # of the computation; statistics and softmax are in float32 at least
-    param_dtype: str = "float32"
+    param_dtype: str = "float32"  # of the parameters
 
     causal: ClassVar[bool] = False
     rotary: ClassVar[bool] = False

@@ -24,11 +24,11 @@ from prenorm_jax.models.transformer import StreamModel, blocks, constant_table, 
 class GPTConfig(ModelConfig):
     """A decoder-only language model."""
 
-    vocab_size: int = 257
+    vocab_size: int = 257  # at least the tokenizer's ids; more are padding
     max_len: int = 1024  # longest sequence; the length of a learned position table
     positions: str = "learned"  # learned | sinusoidal | rotary | none
-    rotary_base: float = 10000.0
-    tie_embeddings: bool = True
+    rotary_base: float = 10000.0  # of rotary positions
+    tie_embeddings: bool = True  # the head's kernel is the token embedding
 
     causal: ClassVar[bool] = True
     decodes: ClassVar[bool] = True

@@ -40,11 +40,11 @@ class ViTConfig(ModelConfig):
 
     image_size: int = 224  # pixels, both ways
     patch_size: int = 16  # divides image_size
-    channels: int = 3
-    classes: int = 1000
+    channels: int = 3  # of an image
+    classes: int = 1000  # labels are below it
     patch_bias: bool = True  # of the patch embedding
     positions: str = "learned"  # learned | sincos2d | none
-    class_token: bool = True
+    class_token: bool = True  # a learned token before the patches
     class_position: bool = True  # a learned position table has a row for the class token too
     registers: int = 0  # further tokens without position or output (arXiv 2309.16588)
     pooling: str = "class"  # class token | mean of the patches | class_mean: both, side by side | attention

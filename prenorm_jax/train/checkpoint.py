@@ -5,6 +5,7 @@
     nonfinite           those of them whose update was skipped
     model               config.model that describes `params` literally; its `norm` is the variant the tree belongs to
     data                a digest of what the run is trained and evaluated on; None: unknown
+    vocabulary          a digest of the tokenizer's tokens and ids; None, or not there: unknown
     digests             of `params` and, unless it was converted, of `optimizer` (`checksum.py`): what was saved is what
                         is loaded
     digest              of all this
@@ -16,11 +17,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -41,8 +43,11 @@ from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.checksum import digest
 from prenorm_jax.train.leaves import NewLeaves, StoredLeaves
 
+T = TypeVar("T")
+
 # Larger arrays are stored in chunks of at most this, each of which can be read without the others.
 CHUNK_BYTES = 2**24
+_STEP = re.compile("0|[1-9][0-9]*")  # what `int` takes is more: ٣, 007
 MEND = "make room, or mend what is named, and give the same command again"
 
 
@@ -52,13 +57,33 @@ def json_digest(value: Any) -> str:
 
 def complete_steps(directory: Path) -> list[int]:
     """The steps of the checkpoints in `directory` that were written to their end, ascending; they may be damaged."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit() and path.is_dir())
+    return sorted(int(path.name) for path in directory.glob("*") if _STEP.fullmatch(path.name) and path.is_dir())
+
+
+def check_place(workdir: str | Path) -> None:
+    """Raises PrenormError if checkpoints in a folder of this name could not be read again."""
+    path = str(Path(workdir).absolute())
+    if found := re.search(r"[\[*?\\]", path):
+        raise PrenormError(f"{path} has a {found[0]} in its name, special to Orbax: name another folder")
 
 
 def _ignore_late_callbacks(unraisable: Any) -> None:
     """After a write that failed, TensorStore's others report to an event loop that Orbax has closed: no news."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
+
+
+_KINDS = {"step": int, "nonfinite": int, "model": dict, "digests": dict}  # of metadata
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong, of what Orbax and TensorStore say around it."""
+    while "See full TensorStore details" in str(error) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, LookupError):
+        return f"{error} is not in it"
+    around = r'Error opening "\w+" driver: | in OCDBT database at local file "[^"]*"| \[(source loc|tensorstore_).*'
+    return first_line(Exception(re.sub(around, "", str(error), flags=re.DOTALL)))
 
 
 class Damaged(SharedError):
@@ -105,13 +130,33 @@ class Checkpoints:
             raise PrenormError(f"{self.directory.parent} has no checkpoint at step {step}; it has {steps}")
         return steps[-1] if step is None else step
 
+    def of(self, step: int | None, use: Callable[[int], T]) -> T:
+        """`use(step)`; of the latest for None: where its run removed it meanwhile, of the one that then is.
+
+        Raises PrenormError if there is none, and what `use` raises.
+        """
+        tried = self.resolve(step)
+        try:
+            return use(tried)
+        except Damaged:
+            if step is not None or self.resolve(None) == tried:
+                raise
+        return self.of(None, use)
+
     def save(
-        self, step: int, params: Any, opt_state: Any, model: ModelConfig, nonfinite: int = 0, data: str | None = None
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        model: ModelConfig,
+        nonfinite: int = 0,
+        data: str | None = None,
+        vocabulary: str | None = None,
     ) -> None:
         """Starts writing in the background; returns once the arrays may change, and earlier saves are complete.
 
-        `opt_state` None: there is none. `nonfinite`, `data`: for the metadata. Raises PrenormError if this save, or the
-        one before it, cannot be written.
+        `opt_state` None: there is none. `nonfinite`, `data`, `vocabulary`: for the metadata. Raises PrenormError if
+        this save, or the one before it, cannot be written.
         """
         pieces = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
         trees = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
@@ -120,6 +165,7 @@ class Checkpoints:
             "nonfinite": nonfinite,
             "model": dataclasses.asdict(model),
             "data": data,
+            "vocabulary": vocabulary,
             "digests": {name: digest(tree) for name, tree in trees.items()},
         }
         metadata["digest"] = json_digest(metadata)
@@ -130,20 +176,19 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata)))
 
     @contextlib.contextmanager
-    def save_leaves(
-        self, step: int, leaves: Flat, model: ModelConfig, nonfinite: int = 0, data: str | None = None
-    ) -> Iterator[NewLeaves]:
+    def save_leaves(self, step: int, leaves: Flat, model: ModelConfig, *known: Any) -> Iterator[NewLeaves]:
         """While entered, the leaves of `params` are written, in parts; on leaving, the checkpoint is complete.
 
+        `known`: as `save` takes it after the model.
         Until then it is one that counts as damaged: for a workdir that is not in its place yet. Raises PrenormError.
         """
         small = {path: np.zeros(1, leaf.dtype) for path, leaf in leaves.items()}  # Orbax describes the tree by these
-        self.save(step, unflatten_dict(small), None, model, nonfinite, data)
+        self.save(step, unflatten_dict(small), None, model, *known)
         self.wait()
         folder = self.directory / str(step)
 
         def failed(error: Exception) -> PrenormError:
-            return PrenormError(f"{self.directory} could not be written: {first_line(error)}; {MEND}")
+            return PrenormError(f"{self.directory} could not be written: {_reason(error)}; {MEND}")
 
         yield (new := NewLeaves(folder / "params", failed, leaves))
         metadata = self.metadata(step)
@@ -177,6 +222,8 @@ class Checkpoints:
                 raise ValueError("metadata differ from what was saved")
             if metadata["step"] != step:
                 raise ValueError(f"it is that of step {metadata['step']} under another name")
+            if any(type(metadata[key]) is not kind for key, kind in _KINDS.items()):
+                raise ValueError("metadata are not what was saved")
         return metadata
 
     def model(self, step: int) -> ModelConfig:
@@ -211,7 +258,15 @@ class Checkpoints:
         return self._restore(step, "optimizer", abstract, sharding)
 
     def copy(self, step: int, workdir: Path) -> None:
-        """Copies a checkpoint as it is to a workdir that has none. Raises PrenormError if it is not what was saved."""
+        """Copies a checkpoint as it is to a workdir that has none.
+
+        Raises PrenormError if it is not what was saved, or has links to what is not of it.
+        """
+        folder = (self.directory / str(step)).resolve()
+        if others := [path for path in folder.rglob("*") if not path.resolve().is_relative_to(folder)]:
+            raise PrenormError(
+                f"{others[0]} is a link to what is not of the checkpoint: put what it means in its place"
+            )
         for item in self.metadata(step)["digests"]:
             with self._reading(step):
                 shapes = self._shapes(step, item)
@@ -221,7 +276,12 @@ class Checkpoints:
                     names = tuple(map(str, range(len(leaf.shape))))
                     for tile in tiles({path: list(zip(names, leaf.shape, strict=True))}, 1, PART):
                         stored.read(path, part(names, tile))
-        shutil.copytree(self.directory / str(step), workdir / self.directory.name / str(step))
+        try:
+            shutil.copytree(folder, workdir / self.directory.name / str(step))
+        except OSError as error:
+            if folder.is_dir():
+                raise
+            raise self._damaged(step, error) from error
 
     def set_aside(self, step: int) -> Path:
         """Moves a checkpoint that cannot be read out of the way, to `workdir/damaged/`, and returns where it is."""
@@ -279,7 +339,8 @@ class Checkpoints:
             raise Damaged(why)
 
     def _damaged(self, step: int, why: Exception | str) -> Damaged:
-        why = first_line(why) if isinstance(why, Exception) else why
+        why = _reason(why) if isinstance(why, Exception) else why
+        state = f"is damaged: {why}" if (self.directory / str(step)).is_dir() else "is gone: its run keeps its latest"
         others = [str(other) for other in self.steps() if other != step]
         remedy = f"; --step={' or '.join(others)} names another" if self._read_only and others else ""
-        return Damaged(f"the checkpoint {self.directory / str(step)} is damaged: {why}{remedy}")
+        return Damaged(f"the checkpoint {self.directory / str(step)} {state}{remedy}")

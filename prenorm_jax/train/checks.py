@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError, check_choice, check_range
 from prenorm_jax.config import data_kind
-from prenorm_jax.train.checkpoint import complete_steps
+from prenorm_jax.train.checkpoint import check_place, complete_steps
 from prenorm_jax.train.optim import make_optimizer
 from prenorm_jax.train.tracing import parse_steps
 from prenorm_jax.train.workdir import RunRecord, config_differences, literal_config, load_config
@@ -39,6 +39,7 @@ def check_workdir(workdir: Path, config: ConfigDict, record: RunRecord) -> bool:
     checkpoints = complete_steps(workdir / "checkpoints")
     if workdir.exists() and not workdir.is_dir():
         raise PrenormError(f"--workdir={workdir} is a file: name a folder")
+    check_place(workdir)
     if not (workdir / "config.json").exists():
         if any((workdir / "checkpoints").glob("*")):  # an empty one is of a start that came no further
             raise PrenormError(f"{workdir} holds checkpoints but no config.json: name another workdir")

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-import shutil
+import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from prenorm_jax.equivalence.stored import convert_stored
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.registry import build_model
-from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.checkpoint import Checkpoints, check_place
 from prenorm_jax.train.workdir import configure_jax, load_config
 
 COMPARED_BYTES = 2**29  # the parameters of two models and their logits, computed in one process
@@ -48,32 +49,32 @@ def convert(
     config = load_config(source)
     if target.exists():
         raise PrenormError(f"{target} exists: name a new folder")
+    if target.resolve().is_relative_to(Path(source).resolve()):
+        raise PrenormError(f"{target} lies in {source}, the run that is converted: name a folder beside it")
+    check_place(target)
     configure_jax(config)
+
     with Checkpoints(source, read_only=True) as checkpoints:
-        step = checkpoints.resolve(step)
-        model = checkpoints.model(step)
-        has_optimizer = "optimizer" in checkpoints.metadata(step)["digests"]
-        _check_wanted(source, config, model.norm, to, materialize, has_optimizer and not reset_optimizer)
-        new_model = model if to == model.norm else convert_config(model, to)
-        with _in_the_making(target) as folder:
-            if to == model.norm:
-                checkpoints.copy(step, folder)
-                print(f"{source} stores its {to} parameters: they and the optimizer state are carried over as they are")
-            else:
-                _write_converted(checkpoints, step, folder, new_model)
-                print(f"{source} at step {step}: {model.norm}, {count(param_shapes(model)):,} parameters")
-                print(f"{target}: {to}, {count(param_shapes(new_model)):,} parameters")
-                _compare(checkpoints, folder, step)
-                if has_optimizer:
-                    print("the optimizer state is not carried over: its moments are the old parameters' and start anew")
-            parameterization = "pre_ln" if to == "layernorm" else "native"
-            changed = {"model": dataclasses.asdict(new_model), "parameterization": parameterization}
-            write_json(folder / "config.json", config.to_dict() | changed)
-            counts = dict.fromkeys(("trained", "computed"), count(param_shapes(new_model)))
-            record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []}
-            write_json(folder / "run.json", record)
-    print(f"evaluate: python eval.py --workdir={target}")
-    print(f"train on: python train.py --workdir={target} --config.steps=N   (now at step {step} of {config.steps})")
+
+        def write(step: int) -> int:
+            metadata, model = checkpoints.metadata(step), checkpoints.model(step)
+            would_lose = "optimizer" in metadata["digests"] and not reset_optimizer
+            _check_wanted(source, config, model.norm, to, materialize, would_lose)
+            new_model = model if to == model.norm else convert_config(model, to)
+            with _in_the_making(target) as folder:
+                _write(source, checkpoints, step, folder, target, new_model)
+                parameterization = "pre_ln" if to == "layernorm" else "native"
+                changed = {"model": dataclasses.asdict(new_model), "parameterization": parameterization}
+                write_json(folder / "config.json", config.to_dict() | changed)
+                counts = dict.fromkeys(("trained", "computed"), count(param_shapes(new_model)))
+                record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []}
+                write_json(folder / "run.json", record)
+            return step
+
+        step = checkpoints.of(step, write)
+    made = shlex.quote(str(target))
+    print(f"evaluate: python eval.py --workdir={made}")
+    print(f"train on: python train.py --workdir={made} --config.steps=N   (now at step {step} of {config.steps})")
 
 
 def _check_wanted(
@@ -92,14 +93,27 @@ def _check_wanted(
         )
 
 
-def _write_converted(checkpoints: Checkpoints, step: int, folder: Path, new_model: ModelConfig) -> None:
-    metadata, shapes = checkpoints.metadata(step), param_shapes(new_model)
+def _write(
+    source: str | Path, checkpoints: Checkpoints, step: int, folder: Path, target: Path, new_model: ModelConfig
+) -> None:
+    """Writes the checkpoint into `folder`, which will be `target`, and prints what it did."""
+    metadata, model, shapes = checkpoints.metadata(step), checkpoints.model(step), param_shapes(new_model)
+    if model.norm == new_model.norm:
+        checkpoints.copy(step, folder)
+        print(f"{source} stores its {model.norm} parameters: they and the optimizer state are carried over as they are")
+        return
+    known = [metadata.get(key) for key in ("nonfinite", "data", "vocabulary")]
     with (
         Checkpoints(folder) as made,
-        made.save_leaves(step, shapes, new_model, metadata["nonfinite"], metadata["data"]) as new,
+        made.save_leaves(step, shapes, new_model, *known) as new,
         checkpoints.leaves(step) as stored,
     ):
-        convert_stored(stored, new, checkpoints.model(step), new_model.norm)
+        convert_stored(stored, new, model, new_model.norm)
+    print(f"{source} at step {step}: {model.norm}, {count(param_shapes(model)):,} parameters")
+    print(f"{target}: {new_model.norm}, {count(shapes):,} parameters")
+    _compare(checkpoints, folder, step)
+    if "optimizer" in metadata["digests"]:
+        print("the optimizer state is not carried over: its moments are the old parameters' and start anew")
 
 
 def _compare(source: Checkpoints, target: Path, step: int) -> None:
@@ -120,11 +134,9 @@ def _compare(source: Checkpoints, target: Path, step: int) -> None:
 @contextlib.contextmanager
 def _in_the_making(target: Path) -> Iterator[Path]:
     """A folder beside `target`, moved there on leaving, or removed after an error: it is never seen half-written."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)
+    with place as temporary:
+        (folder := Path(temporary) / target.name).mkdir()  # whose rights are those of any folder
+        yield folder
+        folder.rename(target)

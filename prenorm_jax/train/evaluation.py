@@ -28,25 +28,29 @@ def evaluate(run: Run, eval_step: Callable[..., Any], params: Any, data: Data) -
 
 def load_as(
     workdir: str | Path, norm: str, step: int | None, mesh: Mesh | None = None
-) -> tuple[int, ModelConfig, dict[str, Any]]:
-    """The step of a run's checkpoint (None: the latest), and what it holds as the model and parameters of `norm`.
+) -> tuple[dict[str, Any], ModelConfig, dict[str, Any]]:
+    """The metadata of a run's checkpoint (step None: the latest), and its model and parameters as those of `norm`.
 
     With a mesh the parameters are sharded over it, and so is Pre-LN's conversion; that of others, whose equivalents
     need not exist, is done whole. Raises PrenormError if there is no such checkpoint or norm, or no equivalent.
     """
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.resolve(step)
+
+    def read(step: int) -> tuple[dict[str, Any], ModelConfig, ModelConfig, bool, dict[str, Any]]:
         stored = checkpoints.model(step)
         model = stored if norm == stored.norm else convert_config(stored, to=norm)
         split = mesh is not None and stored.norm in (norm, "layernorm")
         _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
+        return checkpoints.metadata(step), stored, model, split, params
+
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        metadata, stored, model, split, params = checkpoints.of(step, read)
     formats = None if mesh is None else params_formats(model, mesh)
     if norm != stored.norm:
         convert = functools.partial(convert_params, config=stored, to=norm)
         params = (jax.jit(convert, out_shardings=formats) if split else convert)(params)
     if mesh is not None:
         params = (to_formats if split else put_everywhere)(params, formats)
-    return step, model, params
+    return metadata, model, params
 
 
 def mesh_for(config: ConfigDict) -> Mesh:

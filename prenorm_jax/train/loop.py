@@ -191,8 +191,9 @@ class _Training:
     def _save(self, done: int, skipped: int) -> None:
         self._place.check()
         skipped += self._skipped_before
-        model, digest = self._run.trained, self._data.digest
-        self._checkpoints.save(done, self._state.params, self._state.opt_state, model, skipped, digest)
+        model, data = self._run.trained, self._data
+        params, opt_state = self._state.params, self._state.opt_state
+        self._checkpoints.save(done, params, opt_state, model, skipped, data.digest, data.vocabulary)
         if jax.default_backend() == "cpu":  # what is written in the background takes the cores that train
             self._checkpoints.wait()
         self._record.saved(self._checkpoints.steps())  # of one that is still being written, those before

@@ -1,5 +1,7 @@
 """The state a run starts with: its last good checkpoint, another run's parameters, or step 0."""
 
+import os
+from shlex import quote
 from typing import Any
 
 import jax
@@ -51,11 +53,8 @@ def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = Non
 
 def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainState:
     metadata, place = checkpoints.metadata(step), checkpoints.directory / str(step)
-    if metadata["data"] not in (None, data.digest):
-        raise PrenormError(
-            f"the data are not those that {place} was trained on, but {data.description}: that would be another run; "
-            f"restore them, or start one in another workdir with --config.init_from={checkpoints.directory.parent}"
-        )
+    other = f"start another run in another workdir with --config.init_from={quote(str(checkpoints.directory.parent))}"
+    check_data(metadata, data, str(place), other)
     model = checkpoints.model(step)
     if differences := model_differences(run.trained, model, ignored=EXECUTION):
         raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
@@ -75,6 +74,26 @@ def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainSta
     return _state(run, formats, step, metadata["nonfinite"], params, opt_state)
 
 
+def check_data(metadata: dict[str, Any], data: Data, place: str, other: str) -> None:
+    """Raises PrenormError unless the data are those of the checkpoint at `place`; `other`: what else can be done."""
+    if metadata["data"] not in (None, data.digest):
+        raise PrenormError(
+            f"the data are not those that {place} was trained on, but {data.description}: restore them, say where they "
+            f"lie (--config.data.path=, eval_path=, tokenizer=, cache=), or {other}"
+        )
+
+
+def check_vocabulary(metadata: dict[str, Any], vocabulary: str | None, place: str) -> None:
+    """Raises PrenormError unless these are the ids of the tokens that the checkpoint was trained on, if that is known.
+
+    (Checkpoints of earlier releases do not say.)
+    """
+    if metadata.get("vocabulary") not in (None, vocabulary):
+        raise PrenormError(
+            f"the tokenizer is not that of {place}: restore it, or say where it lies (--config.data.tokenizer=FILE)"
+        )
+
+
 def _state(run: Run, formats: TrainState, step: int, nonfinite: int, params: Any, opt_state: Any = None) -> TrainState:
     """The state in these formats; of `opt_state` None, with a new optimizer."""
     params = to_formats(params, formats.params)
@@ -86,8 +105,7 @@ def _state(run: Run, formats: TrainState, step: int, nonfinite: int, params: Any
 
 def load_init_from(run: Run) -> Any:
     """The parameters of the last checkpoint of `config.init_from`, whatever its norm, as those of the trained model."""
-    with Checkpoints(run.config.init_from, read_only=True) as source:
-        step = source.resolve(None)
-        model, params = source.params(step)
+    with Checkpoints(os.path.expanduser(run.config.init_from), read_only=True) as source:
+        step, (model, params) = source.of(None, lambda step: (step, source.params(step)))
     say(f"parameters from {run.config.init_from} at step {step} ({model.norm})")
     return fit_params(params, model, run.trained)

@@ -11,6 +11,8 @@ profile/         what `config.profile` traced; of many processes, a folder for e
 """
 
 import dataclasses
+import glob
+import os
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +23,9 @@ from ml_collections import ConfigDict
 
 from prenorm_jax.base.allocator import keep_freed_memory
 from prenorm_jax.base.console import say
-from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.files import flatten, read_json, write_json
-from prenorm_jax.config import base_config
+from prenorm_jax.config import full_config
 from prenorm_jax.models.config import EXECUTION, ModelConfig
 from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.run import Run
@@ -32,9 +34,9 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 # What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the
 # data lie may change because their content may not: `restore._load` sees to that.
-MAY_CHANGE = {"data.path", "data.eval_path", "data.tokenizer", "data.cache"}
-MAY_CHANGE |= {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
-MAY_CHANGE |= {"profile", "on_nonfinite", "grace_seconds"}
+PLACES = {"data.path", "data.eval_path", "data.tokenizer", "data.cache"}
+MAY_CHANGE = {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
+MAY_CHANGE |= PLACES | {"profile", "on_nonfinite", "grace_seconds"}
 MAY_CHANGE |= {"accumulate", "mesh.fsdp", "mesh.tensor", "mesh.largest_replicated"}
 MAY_CHANGE |= {f"model.{key}" for key in EXECUTION}
 
@@ -49,19 +51,38 @@ def load_config(workdir: str | Path) -> ConfigDict:
         raise PrenormError(f"no such workdir: {workdir}")
     if not path.is_file():
         raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
-    stored = read_json(path)
-    try:  # base_config for the types of keys that are None, and keys that came later
-        config = base_config(stored.get("model", {}).get("family", "gpt"))
-        config.update(stored)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise PrenormError(f"{path} is damaged: {' '.join(str(error).split())}; restore it from a copy") from error
-    return config
+    try:
+        return full_config(read_json(path), "not a configuration")
+    except PrenormError as error:
+        raise PrenormError(f"{path} is damaged: {error}; restore it from a copy") from error
 
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json: what was asked for, the model's keys resolved; without `stop_at`, which is of one start."""
+    """Writes config.json: what was asked for, the model's keys resolved; without `stop_at`, which is of one start.
+
+    Its paths are absolute, so that they are the same ones from another folder.
+    """
     model = dataclasses.asdict(model_config(config.model))
-    write_json(workdir / "config.json", config.to_dict() | {"model": model, "stop_at": None})
+    write_json(workdir / "config.json", absolute(config).to_dict() | {"model": model, "stop_at": None})
+
+
+def absolute(config: ConfigDict) -> ConfigDict:
+    """A copy whose files and folders are named by absolute paths."""
+    config = config.copy_and_resolve_references()  # a plain copy shares the keys that are None
+    data, here = config.data, str(Path.cwd())
+
+    def made(given: str | None) -> str | None:
+        path = Path(os.path.expanduser(given or ""))
+        if not given or (glob.has_magic(given) and not path.exists() and glob.has_magic(here)):
+            return given  # the folder's own name would become part of the pattern
+        return str(path.absolute())
+
+    for values, key in ((config, "init_from"), *((data, key) for key in ("path", "eval_path", "cache"))):
+        if key in values:
+            values[key] = made(values[key])
+    if "tokenizer" in data and (data.tokenizer.endswith(".json") or Path(data.tokenizer).expanduser().exists()):
+        data.tokenizer = made(data.tokenizer)
+    return config
 
 
 def literal_config(config: ConfigDict) -> ConfigDict:
@@ -71,7 +92,7 @@ def literal_config(config: ConfigDict) -> ConfigDict:
     """
     run = Run.create(config)
     model = dataclasses.asdict(run.trained) | {"norm": run.computed.norm}
-    result = config.copy_and_resolve_references()  # a plain copy shares the keys that are None
+    result = absolute(config)
     with result.unlocked():
         result.model = ConfigDict(model)
         result.stop_at = None  # of this start, not of the run
@@ -102,7 +123,7 @@ def settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def configure_jax(config: ConfigDict) -> None:
-    """JAX's settings for a command. To be called before any array is made.
+    """JAX's settings for a command. To be called before any array is made, and by one of many after they have met.
 
     64-bit mode if the model asks for float64. Memory that is freed is kept. And no steps queued up on the CPU: with
     several devices simulated on few cores, the collectives of one step can take all threads, waiting for others that
@@ -112,6 +133,12 @@ def configure_jax(config: ConfigDict) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "float64" in (config.model.get("dtype"), config.model.get("param_dtype")):
         jax.config.update("jax_enable_x64", True)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second, without a word, for a platform that has no plugin
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        why = f" ({first_line(error)})" if str(error) else ""
+        raise PrenormError(f"{asked}: no such device is found{why}; name another platform, as cpu, or none") from error
 
 
 class RunRecord:
@@ -122,7 +149,7 @@ class RunRecord:
         self._values: dict[str, Any] = {}
         if self._path.exists():
             try:
-                self._values = read_json(self._path)
+                self._values = _checked(read_json(self._path), self._path)
             except PrenormError as error:
                 say(f"warning: {error}; the run's history starts anew")
 
@@ -167,6 +194,17 @@ class RunRecord:
         if steps and steps[-1] > self.last_saved:
             self._values["last_saved"] = steps[-1]
             write_json(self._path, self._values)
+
+
+def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What run.json holds. Raises PrenormError for values that would not be understood."""
+    sessions = record.get("sessions", [])
+    known = isinstance(sessions, list) and all(isinstance(session, dict) for session in sessions)
+    for each in [{"step": record.get("last_saved", 0), "norm": ""}, *(sessions if known else [])]:
+        known = known and type(each.get("step")) is int and isinstance(each.get("norm"), str)
+    if not known:
+        raise PrenormError(f"{path} is damaged: its starts or its last_saved are none; restore it from a copy")
+    return record
 
 
 def device_name() -> str:
