@@ -50,11 +50,11 @@ def attend(
     probability is dropped with `dropout_rate`.
     `kernel` is `ModelConfig.attention_kernel`.
     """
-    B, T, _, K = q_BxTxHxK.shape
+    B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
     if kernel == "auto" and dropout_key is None and (T == S or not causal) and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
-        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, -1)
+        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, H * K)
     q_LxRxTxK = _group(q_BxTxHxK, G)
     k_LxSxK, v_LxSxK = (x.transpose(0, 2, 1, 3).reshape(*_leading(B, G), S, K) for x in (k_BxSxGxK, v_BxSxGxK))
     columns = platform().sum_as_column
@@ -76,7 +76,7 @@ def attend(
             return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate)
 
         blocks.append(block(q_LxRxTxK, k_LxSxK, v_LxSxK, key))
-    return _ungroup(jnp.concatenate(blocks, axis=-2), B)
+    return _ungroup(jnp.concatenate(blocks, axis=-2), B, G)
 
 
 def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, position: jax.Array | int) -> jax.Array:
@@ -87,7 +87,7 @@ def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, 
     B, (N, S, K) = len(q_BxTxHxK), k_NxSxK.shape
     q_LxRxTxK = _group(q_BxTxHxK, N // B)
     k_LxSxK, v_LxSxK = (x.reshape(*_leading(B, N // B), S, K) for x in (k_NxSxK, v_NxSxK))
-    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B)
+    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B, N // B)
 
 
 def _cudnn_serves(q_BxTxHxK: jax.Array, S: int, G: int) -> bool:
@@ -119,9 +119,9 @@ def _group(q_BxTxHxK: jax.Array, G: int) -> jax.Array:
     return q_BxGxRxTxK.reshape(*_leading(B, G), H // G, T, K)
 
 
-def _ungroup(x_LxRxTxK: jax.Array, B: int) -> jax.Array:
-    R, T, K = x_LxRxTxK.shape[-3:]
-    return x_LxRxTxK.reshape(B, -1, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
+def _ungroup(x_LxRxTxK: jax.Array, B: int, G: int) -> jax.Array:
+    R, T, K = x_LxRxTxK.shape[-3:]  # no size is left to be inferred: of an empty batch none can be
+    return x_LxRxTxK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, G * R * K)
 
 
 def _attend_block(
@@ -153,7 +153,8 @@ def _attend_block(
         kept = jax.random.bernoulli(key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
     weights = weights.astype(v_LxSxK.dtype).reshape(*leading, R * T, S)
-    values = _weigh(weights, v_LxSxK).reshape(*leading, *queries, -1)
+    values = _weigh(weights, v_LxSxK)
+    values = values.reshape(*leading, *queries, values.shape[-1])
     if total is None:
         total = values[..., K:]
     return (values[..., :K] / total).astype(q_LxRxTxK.dtype).reshape(*leading, R, T, K)

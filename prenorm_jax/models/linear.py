@@ -1,5 +1,6 @@
 """Linear maps: from the normalised stream, and back to it. Shape suffixes as in `transformer.py`."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0)] * len(leading) + [(0, more_in)])
     if more_in or more_out:
         kernel = jnp.pad(kernel, [(0, more_in), (0, more_out)])
-    y = x.reshape(-1, width + more_in) @ kernel
+    y = x.reshape(math.prod(leading), width + more_in) @ kernel  # not -1, which no empty batch has
     return y[:, :features].reshape(*leading, features)
 
 

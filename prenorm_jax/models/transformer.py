@@ -176,7 +176,9 @@ class Attention(nn.Module):
             reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width),
             reader(config, "value", G * K, "kv_heads", config.qkv_bias),
         ]
-        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_fused(projections, normed))
+        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (
+            y.reshape(B, T, y.shape[-1] // K, K) for y in apply_fused(projections, normed)
+        )
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
             q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)

@@ -115,12 +115,13 @@ class PatchEmbedding(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         config = self.config
         P, C, side = config.patch_size, config.channels, config.image_size // config.patch_size
+        B = len(images)
         width, stream_axis = embedding_axis(config)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         init = annotated(init, "patch", "patch", "channel", stream_axis)
         kernel = self.param("kernel", init, (P, P, C, width), config.param_dtype)
-        patches_BxTxN = images.astype(config.dtype).reshape(-1, side, P, side, P, C).swapaxes(2, 3)
-        patches_BxTxN = patches_BxTxN.reshape(-1, side * side, P * P * C)
+        patches_BxTxN = images.astype(config.dtype).reshape(B, side, P, side, P, C).swapaxes(2, 3)
+        patches_BxTxN = patches_BxTxN.reshape(B, side * side, P * P * C)
         x_BxTxD = matmul(patches_BxTxN, kernel.astype(config.dtype).reshape(P * P * C, width))
         if config.patch_bias:
             init = annotated(nn.initializers.zeros_init(), stream_axis)
