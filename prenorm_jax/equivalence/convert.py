@@ -26,12 +26,11 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError, check_choice
-from prenorm_jax.base.trees import Array, Flat, Path
+from prenorm_jax.base.trees import Array, Flat, Path, at_least_float32
 from prenorm_jax.equivalence.roles import Roles, check_roles, parameter_roles, with_biases
 from prenorm_jax.equivalence.rules import center_heads, change_coordinates, fold_layer_scales, fold_norms, split_heads
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
-from prenorm_jax.models.coordinates import at_least_float32
 from prenorm_jax.models.registry import model_config, model_defaults
 
 

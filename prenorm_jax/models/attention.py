@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.models.placement import computing_device, mesh_axis_size, platform
 
 CAUSAL_BLOCKS = 4
@@ -142,7 +143,7 @@ def _attend_block(
     # platforms that are the faster with three axes throughout.
     queries = (R * T,) if len(leading) == 1 else (R, T)
     scores = jnp.einsum("...mk,...sk->...ms", q_LxRxTxK.reshape(*leading, R * T, K), k_LxSxK)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(*leading, *queries, S)
+    scores = at_least_float32(scores).reshape(*leading, *queries, S)
     if position is not None:
         last_seen = position + jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
         scores = jnp.where(jnp.arange(S) <= last_seen, scores, -jnp.inf)

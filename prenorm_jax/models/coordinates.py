@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from prenorm_jax.base.trees import Array
+from prenorm_jax.base.trees import Array, at_least_float32
 from prenorm_jax.models.norms import CRMSNorm, LayerNorm, RMSNorm
 
 
@@ -55,11 +54,6 @@ def restore_last(y: Array, axis: int = -1) -> Array:
     """E y: d-1 entries along `axis` -> d, the last being minus the sum of the others."""
     last = -at_least_float32(y).sum(axis, keepdims=True).astype(y.dtype)
     return y.__array_namespace__().concat([y, last], axis=axis)
-
-
-def at_least_float32(x: Array) -> Array:
-    """x in float32, or in its own dtype if that is as wide. (float8 has no implicit promotion.)"""
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def entries(x: Array, which: slice, axis: int) -> Array:
