@@ -388,3 +388,75 @@ def test_trees_that_are_not_the_models_are_refused():
         convert_params({"params": params, "step": jnp.zeros(())}, config, "rmsnorm")
     with pytest.raises(PrenormError, match=r"and \d+ more"):
         convert_params({}, config, "rmsnorm")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 3e-7])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_mean_is_zero_to_the_spacing_of_its_dtype_whatever_its_size_or_order(dtype, scale):
+    """Subnormal float16 numbers are rounded absolutely; and the check's own sum must not round more than they."""
+    pre_ln = tiny(param_dtype=dtype, d_model=64, layer_scale=None)
+    params = jax.tree.map(lambda x: np.asarray(x * scale, dtype), jax.device_get(random_params(pre_ln, 0)))
+    config, rms = convert_config(pre_ln, "rmsnorm"), convert_params(params, pre_ln, "rmsnorm")
+    rms = jax.tree.map(np.asfortranarray, rms)
+    convert_params(rms, config, "crmsnorm")
+    kernel = rms["block_1"]["mlp"]["down"]["kernel"]
+    gaps = np.abs(np.nextafter(np.abs(kernel), np.asarray(np.inf, kernel.dtype)) - np.abs(kernel)).astype(float)
+    rms["block_1"]["mlp"]["down"]["kernel"] = (kernel.astype(float) + 3 * gaps.mean(-1, keepdims=True)).astype(dtype)
+    with pytest.raises(PrenormError, match=r"block_1/mlp/down/kernel is not zero-mean along the stream \(in row \d+"):
+        convert_params(rms, config, "crmsnorm")
+
+
+def test_a_sum_over_many_rows_in_another_order_is_no_mean():
+    pre_ln = tiny(d_model=1024, mlp_dim=512, heads=2)
+    rms = convert_params(jax.device_get(random_params(pre_ln, 0)), pre_ln, "rmsnorm")
+    convert_params(jax.tree.map(np.asfortranarray, rms), convert_config(pre_ln, "rmsnorm"), "layernorm")
+
+
+def test_what_bfloat16_rounded_is_refused_and_the_reason_said():
+    pre_ln = tiny(param_dtype="float32", d_model=64)
+    rms = convert_params(jax.device_get(random_params(pre_ln, 0)), pre_ln, "rmsnorm")
+    config, rounded = convert_config(pre_ln, "rmsnorm"), jax.tree.map(lambda x: x.astype(jnp.bfloat16), rms)
+    convert_params(rounded, config, "crmsnorm")
+    with pytest.raises(PrenormError, match="it is off by the rounding of bfloat16, to which its entries are rounded"):
+        convert_params(jax.tree.map(lambda x: x.astype(np.float32), rounded), config, "crmsnorm")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "bool", "complex64", "object"])
+def test_leaves_that_are_no_real_numbers_of_floating_point_are_refused(dtype):
+    config, params = tiny(), jax.device_get(random_params(tiny(), 0))
+    message = rf"block_0/mlp/up/kernel has dtype {dtype}, which is none of real"
+    params["block_0"]["mlp"]["up"]["kernel"] = params["block_0"]["mlp"]["up"]["kernel"].astype(dtype)
+    with pytest.raises(PrenormError, match=message):
+        convert_params(params, config, "rmsnorm")
+    if dtype != "object":
+        with pytest.raises(PrenormError, match=message):
+            jax.jit(lambda params: convert_params(params, config, "rmsnorm"))(params)
+
+
+@pytest.mark.parametrize("leaf", [None, [1.0, 2.0], 3.0, "x"])
+def test_leaves_that_are_no_arrays_are_refused(leaf):
+    params = jax.device_get(random_params(tiny(), 0))
+    params["block_0"]["mlp"]["up"]["kernel"] = leaf
+    with pytest.raises(PrenormError, match="block_0/mlp/up/kernel is no NumPy or JAX array but of type builtins"):
+        convert_params(params, tiny(), "rmsnorm")
+
+
+def test_float8_converts_under_jit_as_on_the_host():
+    pre_ln = tiny(d_model=64)
+    params = jax.tree.map(lambda x: x.astype("float8_e4m3fn"), jax.device_get(random_params(pre_ln, 0)))
+    host = convert_params(params, pre_ln, "crmsnorm")
+    jitted = jax.jit(lambda params: convert_params(params, pre_ln, "crmsnorm"))(params)
+    for path, leaf in flatten_dict(host).items():  # from float64 and from float32: an entry may round the other way
+        other = flatten_dict(jitted)[path]
+        assert other.dtype == leaf.dtype == jnp.float8_e4m3fn
+        assert (np.asarray(other) == leaf).mean() > 0.99
+
+
+def test_arrays_over_an_explicit_mesh_convert_or_are_refused_by_name():
+    config, params = tiny(), random_params(tiny(), 0)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    explicit = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), params)
+    expected = convert_params(params, config, "crmsnorm")
+    jax.tree.map(np.testing.assert_array_equal, convert_params(explicit, config, "crmsnorm"), expected)
+    with pytest.raises(PrenormError, match="is traced over a mesh of Explicit axes: convert outside of jit"):
+        jax.jit(lambda params: convert_params(params, config, "crmsnorm"))(explicit)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import gpt_configs, logits, pooled, random_inputs, random_params, relative, run_of, tiny
+from common import gpt_configs, logits, pooled, random_inputs, random_params, relative, run_of, tiny, tiny_vit
 from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from oracle import numpy_gpt
@@ -233,3 +233,13 @@ def test_the_derivative_by_a_frequent_tokens_row_is_not_summed_in_two_bytes():
     # So it would be, where JAX derives it: from 256 terms on a further one is half of the last digit, and rounded away.
     ones = jax.grad(lambda table: jnp.take(table, tokens, axis=0).sum())(jnp.ones((11, 2), jnp.bfloat16))
     assert ones[0, 0] < 0.5 * tokens.size
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("make", [tiny, tiny_vit])
+def test_an_empty_batch_gives_an_empty_result(make, norm):
+    config = make(norm=norm)
+    model = build_model(config)
+    inputs = model.example(batch=2, seed=0)
+    shape = jax.eval_shape(model.apply, {"params": random_params(config, 0)}, inputs[:0]).shape
+    assert shape == (0, *jax.eval_shape(model.apply, {"params": random_params(config, 0)}, inputs).shape[1:])

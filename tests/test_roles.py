@@ -207,7 +207,7 @@ def test_roles_that_do_not_fit_the_tree_or_each_other_are_refused():
         convert_tree(tree, roles, "rmsnorm", "crmsnorm")
     with pytest.raises(PrenormError, match="norm='batchnorm' is not one of layernorm, rmsnorm, crmsnorm"):
         convert_tree(tree, roles, "batchnorm", "crmsnorm")
-    with pytest.raises(PrenormError, match="head/kernel is no array"):
+    with pytest.raises(PrenormError, match="head/kernel is no NumPy or JAX array"):
         convert_tree(tree | {"head": {"kernel": [1.0]}}, roles, "layernorm", "crmsnorm")
 
 

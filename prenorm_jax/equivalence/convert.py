@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError, check_choice
-from prenorm_jax.base.trees import Array, Flat, Path
+from prenorm_jax.base.trees import Array, Flat, Path, at_least_float32
 from prenorm_jax.equivalence.roles import Roles, check_roles, parameter_roles, with_biases
 from prenorm_jax.equivalence.rules import center_heads, change_coordinates, fold_layer_scales, fold_norms, split_heads
 from prenorm_jax.models.abstract import param_shapes
@@ -129,6 +130,8 @@ def convert_tree(params: Mapping[str, Any], roles: Roles, norm: str, to: str) ->
     flat = flatten_dict(dict(params))
     if missing := sorted("/".join(map(str, path)) for path in flat.keys() ^ roles.keys()):
         raise PrenormError(f"leaves without a role, or roles without a leaf: {', '.join(missing[:8])}")
+    if wrong := [f"{'/'.join(path)} {why}" for path, leaf in flat.items() if (why := _wrong_leaf(leaf))]:
+        raise PrenormError(f"the tree cannot be converted: {'; '.join(wrong[:8])}")
     check_roles(roles, {path: getattr(leaf, "shape", None) for path, leaf in flat.items()})
     return _nested(flat, convert_leaves(flat, roles, norm, to))
 
@@ -175,7 +178,7 @@ def _widened(flat: Flat, roles: Roles, traced: bool) -> Flat:
     def widen(leaf: Array) -> Array:
         if not traced:
             return np.asarray(leaf).astype(np.float64)
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return at_least_float32(leaf)
 
     return {path: widen(leaf) if path in involved else leaf for path, leaf in flat.items()}
 
@@ -189,9 +192,9 @@ def check_tree(params: Mapping[str, Any], config: ModelConfig) -> Flat:
     problems = [f"unknown leaf {'/'.join(map(str, path))}" for path in flat if path not in expected]
     problems += [f"missing leaf {'/'.join(path)}" for path in expected if path not in flat]
     problems += [
-        f"{'/'.join(path)} has shape {flat[path].shape}, not {leaf.shape}"
+        f"{'/'.join(path)} {wrong}"
         for path, leaf in expected.items()
-        if path in flat and flat[path].shape != leaf.shape
+        if path in flat and (wrong := _wrong_leaf(flat[path], leaf.shape))
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -200,32 +203,73 @@ def check_tree(params: Mapping[str, Any], config: ModelConfig) -> Flat:
     return flat
 
 
+def _wrong_leaf(leaf: Any, shape: tuple[int, ...] | None = None) -> str:
+    """What is wrong with it as an array of floating-point numbers of this shape; "" if nothing is."""
+    try:
+        dtype = np.dtype(leaf.dtype)  # a TypeError for a torch.Tensor's
+    except (AttributeError, TypeError):
+        return f"is no NumPy or JAX array but of type {type(leaf).__module__}.{type(leaf).__qualname__}"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"has dtype {dtype}, which is none of real floating-point numbers"
+    if isinstance(leaf, jax.core.Tracer) and AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types:
+        return "is traced over a mesh of Explicit axes: convert outside of jit, or make the mesh with AxisType.Auto"
+    return "" if shape is None or tuple(leaf.shape) == shape else f"has shape {leaf.shape}, not {shape}"
+
+
 def check_zero_mean(flat: Flat, roles: Roles, norm: str, to: str) -> None:
     """Raises PrenormError where a mean is not zero, to the rounding of its dtype, that layernorm would remove.
 
     Of an rmsnorm tree that is the mean along the stream of each writer, LayerScale folded; of a tree that becomes
     layernorm, under a QK-norm, that of each head's query and key.
     """
-    scaled = {leaf for role in roles.values() for leaf, _ in role.scales}
-    for path, leaf in fold_layer_scales(flat, roles).items():
-        role = roles[path]
+    if norm == "layernorm" or (norm == "crmsnorm" and to != "layernorm"):
+        return
+    wide = {path: np.asarray(leaf).astype(np.float64) for path, leaf in flat.items()}
+    gaps = {path: _spacing(wide[path], leaf.dtype) for path, leaf in flat.items()}
+    scales = {path for path, role in roles.items() if role.scales}
+    sizes = {path: np.abs(leaf) for path, leaf in wide.items()}
+    # Rounding moves an entry by half of its spacing at most; a product of two entries by each one's times the other.
+    of_scales = fold_layer_scales(sizes | {path: gap for path, gap in gaps.items() if path in scales}, roles)
+    of_leaves = fold_layer_scales(gaps | {path: size for path, size in sizes.items() if path in scales}, roles)
+    scaled = {leaf for path in scales for leaf, _ in roles[path].scales}
+    for path, leaf in fold_layer_scales(wide, roles).items():
+        role, gap = roles[path], of_leaves[path] + (of_scales[path] if path in scaled else 0)
         if norm == "rmsnorm" and role.writes is not None:
-            wide = np.asarray(leaf).astype(np.float64)
-            # Rounding each entry to the leaf's dtype leaves a mean of at most half of this.
-            # Of a product with a LayerScale it is three roundings.
-            size = np.abs(wide).mean(role.writes) * (2 if path in scaled else 1)
-            _check_mean(path, wide.mean(role.writes), size, flat[path].dtype, "along the stream")
-        if norm != "layernorm" and to == "layernorm" and role.heads is not None:
-            heads = split_heads(np.moveaxis(np.asarray(leaf).astype(np.float64), role.heads, -1), role.head_dim)
+            rows, gaps_of_rows = (np.moveaxis(x, role.writes, -1) for x in (leaf, gap))
+            _check_mean(path, rows, gaps_of_rows, flat[path], "along the stream")
+        if to == "layernorm" and role.heads is not None:
+            heads, gaps_of_heads = (split_heads(np.moveaxis(x, role.heads, -1), role.head_dim) for x in (leaf, gap))
             # Under crmsnorm a row is the difference of two, with the rounding of both: the largest is the measure.
-            size = np.abs(heads).mean(-1).max()
-            _check_mean(path, heads.mean(-1), size, flat[path].dtype, "over each head, as its norm takes it")
+            largest = np.broadcast_to(gaps_of_heads.mean(-1, keepdims=True).max(), heads.shape)
+            _check_mean(path, heads, largest, flat[path], "over each head, as its norm takes it")
 
 
-def _check_mean(path: Path, mean: np.ndarray, size: Any, dtype: Any, where: str) -> None:
-    if not (np.abs(mean) <= float(jnp.finfo(dtype).eps) * size).all():
-        raise PrenormError(
-            f"{'/'.join(path)} is not zero-mean {where} (mean {np.abs(mean).max():.2g}, size {np.max(size):.2g}): "
-            "what an RMSNorm network does with a mean has no equivalent; parameters made from Pre-LN's have none, and "
-            "training with parameterization=pre_ln keeps them so"
-        )
+def _spacing(wide: np.ndarray, dtype: Any) -> np.ndarray:
+    """The distance, in the leaf's dtype, from each entry to the next; between subnormal numbers it is absolute."""
+    info = jnp.finfo(dtype)
+    exponent = np.where(wide == 0, info.minexp, np.frexp(wide)[1] - 1)  # of the power of two below it
+    return np.ldexp(1.0, np.maximum(exponent, info.minexp) - info.nmant)
+
+
+def _check_mean(path: Path, rows: np.ndarray, gaps: np.ndarray, stored: Array, where: str) -> None:
+    """Raises unless the mean over the last axis is zero, to the mean spacing of the entries.
+
+    And to the rounding of the sum itself, which is pairwise, and so small, only of contiguous entries.
+    """
+    rows = np.ascontiguousarray(rows)
+    mean, allowed = np.abs(rows.mean(-1)), gaps.mean(-1)
+    rounding = np.finfo(np.float64).eps * np.abs(rows).mean(-1)
+    excess = mean - (allowed + rounding)
+    if (excess <= 0).all():
+        return
+    worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
+    row = f"in row {', '.join(map(str, worst))}, " if worst else ""
+    reason = "parameters made from Pre-LN's have none, and training with parameterization=pre_ln keeps them so"
+    for narrow in ("float16", "bfloat16"):  # most of what the second holds the first does, too
+        is_rounded = jnp.finfo(narrow).bits < jnp.finfo(stored.dtype).bits and (rows == rows.astype(narrow)).all()
+        if is_rounded and (mean <= _spacing(rows, narrow).mean(-1)).all():
+            reason = f"it is off by the rounding of {narrow}, to which its entries are rounded: convert them in it"
+    raise PrenormError(
+        f"{'/'.join(path)} is not zero-mean {where} ({row}mean {rows.mean(-1)[worst]:.2g}, size "
+        f"{np.abs(rows).mean(-1)[worst]:.2g}): what an RMSNorm network does with a mean has no equivalent; {reason}"
+    )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.models.placement import computing_device, mesh_axis_size, platform
 
 CAUSAL_BLOCKS = 4
@@ -50,11 +51,11 @@ def attend(
     probability is dropped with `dropout_rate`.
     `kernel` is `ModelConfig.attention_kernel`.
     """
-    B, T, _, K = q_BxTxHxK.shape
+    B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
     if kernel == "auto" and dropout_key is None and (T == S or not causal) and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
-        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, -1)
+        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, H * K)
     q_LxRxTxK = _group(q_BxTxHxK, G)
     k_LxSxK, v_LxSxK = (x.transpose(0, 2, 1, 3).reshape(*_leading(B, G), S, K) for x in (k_BxSxGxK, v_BxSxGxK))
     columns = platform().sum_as_column
@@ -76,7 +77,7 @@ def attend(
             return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate)
 
         blocks.append(block(q_LxRxTxK, k_LxSxK, v_LxSxK, key))
-    return _ungroup(jnp.concatenate(blocks, axis=-2), B)
+    return _ungroup(jnp.concatenate(blocks, axis=-2), B, G)
 
 
 def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, position: jax.Array | int) -> jax.Array:
@@ -87,7 +88,7 @@ def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, 
     B, (N, S, K) = len(q_BxTxHxK), k_NxSxK.shape
     q_LxRxTxK = _group(q_BxTxHxK, N // B)
     k_LxSxK, v_LxSxK = (x.reshape(*_leading(B, N // B), S, K) for x in (k_NxSxK, v_NxSxK))
-    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B)
+    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B, N // B)
 
 
 def _cudnn_serves(q_BxTxHxK: jax.Array, S: int, G: int) -> bool:
@@ -119,9 +120,9 @@ def _group(q_BxTxHxK: jax.Array, G: int) -> jax.Array:
     return q_BxGxRxTxK.reshape(*_leading(B, G), H // G, T, K)
 
 
-def _ungroup(x_LxRxTxK: jax.Array, B: int) -> jax.Array:
-    R, T, K = x_LxRxTxK.shape[-3:]
-    return x_LxRxTxK.reshape(B, -1, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
+def _ungroup(x_LxRxTxK: jax.Array, B: int, G: int) -> jax.Array:
+    R, T, K = x_LxRxTxK.shape[-3:]  # no size is left to be inferred: of an empty batch none can be
+    return x_LxRxTxK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, G * R * K)
 
 
 def _attend_block(
@@ -142,7 +143,7 @@ def _attend_block(
     # platforms that are the faster with three axes throughout.
     queries = (R * T,) if len(leading) == 1 else (R, T)
     scores = jnp.einsum("...mk,...sk->...ms", q_LxRxTxK.reshape(*leading, R * T, K), k_LxSxK)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32)).reshape(*leading, *queries, S)
+    scores = at_least_float32(scores).reshape(*leading, *queries, S)
     if position is not None:
         last_seen = position + jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
         scores = jnp.where(jnp.arange(S) <= last_seen, scores, -jnp.inf)
@@ -153,7 +154,8 @@ def _attend_block(
         kept = jax.random.bernoulli(key, 1 - dropout_rate, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
     weights = weights.astype(v_LxSxK.dtype).reshape(*leading, R * T, S)
-    values = _weigh(weights, v_LxSxK).reshape(*leading, *queries, -1)
+    values = _weigh(weights, v_LxSxK)
+    values = values.reshape(*leading, *queries, values.shape[-1])
     if total is None:
         total = values[..., K:]
     return (values[..., :K] / total).astype(q_LxRxTxK.dtype).reshape(*leading, R, T, K)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from prenorm_jax.base.trees import Array
+from prenorm_jax.base.trees import Array, at_least_float32
 from prenorm_jax.models.norms import CRMSNorm, LayerNorm, RMSNorm
 
 
@@ -26,7 +25,7 @@ def center(x: Array, axis: int = -1) -> Array:
     (Once in the derivative: gradients have no mean that is far above their other entries. Once, too, of narrower dtypes
     than float32, whose own rounding is far above that of a mean in float32.)
     """
-    dtype, x = x.dtype, _at_least_float32(x)
+    dtype, x = x.dtype, at_least_float32(x)
     if x.dtype != dtype:
         return _center(x, axis).astype(dtype)
     return _center_jax(x, axis) if isinstance(x, jax.Array) else _center(_center(x, axis), axis)
@@ -53,12 +52,8 @@ def drop_last(z: Array, axis: int = -1) -> Array:
 
 def restore_last(y: Array, axis: int = -1) -> Array:
     """E y: d-1 entries along `axis` -> d, the last being minus the sum of the others."""
-    last = -_at_least_float32(y).sum(axis, keepdims=True).astype(y.dtype)
+    last = -at_least_float32(y).sum(axis, keepdims=True).astype(y.dtype)
     return y.__array_namespace__().concat([y, last], axis=axis)
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def entries(x: Array, which: slice, axis: int) -> Array:

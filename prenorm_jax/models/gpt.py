@@ -14,7 +14,7 @@ from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
 from prenorm_jax.models.linear import matmul, reader
 from prenorm_jax.models.norms import Affine
-from prenorm_jax.models.parameters import annotated
+from prenorm_jax.models.parameters import annotated, spread
 from prenorm_jax.models.placement import fusion_barrier
 from prenorm_jax.models.positions import sinusoidal_table
 from prenorm_jax.models.transformer import StreamModel, blocks, constant_table, enter_stream, make_norm, table
@@ -100,7 +100,7 @@ class GPT(StreamModel):
         cache = None
         if cache_size is not None or position is not None:
             cache = CacheUse(cache_size, 0 if position is None else position)
-        table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab")
+        table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab").astype(config.dtype)
         x_BxTxW = self._add_positions(_embed(table_VxW, tokens_BxT), position)
         x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
         if at_B is not None:
@@ -130,7 +130,8 @@ class GPT(StreamModel):
             return table_NxW[:T] if position is None else jax.lax.dynamic_slice_in_dim(table_NxW, position, T)
 
         if config.positions == "learned":
-            return x_BxTxW + rows(table(self, config, "position_embedding", config.max_len, "position"))
+            table_TxW = rows(table(self, config, "position_embedding", config.max_len, "position"))
+            return x_BxTxW + spread(table_TxW, x_BxTxW.shape, x_BxTxW.dtype)
         if config.positions == "sinusoidal":
             length = T if position is None else config.max_len
             return x_BxTxW + rows(constant_table(config, sinusoidal_table(length, config.d_model)))
@@ -151,8 +152,9 @@ class GPT(StreamModel):
         logits_BxTxV = matmul(x_BxTxW, table_VxW.T)
         if config.head_bias:
             init = annotated(nn.initializers.zeros_init(), "vocab")
-            logits_BxTxV += self.param("head_bias", init, (config.vocab_size,), config.param_dtype)
-        return logits_BxTxV.astype(config.dtype)
+            bias_V = self.param("head_bias", init, (config.vocab_size,), config.param_dtype)
+            logits_BxTxV += spread(bias_V, logits_BxTxV.shape, logits_BxTxV.dtype)
+        return logits_BxTxV
 
     @nn.nowrap
     def example(self, batch: int = 1, seed: int | None = None) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Linear maps: from the normalised stream, and back to it. Shape suffixes as in `transformer.py`."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
 from prenorm_jax.models.norms import Normed
-from prenorm_jax.models.parameters import NormSite, annotated
+from prenorm_jax.models.parameters import NormSite, annotated, spread
 from prenorm_jax.models.placement import constrain, mesh_axis_size, platform
 
 
@@ -32,7 +33,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def weights(self, width: int, norm: NormSite | None = None) -> list[jax.Array]:
-        """Kernel (width, features) and, if there is one, bias (features,), in config.dtype. `norm` feeds it."""
+        """Kernel (width, features), in config.dtype, and, if there is one, bias (features,). `norm` feeds it."""
         config = self.config
         init = nn.initializers.xavier_uniform() if config.init == "xavier" else nn.initializers.normal(self.stddev)
         init = annotated(init, *self.axes, norm=norm, head_dim=self.head_dim)
@@ -41,7 +42,7 @@ class Linear(nn.Module):
         if self.use_bias:
             init = annotated(nn.initializers.zeros_init(), self.axes[1], head_dim=self.head_dim)
             bias = self.param("bias", init, (self.features,), config.param_dtype)
-            weights.append(constrain(bias.astype(config.dtype), self.axes[1]))
+            weights.append(constrain(bias, self.axes[1]))
         return weights
 
     def __call__(self, x: jax.Array | Normed) -> jax.Array:
@@ -63,7 +64,7 @@ def apply_fused(layers: Sequence[Linear], normed: Normed) -> list[jax.Array]:
     config = layers[0].config
     remat = config.remat == "none" and (config.scan or platform().remat_normed)
     y = (rematerialised(config, read) if remat else read)(normed, kernel)
-    y = y + bias[0] if bias else y
+    y = y + spread(bias[0], y.shape, y.dtype) if bias else y
     if len(layers) == 1:
         return [constrain(y, "batch", *[None] * (y.ndim - 2), layers[0].axes[1])]
     return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
@@ -97,7 +98,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0)] * len(leading) + [(0, more_in)])
     if more_in or more_out:
         kernel = jnp.pad(kernel, [(0, more_in), (0, more_out)])
-    y = x.reshape(-1, width + more_in) @ kernel
+    y = x.reshape(math.prod(leading), width + more_in) @ kernel  # not -1, which no empty batch has
     return y[:, :features].reshape(*leading, features)
 
 
@@ -121,5 +122,5 @@ def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN:
     if config.layer_scale is not None:
         init = annotated(nn.initializers.constant(config.layer_scale), "layer_scale", scaled=write_map.path)
         scale_W = module.param(f"{name}_scale", init, (features,), config.param_dtype)
-        y_BxTxW = y_BxTxW * scale_W.astype(config.dtype)
+        y_BxTxW = y_BxTxW * spread(scale_W, y_BxTxW.shape, y_BxTxW.dtype)
     return COORDINATES[config.norm].enter(y_BxTxW) if raw else y_BxTxW

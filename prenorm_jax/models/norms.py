@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.models.parameters import NormSite, annotated
 
 
@@ -94,7 +95,7 @@ def _mean_dot(x: jax.Array, total: jax.Array | None, y: jax.Array) -> jax.Array:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).sum(-1, keepdims=True)
+    return at_least_float32(x).sum(-1, keepdims=True)
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -149,7 +150,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.normalise(x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.epsilon).product
+        y = self.normalise(at_least_float32(x), self.epsilon).product
         affine = Affine(self.use_scale, self.use_bias, self.param_dtype, self.axis, self.site)
         nn.share_scope(self, affine)
         return affine(y).astype(self.dtype or x.dtype)

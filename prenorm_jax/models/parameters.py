@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
+import jax
+import jax.numpy as jnp
 
-from prenorm_jax.base.trees import Path
+from prenorm_jax.base.trees import Path, at_least_float32
 
 STREAM_AXES = ("write", "read", "norm", "layer_scale")
 HEAD_AXES = ("normed_heads", "normed_kv_heads")
@@ -58,3 +60,12 @@ class Parameter(nn.LogicallyPartitioned):
 def annotated(init: Callable[..., Any], *axes: str, **belonging: Any) -> Callable[..., Parameter]:
     """The initialiser, whose array comes as a `Parameter` with these axis names and what belongs to it."""
     return lambda *args: Parameter(init(*args), axes, **belonging)
+
+
+def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A parameter that is the same for all tokens or examples, in this shape and dtype: all such come here.
+
+    It is broadcast in float32 at least. The transpose of a broadcast is a sum, in the dtype of the broadcast: over
+    thousands of tokens a bfloat16 one is off by percents.
+    """
+    return jnp.broadcast_to(at_least_float32(parameter), shape).astype(dtype)

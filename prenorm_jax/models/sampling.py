@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from prenorm_jax.base.errors import PrenormError, check_integer, check_range
+from prenorm_jax.base.trees import at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def choice_logits(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
 
 def choose(logits_BxV: jax.Array, sampling: Sampling, keys_B: jax.Array, position: jax.Array | int) -> jax.Array:
     """(B,) int32 tokens for `position`: a pure function of the logits, each example's key and the position."""
-    logits_BxV = logits_BxV.astype(jnp.promote_types(logits_BxV.dtype, jnp.float32))
+    logits_BxV = at_least_float32(logits_BxV)
     if sampling.temperature == 0:
         return logits_BxV.argmax(-1).astype(jnp.int32)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.models.attention import CacheUse, attend, attend_cached
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import COORDINATES
@@ -30,7 +31,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
     Where x < -5.5, that is 0 in float32, and off by 2e-7.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = at_least_float32(x)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
@@ -112,11 +113,10 @@ def embedding_axis(config: ModelConfig) -> tuple[int, str]:
 
 
 def table(module: nn.Module, config: ModelConfig, name: str, rows: int, axis: str) -> jax.Array:
-    """A learned parameter (rows, D or W) of `module`, added to the stream before the first block, in config.dtype."""
+    """A learned parameter (rows, D or W) of `module`, added to the stream before the first block."""
     width, stream_axis = embedding_axis(config)
     init = annotated(nn.initializers.normal(0.02), axis, stream_axis)
-    value = module.param(name, init, (rows, width), config.param_dtype).astype(config.dtype)
-    return constrain(value, axis, stream_axis)
+    return constrain(module.param(name, init, (rows, width), config.param_dtype), axis, stream_axis)
 
 
 def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
@@ -176,7 +176,9 @@ class Attention(nn.Module):
             reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width),
             reader(config, "value", G * K, "kv_heads", config.qkv_bias),
         ]
-        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (y.reshape(B, T, -1, K) for y in apply_fused(projections, normed))
+        q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (
+            y.reshape(B, T, y.shape[-1] // K, K) for y in apply_fused(projections, normed)
+        )
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
             q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)

@@ -13,7 +13,7 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.linear import Linear, apply_fused, matmul, reader
 from prenorm_jax.models.norms import LayerNorm, Normed
-from prenorm_jax.models.parameters import annotated
+from prenorm_jax.models.parameters import annotated, spread
 from prenorm_jax.models.positions import sincos2d_table
 from prenorm_jax.models.transformer import (
     StreamModel,
@@ -115,16 +115,17 @@ class PatchEmbedding(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         config = self.config
         P, C, side = config.patch_size, config.channels, config.image_size // config.patch_size
+        B = len(images)
         width, stream_axis = embedding_axis(config)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         init = annotated(init, "patch", "patch", "channel", stream_axis)
         kernel = self.param("kernel", init, (P, P, C, width), config.param_dtype)
-        patches_BxTxN = images.astype(config.dtype).reshape(-1, side, P, side, P, C).swapaxes(2, 3)
-        patches_BxTxN = patches_BxTxN.reshape(-1, side * side, P * P * C)
+        patches_BxTxN = images.astype(config.dtype).reshape(B, side, P, side, P, C).swapaxes(2, 3)
+        patches_BxTxN = patches_BxTxN.reshape(B, side * side, P * P * C)
         x_BxTxD = matmul(patches_BxTxN, kernel.astype(config.dtype).reshape(P * P * C, width))
         if config.patch_bias:
             init = annotated(nn.initializers.zeros_init(), stream_axis)
-            x_BxTxD += self.param("bias", init, (width,), config.param_dtype).astype(config.dtype)
+            x_BxTxD += spread(self.param("bias", init, (width,), config.param_dtype), x_BxTxD.shape, x_BxTxD.dtype)
         return x_BxTxD
 
 
@@ -235,13 +236,13 @@ class ViT(StreamModel):
             positions_TxW = table(self, config, "position_embedding", on_class + config.patches, "position")
             if on_class:
                 before[0] += positions_TxW[:1]
-            x_BxTxW += positions_TxW[int(on_class) :]
+            x_BxTxW += spread(positions_TxW[int(on_class) :], x_BxTxW.shape, x_BxTxW.dtype)
         elif config.positions == "sincos2d":
             side = config.image_size // config.patch_size
             x_BxTxW += constant_table(config, sincos2d_table(side, config.d_model))
         if config.registers:
             before.append(table(self, config, "registers", config.registers, "token"))
-        before = [jnp.broadcast_to(rows, (len(images), *rows.shape)) for rows in before]
+        before = [spread(rows, (len(images), *rows.shape), x_BxTxW.dtype) for rows in before]
         return jnp.concatenate([*before, x_BxTxW], axis=1)
 
     @nn.nowrap

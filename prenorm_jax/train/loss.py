@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.models.placement import platform
 
 
@@ -12,7 +13,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
     That of a class which is not from 0 to V-1 is NaN.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits)
     if targets.ndim == logits.ndim:
         return optax.softmax_cross_entropy(logits, targets)
     largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
@@ -46,7 +47,7 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
     All classes that are mixed in count in full (arXiv 2110.00476, section 3): those whose target is above 0.
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits)
     return optax.sigmoid_binary_cross_entropy(logits, targets > 0).mean(-1)
 
 

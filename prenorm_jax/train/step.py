@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.data.augment import Examples
 from prenorm_jax.data.kinds import Batch
 from prenorm_jax.equivalence.convert import convert_params
@@ -110,7 +111,8 @@ def make_gradients(run: Run) -> Callable[[Params, Batch, jax.Array], tuple[jax.A
 def _accumulated(
     value_and_grad: Callable[..., Any], pieces: int, computed: Params, examples: Examples, key: jax.Array
 ) -> tuple[jax.Array, Params]:
-    """The sum over `pieces` pieces of the examples. Each is split over the devices as the whole batch is."""
+    """The sum over `pieces` pieces of the examples, taken in float32 at least. Each is split over the devices as the
+    whole batch is."""
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
@@ -119,13 +121,15 @@ def _accumulated(
     def add(total: Any, piece: tuple[Examples, jax.Array]) -> tuple[Any, None]:
         value = value_and_grad(computed, *piece)
         with jax.named_scope("accumulation"):
-            return jax.tree.map(jnp.add, total, value), None
+            return jax.tree.map(lambda sum, x: sum + at_least_float32(x), total, value), None
 
     split_examples = jax.tree.map(split, examples)
     example = jax.tree.map(lambda x: x[0], split_examples)
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, computed, example, key))
+    shapes = jax.eval_shape(value_and_grad, computed, example, key)
+    zero = jax.tree.map(lambda x: at_least_float32(jnp.zeros_like(x)), shapes)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(pieces))
-    return jax.lax.scan(add, zero, (split_examples, keys))[0]
+    total = jax.lax.scan(add, zero, (split_examples, keys))[0]
+    return jax.tree.map(lambda sum, x: sum.astype(x.dtype), total, shapes)
 
 
 def make_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
