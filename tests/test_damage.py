@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
 import pytest
 from commands import ROOT, clean_environment, damage, digests, losses_of, small_run
 from kill_and_damage import check_found_or_harmless

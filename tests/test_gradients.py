@@ -39,7 +39,9 @@ def outliers(params: dict) -> dict:
             leaf = rng.normal(1, 0.1, leaf.shape) if path[-1] == "scale" else rng.normal(0, 0.5, leaf.shape)
             if path[-1] == "scale":
                 leaf[..., few] = 0.03
-        elif path[-1] == "kernel" and path[-2] in ("out", "down", "patch_embedding") or path[-1].endswith("embedding"):
+        elif (path[-1] == "kernel" and path[-2] in ("out", "down", "patch_embedding")) or path[-1].endswith(
+            "embedding"
+        ):
             leaf = rng.normal(0, 0.1, leaf.shape)
             leaf[..., few] *= 60
         else:
