@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import check_folder
 from prenorm_jax.base.flags import Parser, place
 
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model and fewer steps: about two minutes")
     parser.add_argument("--switch", action="store_true", help="instead: the norm switched every 25 steps of one run")
     args = parser.parse_args(argv)
+    check_folder(Path(args.workdir), "--workdir")
     if args.switch:
         switch_demo(Path(args.workdir))
     else:

@@ -337,7 +337,7 @@ def test_any_error_in_the_loop_saves_first_and_what_goes_on_is_bit_for_bit_the_s
     config, run = small_run(text, steps=6, dropout=0.1, log_every=4), tmp_path / "run"
     for what, at, error, message in (
         ("data", 2, PrenormError("x.png cannot be read: replace it"), r"x\.png cannot be read: replace it; step 1 is"),
-        ("step", 5, EXHAUSTED, r"memory is exhausted \(.*bytes\.\): .*--config\.accumulate=2.*fsdp.*; step 4 is"),
+        ("step", 5, EXHAUSTED, r"memory is exhausted \(.*bytes.*\): .*--config\.accumulate=2.*fsdp.*; step 4 is"),
         ("step", 6, ZeroDivisionError("a mistake"), "^a mistake$"),
     ):
         with monkeypatch.context() as patch, pytest.raises(type(error) if at == 6 else PrenormError) as caught:

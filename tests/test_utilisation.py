@@ -254,4 +254,4 @@ def test_a_trace_is_stopped_by_an_error_too_and_one_that_fails_ends_no_run(monke
     monkeypatch.setattr(profiling.jax.profiler, "stop_trace", fail)
     with traced(lambda: 1, "1:3", 0, 3, tmp_path) as step:
         assert [step(), step(), step()] == [1, 1, 1]
-    assert "warning: the profiler does not start: another is under way\n" in capsys.readouterr().err
+    assert "warning: the profiler does not start: another is under way and more\n" in capsys.readouterr().err

@@ -25,7 +25,7 @@ FREE |= {"data.stream_tokens", "data.tokenizer"}  # names: what they name is ask
 
 def wrong_values() -> list[tuple[str, str, str]]:
     """(family, key, value): for every key of the configuration one value that cannot be meant."""
-    wrong = {bool: "perhaps", int: "-1", float: "nan", str: "nonsense", tuple: "0.5"}
+    wrong = {bool: "perhaps", int: "-1", float: "nan", str: "nonsense", tuple: "none"}
     found = []
     for family, known in (("gpt", set()), ("vit", set(flatten(base_config("gpt"))))):
         config = base_config(family)
@@ -84,20 +84,20 @@ DATA = {
     "data.path={}/empty.txt": "every file is empty",
     "data.path={}/empty.jsonl": "every file is empty",
     "data.path={}/empty.parquet": "every file is empty",
-    "data.path={}/bytes.txt": r"bytes\.txt.*UTF-8.*convert or leave it out",
+    "data.path={}/bytes.txt": r"bytes\.txt.*UTF-8.*mend or leave it out",
     "data.path={}/blank.jsonl": r"blank\.jsonl.*(no|holds no) text",
-    "data.path={}/cut.jsonl": r"cut\.jsonl.*convert or leave it out",
-    "data.path={}/latin.jsonl": r"latin\.jsonl.*UTF-8",
+    "data.path={}/cut.jsonl": r"cut\.jsonl.*mend or leave it out",
+    "data.path={}/latin.jsonl": r"latin\.jsonl.*utf-8.*mend or leave it out",
     "data.path={}/column.jsonl": r"column\.jsonl.*no column data\.text_column='text'; it has content",
     "data.path={}/number.jsonl": r"number\.jsonl.*data\.text_column='text'.*not text",
     "data.path={}/list.json": r"list\.json",
     "data.path={}/one.jsonl": "a single character: give more text",
     "data.path={}/same.jsonl": r"every document is the same.*give data\.eval_path",
-    "data.path={}/junk.parquet": r"junk\.parquet.*convert or leave it out",
+    "data.path={}/junk.parquet": r"junk\.parquet.*mend or leave it out",
     "data.path={}/column.parquet": r"column\.parquet.*no column data\.text_column='text'; it has body",
     "data.path={}/number.parquet": r"number\.parquet.*data\.text_column='text' holds int64, not text",
     "data.path={}/rows.parquet": r"rows\.parquet.*no text",
-    "data.path={}/latin.parquet": r"latin\.parquet.*UTF-8",
+    "data.path={}/latin.parquet": r"latin\.parquet.*UTF8.*mend or leave it out",
     "data.path={}/cut.txt.gz": r"cut\.txt\.gz",
     "data.path={}/table.csv": r"table\.csv.*unknown type; the types are",
     "data.path={}/mixed": r"mixes json \(b\.jsonl\) and text \(a\.txt\): give one kind",
@@ -180,7 +180,7 @@ IMAGES = {
     ("data.path={}/two",): "has two files of train images",
     ("data.path={}/few",): "not as many labels as square images",
     ("data.path={}/good", "data.hub=x"): r"data\.path and data\.hub exclude each other: unset one",
-    ("data.path={}/good", "data.eval_split=test"): r"data\.eval_split='test'",
+    ("data.path={}/good", "data.eval_split=test"): r"no data\.train_split='train' that holds folders of images; it has",
     ("data.path={}/good", "data.holdout=0.01"): r"data\.holdout=0\.01 of 10 images leaves a side empty",
     ("data.path={}/good", "model.channels=4"): r"model\.channels=4",
     ("data.path={}/good", "model.classes=1"): r"model\.classes=1 is too small: the images have 2 classes",
@@ -215,6 +215,7 @@ def place_runs(saved: Path, folder: Path) -> None:
     shutil.copytree(saved, folder / "run")
     (folder / "empty").mkdir()
     (folder / "file").write_text("x")
+    (folder / "other.txt").write_text("another text " * 99)
     for name, (file, content) in {
         "no_config": ("config.json", None),
         "cut_config": ("config.json", '{"steps": 6'),
@@ -272,11 +273,12 @@ COMMANDS = {
     for command in (EVALUATE, GENERATE, CONVERT)
     for place, message in (NO_RUN | DAMAGED).items()
 }
-COMMANDS |= {TRAIN % place: message for place, message in NO_RUN.items()}
+NEW = {name: rf"{name} holds no run to go on with; a new one needs --config=FILE" for name in ("missing", "empty")}
+COMMANDS |= {TRAIN % place: message for place, message in (NO_RUN | NEW).items()}
 COMMANDS |= {
     # train.py
     "train.py --config=configs/gpt_stdlib.py": "--workdir is missing: name the folder",
-    "train.py --workdir= --config=configs/gpt_stdlib.py": "--workdir is missing: name the folder",
+    "train.py --workdir= --config=configs/gpt_stdlib.py": "--workdir: '' names no file or folder",
     "train.py --workdir={}/run surplus": "'surplus' is not a flag; flags look like",
     "train.py --workdir={}/run --config.stpes=9": "stpes.*steps",
     "train.py --workdir={}/run --config.model.nrom=rmsnorm": "nrom.*norm",
@@ -284,12 +286,12 @@ COMMANDS |= {
     "train.py --workdir={}/run --steps=9": r"--steps.*--config\.steps",
     "train.py --workdir={}/run --wrokdir=x": "wrokdir",
     "train.py --workdir={}/run --config.model.d_model=14": r"model\.d_model: 12 -> 14.*name another workdir",
-    "train.py --workdir={}/run --config.model.heads=5": r"model\.heads=5 does not divide model\.d_model=12: change one",
+    "train.py --workdir={}/run --config.model.heads=5": r"model\.kv_heads=2 does not divide model\.heads=5",
     "train.py --workdir={}/run --config.steps=many": r"--config\.steps=many",
-    "train.py --workdir={}/run --config.data.path={}/file --config.steps=9": "the data are not those",
+    "train.py --workdir={}/run --config.data.path={}/other.txt --config.steps=9": "the data are not those",
     "train.py --workdir={}/file --config=configs/gpt_stdlib.py": "file is a file: name a folder",
     "train.py --workdir={}/file/below --config=configs/gpt_stdlib.py": "below",
-    "train.py --workdir={}/new": r"no such workdir.*--config",
+    "train.py --workdir={}/new": r"new holds no run to go on with; a new one needs --config=FILE: configs/",
     "train.py --workdir={}/new --config=configs/nothing.py": r"configs/nothing\.py: no such file; .*configs/",
     "train.py --workdir={}/new --config=configs": "configs",
     "train.py --workdir={}/new --config={}/none.py": r"none\.py.*get_config",
@@ -308,7 +310,7 @@ COMMANDS |= {
     "train.py --workdir={}/run --processes=2": "--coordinator, --processes and --process go together: give all three",
     "train.py --workdir={}/run --coordinator=here --processes=2 --process=0": "--coordinator=here is not HOST:PORT",
     "train.py --workdir={}/run --coordinator=127.0.0.1:1 --processes=2 --process=2": "--process=2 must be",
-    "train.py --workdir={}/run --coordinator=127.0.0.1:1 --processes=two --process=1": "processes=two",
+    "train.py --workdir={}/run --coordinator=127.0.0.1:1 --processes=two --process=1": "--processes: .*two",
     # eval.py
     "eval.py": "--workdir",
     "eval.py --workdir={}/run --norm=batchnorm": "batchnorm",
@@ -316,7 +318,7 @@ COMMANDS |= {
     "eval.py --workdir={}/run --step=last": "--step.*last",
     "eval.py --workdir={}/run --nosuch": "--nosuch",
     "eval.py --workdir={}/run --config.model.norm=rmsnorm": r"model\.norm",
-    "eval.py --workdir={}/run --config.data.path={}/file": "the data are not those|data.*trained",
+    "eval.py --workdir={}/run --config.data.path={}/other.txt": "the data are not those|data.*trained",
     "eval.py --workdir={}/run --config.data.path={}/nothing.txt": "does not exist",
     "eval.py --workdir={}/run --process=1": "go together: give all three",
     # generate
@@ -350,7 +352,7 @@ COMMANDS |= {
     "-m prenorm_jax.compare {}/run --reference={}/other --out={}/out": "other",
     "-m prenorm_jax.compare {}/run --out={}/file/out": "file",
     # benchmark
-    "-m prenorm_jax.benchmark --quick --model=gpt": "model=gpt",
+    "-m prenorm_jax.benchmark --quick --model=gpt": "model 'gpt' is none of gpt3:SIZE",
     "-m prenorm_jax.benchmark --quick --model=bert:6x384": "bert",
     "-m prenorm_jax.benchmark --quick --model=gpt:0x8": "gpt:0x8|depth=0|must be at least",
     "-m prenorm_jax.benchmark --quick --model=gpt3:Huge": "Huge",

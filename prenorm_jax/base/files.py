@@ -62,15 +62,15 @@ def write_results(contents: Mapping[Path, bytes]) -> None:
         raise PrenormError(f"cannot write {error.filename} ({error.strerror}): choose another --out") from error
 
 
-def check_folder(folder: Path) -> None:
-    """Raises PrenormError if nothing can be written into the folder, which need not be there. Leaves nothing."""
+def check_folder(folder: Path, flag: str = "--out") -> None:
+    """Raises PrenormError, naming the flag, if nothing can be written into the folder, which need not be there."""
     place = folder.absolute()
     try:
         there = next(path for path in (place, *place.parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise PrenormError(f"cannot write into {folder} ({error.strerror}): choose another --out") from error
+        raise PrenormError(f"cannot write into {folder} ({error.strerror}): choose another {flag}") from error
 
 
 def only_process(folder: Path) -> contextlib.AbstractContextManager[None]:
