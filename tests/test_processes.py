@@ -92,6 +92,7 @@ def compare_runs(actual: Path, expected: Path) -> None:
 # --- Real processes. ---
 
 
+@pytest.mark.slow
 def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp_path):
     """The stages of many_processes.py; one process trains before and after them, and another one the whole way."""
     alone, run = tmp_path / "alone", tmp_path / "run"
