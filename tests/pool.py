@@ -47,6 +47,8 @@ TRANSFORMER = {
     "embed_dropout": DROPOUT,
     "stochastic_depth": DROPOUT,
     "stochastic_depth_schedule": ("linear", "constant"),
+    "coordinates": ("drop", "reflect"),
+    "coordinates_entry": (None, 0, 1),
 }
 OPTIONS: dict[str, dict[str, tuple]] = {
     "gpt": TRANSFORMER

@@ -33,7 +33,7 @@ from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.equivalence.rules import center_heads
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
-from prenorm_jax.models.coordinates import center
+from prenorm_jax.models.coordinates import center, coordinates
 
 # From each norm to each other one, both ways: six directions.
 ROUND = ["rmsnorm", "crmsnorm", "layernorm", "crmsnorm", "rmsnorm", "layernorm"]
@@ -116,7 +116,9 @@ def check_stacked(config: ModelConfig) -> None:
     trees = [flatten_dict(jax.device_get(random_params(config, seed))) for seed in (1, 2)]
     for to in ROUND[:4]:
         stacked = {path: np.stack([tree[path] for tree in trees]) for path in trees[0]}
-        stacked = convert_leaves(stacked, parameter_roles(config), config.norm, to, shapes(convert_config(config, to)))
+        to_config = convert_config(config, to)
+        both = coordinates(config), coordinates(to_config)
+        stacked = convert_leaves(stacked, parameter_roles(config), *both, shapes(to_config))
         trees = [flatten_dict(convert_params(unflatten_dict(tree), config, to)) for tree in trees]
         config = convert_config(config, to)
         assert stacked.keys() == trees[0].keys()

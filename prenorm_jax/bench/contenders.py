@@ -65,6 +65,7 @@ class Contender:
       folded: norms without affine, as in the variants: it is in their readers.
       wider: the LN-equivalent width is d+1, so that the stream of crmsnorm has d numbers.
       stand_in: takes the norm's place.
+      coordinates: of crmsnorm's stream.
     """
 
     norm: str
@@ -73,12 +74,13 @@ class Contender:
     folded: bool = False
     wider: bool = False
     stand_in: Callable[..., nn.Module] | None = None
+    coordinates: str = "drop"
 
     def config(self, config: ConfigDict) -> ConfigDict:
         """The run's configuration for this contender, from that of the Pre-LN run."""
         changed = ConfigDict(config.to_dict())  # resolved: no shared placeholders
         pre_ln = model_config(config.model)
-        changes: dict[str, Any] = {"norm": self.norm}
+        changes: dict[str, Any] = {"norm": self.norm, "coordinates": self.coordinates}
         if self.wider:
             changes |= {"d_model": pre_ln.d_model + 1, "head_dim": pre_ln.head_dim, "mlp_dim": pre_ln.mlp_dim}
         if self.folded:
@@ -92,13 +94,13 @@ class Contender:
     @contextlib.contextmanager
     def norms(self) -> Iterator[None]:
         """While a model of this contender is traced."""
-        own = COORDINATES[self.norm]
-        if self.stand_in is not None:
-            COORDINATES[self.norm] = dataclasses.replace(own, norm=self.stand_in)
+        key = self.norm, self.coordinates if self.norm == "crmsnorm" else ""
+        own = COORDINATES[key]
+        COORDINATES[key] = dataclasses.replace(own, norm=self.stand_in or own.norm)
         try:
             yield
         finally:
-            COORDINATES[self.norm] = own
+            COORDINATES[key] = own
 
 
 # The fastest is the baseline.
@@ -124,6 +126,8 @@ CONTENDERS = {
     "crmsnorm": Contender("crmsnorm", "its own parameters, d-1 wide"),
     "crmsnorm-pre_ln": Contender("crmsnorm", "from Pre-LN parameters, h in the step", "pre_ln"),
     "crmsnorm-aligned": Contender("crmsnorm", "d wide, of LN-equivalent width d+1", wider=True),
+    "reflected": Contender("crmsnorm", "reflected, d-1 wide", coordinates="reflect"),
+    "reflected-aligned": Contender("crmsnorm", "reflected, d wide, of d+1", wider=True, coordinates="reflect"),
     "none": Contender("layernorm", "norms removed: the bound", folded=True, stand_in=NoNorm),
 }
 

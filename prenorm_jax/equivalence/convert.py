@@ -4,9 +4,12 @@ The parameters change in these steps (`rules.py`):
 
     fold      a branch's LayerScale goes into its writer:    b ← λ ⊙ b,   W ← diag(λ) W
               a norm's affine into its readers:              b ← b + Wβ,  W ← W diag(γ)
-    to rms    from layernorm: writers W ← C W                 from crmsnorm: writers W ← E W, readers W ← [W, 0] C
-    from rms  to layernorm: nothing                           to crmsnorm: writers drop the last entry,
-                                                              readers W ← W[:d-1] - W[d-1]   (along the stream axis)
+    to rms    from layernorm: writers W ← C W
+              from crmsnorm, the last entry dropped: writers W ← E W, readers W ← [W, 0] C
+                             reflected: writers W ← B W, readers W ← W Bᵀ
+    from rms  to layernorm: nothing
+              to crmsnorm, the last entry dropped: writers without it, readers W ← W[:d-1] - W[d-1]
+                           reflected: writers W ← Bᵀ W, readers W ← W B
     heads     under a QK-norm, from layernorm:               W_q, b_q, W_k, b_k ← without the mean of each head
 
 Source: arXiv 2305.14858, section 3; docs/conversion.md for what goes beyond it.
@@ -31,6 +34,7 @@ from prenorm_jax.equivalence.roles import Roles, check_roles, parameter_roles, w
 from prenorm_jax.equivalence.rules import center_heads, change_coordinates, fold_layer_scales, fold_norms, split_heads
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.coordinates import Coordinates, coordinates, coordinates_of
 from prenorm_jax.models.registry import model_config, model_defaults
 
 
@@ -98,7 +102,8 @@ def convert_params(
 
     Args:
       params: nested dict of arrays, as `build_model(config).init(...)["params"]`; not changed.
-      config: the model config that describes it.
+      config: the model config that describes it; its keys `coordinates` and `coordinates_entry` are those of crmsnorm,
+        whether the tree is of that norm or is to be.
       to: layernorm, rmsnorm or crmsnorm.
 
     Returns:
@@ -115,11 +120,18 @@ def convert_params(
     expected = param_shapes(convert_config(source, to))  # which raises before the tree is looked at
     params = nn.unbox(flax.core.unfreeze(params) if isinstance(params, flax.core.FrozenDict) else params)
     flat = check_tree(params, source)
-    return _nested(flat, convert_leaves(flat, parameter_roles(source), source.norm, to, expected))
+    target = dataclasses.replace(source, norm=to)
+    return _nested(
+        flat, convert_leaves(flat, parameter_roles(source), coordinates(source), coordinates(target), expected)
+    )
 
 
-def convert_tree(params: Mapping[str, Any], roles: Roles, norm: str, to: str) -> dict[str, Any]:
+def convert_tree(
+    params: Mapping[str, Any], roles: Roles, norm: str, to: str, kind: str = "drop", entry: int | None = None
+) -> dict[str, Any]:
     """`convert_params` of any tree whose leaves' roles are given, of a network of which `norm` are the norms.
+
+    Under crmsnorm, be it `norm` or `to`, the stream is in the coordinates of this kind and entry (`coordinates_of`).
 
     Norms lose their affine, and readers gain the biases that take it up: the network's code has to go along. Raises
     PrenormError for a tree whose leaves are not those of the roles, for roles that do not fit each other, and for
@@ -133,7 +145,9 @@ def convert_tree(params: Mapping[str, Any], roles: Roles, norm: str, to: str) ->
     if wrong := [f"{'/'.join(path)} {why}" for path, leaf in flat.items() if (why := _wrong_leaf(leaf))]:
         raise PrenormError(f"the tree cannot be converted: {'; '.join(wrong[:8])}")
     check_roles(roles, {path: getattr(leaf, "shape", None) for path, leaf in flat.items()})
-    return _nested(flat, convert_leaves(flat, roles, norm, to))
+    check_choice("kind", kind, ("drop", "reflect"))
+    source, target = (coordinates_of(name, kind, entry) for name in (norm, to))
+    return _nested(flat, convert_leaves(flat, roles, source, target))
 
 
 def _nested(flat: Flat, converted: Flat) -> dict[str, Any]:
@@ -143,7 +157,9 @@ def _nested(flat: Flat, converted: Flat) -> dict[str, Any]:
     return unflatten_dict(converted)
 
 
-def convert_leaves(flat: Flat, roles: Roles, norm: str, to: str, biases: Collection[Path] = ()) -> Flat:
+def convert_leaves(
+    flat: Flat, roles: Roles, source: Coordinates, target: Coordinates, biases: Collection[Path] = ()
+) -> Flat:
     """The conversion of those leaves of the converted tree that `flat` determines, by path.
 
     `flat` holds whole modules with the norms that feed them and the LayerScales on them (see `rules.modules`), or the
@@ -153,10 +169,10 @@ def convert_leaves(flat: Flat, roles: Roles, norm: str, to: str, biases: Collect
     """
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values())
     if not traced:
-        check_zero_mean(flat, roles, norm, to)
+        check_zero_mean(flat, roles, source.of, target.of)
     changed = fold_norms(fold_layer_scales(_widened(flat, roles, traced), roles), roles)
-    changed = change_coordinates(changed, with_biases(roles), norm, to)
-    if norm == "layernorm":
+    changed = change_coordinates(changed, with_biases(roles), source, target)
+    if source.of == "layernorm":
         changed = center_heads(changed, with_biases(roles))
     kernels = {role.bias: path for path, role in roles.items() if role.bias is not None and path in flat}
     for bias in [bias for bias in kernels if bias in biases and bias not in changed]:

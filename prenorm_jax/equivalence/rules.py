@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from prenorm_jax.base.trees import Array, Flat, Path
 from prenorm_jax.equivalence.roles import Roles
-from prenorm_jax.models.coordinates import center, drop_last, entries, restore_last
+from prenorm_jax.models.coordinates import Coordinates, center
 from prenorm_jax.models.parameters import NormSite
 
 
@@ -71,42 +71,14 @@ def _along(vector: Array, like: Array, axis: int) -> Array:
     return vector.reshape(stacked + tuple(vector.shape[-1] if i == axis else 1 for i in own_axes))
 
 
-def _keep(x: Array, axis: int) -> Array:
-    return x
-
-
-def _read_restored(kernel: Array, axis: int) -> Array:
-    """[W, 0] C: the reader of z = E y whose entries along the stream sum to zero, from the reader of y."""
-    xp = kernel.__array_namespace__()
-    zero = xp.zeros_like(kernel.sum(axis, keepdims=True))
-    return center(xp.concat([kernel, zero], axis=axis), axis)
-
-
-def _read_compressed(kernel: Array, axis: int) -> Array:
-    """The reader of y from the reader of z = E y: W z = W[:d-1] y - W[d-1] 1ᵀy."""
-    return drop_last(kernel, axis) - entries(kernel, slice(-1, None), axis)
-
-
-# norm -> (what becomes of writers, of readers), along their stream axis
-_StreamMap = Callable[[Array, int], Array]
-_TO_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
-    "layernorm": (center, _keep),
-    "rmsnorm": (center, _keep),  # of what its dtype had rounded off: dropping an entry would multiply it by d
-    "crmsnorm": (restore_last, _read_restored),
-}
-_FROM_RMS: dict[str, tuple[_StreamMap, _StreamMap]] = {
-    "layernorm": (_keep, _keep),
-    "rmsnorm": (_keep, _keep),
-    "crmsnorm": (drop_last, _read_compressed),
-}
-
-
-def change_coordinates(flat: Flat, roles: Roles, norm: str, to: str) -> Flat:
-    """Writers and readers in the stream's coordinates under the norm `to`, from those under `norm`."""
-    if (norm, to) == ("rmsnorm", "layernorm"):
+def change_coordinates(flat: Flat, roles: Roles, source: Coordinates, target: Coordinates) -> Flat:
+    """Writers and readers in the coordinates `target` of the stream, from those in `source`; by way of rmsnorm's."""
+    if (source.of, target.of) == ("rmsnorm", "layernorm"):
         return flat  # the same numbers
+    # The mean of an rmsnorm tree's writers is what their dtype has rounded off: dropping an entry would multiply it.
+    to_rms = (source.leave if source.of == "crmsnorm" else center), source.read_back
     changed = dict(flat)
-    for maps in (_TO_RMS[norm], _FROM_RMS[to]):
+    for maps in (to_rms, (target.write, target.read)):
         for path in flat:
             for axis, change in zip((roles[path].writes, roles[path].reads), maps, strict=True):
                 if axis is not None:

@@ -13,6 +13,7 @@ from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.equivalence.rules import modules
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.parameters import HEAD_AXES, STREAM_AXES
 
 PART = 2**22  # entries of the largest leaf that are converted at once
@@ -44,6 +45,7 @@ def convert_stored(stored: Readable, new: Writable, source: ModelConfig, to: str
     does of the leaves' values, and what reading and writing raise.
     """
     target, roles = convert_config(source, to), parameter_roles(source)
+    both = coordinates(source), coordinates(target)
     old, new_axes = abstract_params(source), {path: leaf.names for path, leaf in abstract_params(target).items()}
     small = {path: stored.read(path) for path, role in roles.items() if role.affine is not None or role.scales}
     for paths in modules(roles).values():
@@ -53,7 +55,7 @@ def convert_stored(stored: Readable, new: Writable, source: ModelConfig, to: str
             flat = {
                 path: small[path][index] if path in small else stored.read(path, index) for path, index in parts.items()
             }
-            for path, leaf in convert_leaves(flat, roles, source.norm, to, new_axes).items():
+            for path, leaf in convert_leaves(flat, roles, *both, new_axes).items():
                 new.write(path, part(new_axes[path], tile), leaf)
 
 

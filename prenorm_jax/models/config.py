@@ -34,6 +34,8 @@ class ModelConfig:
 
     family: str = "gpt"  # gpt | vit: decides the other keys
     norm: str = "layernorm"  # layernorm | rmsnorm | crmsnorm
+    coordinates: str = "drop"  # drop | reflect: how crmsnorm's stream is d-1 numbers (models/coordinates.py)
+    coordinates_entry: int | None = None  # the entry, from 0, that is dropped or reflected; None: the last
     depth: int = 4  # blocks
     d_model: int = 128  # width d of the stream of the Pre-LN network
     heads: int = 4  # of queries
@@ -78,6 +80,7 @@ class ModelConfig:
     inputs: ClassVar[str]  # the kind of data that it takes: a key of `data.KINDS`
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm": NORMS,
+        "coordinates": ("drop", "reflect"),
         "activation": ACTIVATIONS,
         "init": ("normal", "xavier"),
         "stochastic_depth_schedule": ("linear", "constant"),
@@ -146,6 +149,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises PrenormError for keys that contradict each other. Families add their own."""
+        check_range("model.coordinates_entry", self.coordinates_entry, at_least=0, below=self.d_model)
         if self.shared_norm and not self.parallel:
             raise PrenormError(
                 "model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn"

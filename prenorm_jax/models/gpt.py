@@ -11,7 +11,7 @@ import numpy as np
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.attention import CacheUse
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.models.coordinates import COORDINATES
+from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.linear import matmul, reader
 from prenorm_jax.models.norms import Affine
 from prenorm_jax.models.parameters import annotated, spread
@@ -142,7 +142,7 @@ class GPT(StreamModel):
         config = self.config
         if config.final_norm:
             x_BxTxD = make_norm(config, "head_norm", affine=False)(x_BxTxD)
-        x_BxTxW = COORDINATES[config.norm].leave(x_BxTxD)
+        x_BxTxW = coordinates(config).leave(x_BxTxD)
         if config.final_norm and config.final_norm_affine:
             affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
             x_BxTxW = affine(x_BxTxW.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)

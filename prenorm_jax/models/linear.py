@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.models.coordinates import COORDINATES
+from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.norms import Normed
 from prenorm_jax.models.parameters import NormSite, annotated, spread
 from prenorm_jax.models.placement import constrain, mesh_axis_size, platform
@@ -123,4 +123,4 @@ def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN:
         init = annotated(nn.initializers.constant(config.layer_scale), "layer_scale", scaled=write_map.path)
         scale_W = module.param(f"{name}_scale", init, (features,), config.param_dtype)
         y_BxTxW = y_BxTxW * spread(scale_W, y_BxTxW.shape, y_BxTxW.dtype)
-    return COORDINATES[config.norm].enter(y_BxTxW) if raw else y_BxTxW
+    return coordinates(config).enter(y_BxTxW) if raw else y_BxTxW

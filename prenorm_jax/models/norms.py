@@ -1,15 +1,18 @@
-"""LayerNorm, RMSNorm and CRMSNorm: three Flax modules with one signature.
+"""LayerNorm, RMSNorm and CRMSNorm: Flax modules with one signature.
 
     LN(x)   = γ ⊙ (x - mean(x)) · rsqrt(var(x) + ε) + β                     x in R^d
     RMS(z)  = γ ⊙ z · rsqrt(‖z‖²/d + ε) + β                                 z in R^d
-    CRMS(y) = γ ⊙ y · rsqrt((‖y‖² + (1ᵀy)²)/d + ε) + β                      y in R^(d-1)
+    CRMS(y) = γ ⊙ y · rsqrt((‖y‖² + (1ᵀy)²)/d + ε) + β                      y in R^(d-1): z without an entry
+    CRMS(y) = γ ⊙ y · rsqrt(‖y‖²/d + ε) + β                                 y in R^(d-1): z reflected
 
-On a zero-mean z all three agree: LN(z) = RMS(z), and CRMS of z without its last entry is RMS(z) without its last entry,
-because that entry is -1ᵀy. Note the divisor of CRMSNorm: d, not the d-1 numbers it is given.
+On a zero-mean z all agree: LN(z) = RMS(z), and CRMS of z without an entry is RMS(z) without that entry, because it is
+-1ᵀy; a reflection leaves the length as it is. Note the divisor of both: d, not the d-1 numbers they are given. The
+coordinates are those of `coordinates.py`.
 Source: arXiv 2305.14858, sections 3.1 and 3.2.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -20,16 +23,18 @@ from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.models.parameters import NormSite, annotated
 
 
-class Statistics(NamedTuple):
+class Statistics(flax.struct.PyTreeNode):
     """What a norm takes of a vector x of N numbers, in float32 at least: (..., 1) each.
 
     Attributes:
       rsqrt: r = (⟨x, x⟩ + ε)^(-1/2), where ⟨·, ·⟩ is `_mean_dot`.
       total: of a CRMSNorm, the sum of x, which its ⟨x, ·⟩ takes. Of others None.
+      d: what sums are divided by.
     """
 
     rsqrt: jax.Array
     total: jax.Array | None = None
+    d: int = flax.struct.field(pytree_node=False, kw_only=True)
 
 
 class Normed(flax.struct.PyTreeNode):
@@ -49,33 +54,42 @@ class Normed(flax.struct.PyTreeNode):
     @property
     def product(self) -> jax.Array:
         """n, in x's dtype."""
-        return self.x if self.statistics is None else _multiply(self.x, *self.statistics)
+        given = self.statistics
+        return self.x if given is None else _multiply(given.d, self.x, given.rsqrt, given.total)
 
 
-@jax.custom_jvp
-def _multiply(x: jax.Array, r: jax.Array, total: jax.Array | None) -> jax.Array:
-    """x r. (The total is for the derivative.)"""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _multiply(d: int, x: jax.Array, r: jax.Array, total: jax.Array | None) -> jax.Array:
+    """x r. (d and the total are for the derivative.)"""
     return (x * r).astype(x.dtype)
 
 
 # dn = r dx - x r³ ⟨x, dx⟩. The tangents of r and total are not used, because this contains them; derivatives of the
 # rule itself go through r and total. JAX's own derivative saves more residuals, and XLA fuses it worse.
 @_multiply.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _(d: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (x, r, total), (dx, *_) = primals, tangents
-    dn = r * dx - x * (r * (r * (r * _mean_dot(x, total, dx))))
-    return _multiply(x, r, total), dn.astype(x.dtype)
+    dn = r * dx - x * (r * (r * (r * _mean_dot(d, x, total, dx))))
+    return _multiply(d, x, r, total), dn.astype(x.dtype)
 
 
 def rms_norm(z: jax.Array, epsilon: float) -> Normed:
     """RMSNorm of (..., d)."""
-    return Normed(z, Statistics(jax.lax.rsqrt(_mean_dot(z, None, z) + epsilon)))
+    return _normalise(z, None, z.shape[-1], epsilon)
 
 
 def crms_norm(y: jax.Array, epsilon: float) -> Normed:
-    """CRMSNorm of (..., d-1)."""
-    total = _sum(y)
-    return Normed(y, Statistics(jax.lax.rsqrt(_mean_dot(y, total, y) + epsilon), total))
+    """CRMSNorm of (..., d-1), where an entry of a zero-mean vector was dropped."""
+    return _normalise(y, _sum(y), y.shape[-1] + 1, epsilon)
+
+
+def reflected_rms_norm(y: jax.Array, epsilon: float) -> Normed:
+    """CRMSNorm of (..., d-1), where a zero-mean vector was reflected."""
+    return _normalise(y, None, y.shape[-1] + 1, epsilon)
+
+
+def _normalise(x: jax.Array, total: jax.Array | None, d: int, epsilon: float) -> Normed:
+    return Normed(x, Statistics(jax.lax.rsqrt(_mean_dot(d, x, total, x) + epsilon), total, d=d))
 
 
 def layer_norm(x: jax.Array, epsilon: float) -> Normed:
@@ -83,15 +97,13 @@ def layer_norm(x: jax.Array, epsilon: float) -> Normed:
     return rms_norm((x - _sum(x) / x.shape[-1]).astype(x.dtype), epsilon)
 
 
-def _mean_dot(x: jax.Array, total: jax.Array | None, y: jax.Array) -> jax.Array:
+def _mean_dot(d: int, x: jax.Array, total: jax.Array | None, y: jax.Array) -> jax.Array:
     """⟨x, y⟩ = x·y / d: (..., N), (..., N) -> (..., 1).
 
     Given the total of x, that of the vectors of d numbers whose first d-1 are x and y, and whose last is minus their
     sum.
     """
-    if total is None:
-        return _dot(x, y) / x.shape[-1]
-    return (_dot(x, y) + total * _sum(y)) / (x.shape[-1] + 1)
+    return (_dot(x, y) if total is None else _dot(x, y) + total * _sum(y)) / d
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -179,6 +191,12 @@ class RMSNorm(Norm):
 
 
 class CRMSNorm(Norm):
-    """CRMSNorm over the last axis, of width d-1: a zero-mean vector of width d without its last entry."""
+    """CRMSNorm over the last axis, of width d-1: a zero-mean vector of width d without one of its entries."""
 
     normalise = staticmethod(crms_norm)
+
+
+class ReflectedRMSNorm(Norm):
+    """CRMSNorm over the last axis, of width d-1: a zero-mean vector of width d in the coordinates of a reflection."""
+
+    normalise = staticmethod(reflected_rms_norm)

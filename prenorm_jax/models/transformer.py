@@ -17,7 +17,7 @@ import numpy as np
 from prenorm_jax.base.trees import at_least_float32
 from prenorm_jax.models.attention import CacheUse, attend, attend_cached
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.models.coordinates import COORDINATES
+from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
 from prenorm_jax.models.norms import LayerNorm, Norm, Normed, RMSNorm, Statistics
 from prenorm_jax.models.parameters import NormSite, annotated
@@ -66,7 +66,7 @@ class StreamModel(nn.Module):
 
 def make_norm(config: ModelConfig, name: str, affine: bool) -> Norm:
     """The config's norm, for values in stream coordinates."""
-    return COORDINATES[config.norm].norm(
+    return coordinates(config).norm(
         epsilon=config.epsilon,
         use_scale=affine,
         use_bias=affine and config.norm_bias,
@@ -97,7 +97,7 @@ def as_stream(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Stream:
     if config.norm == "layernorm" or config.norm_affine or config.post_norm:
         return Stream(x_BxTxD)
     with jax.named_scope("norm"):
-        return Stream(x_BxTxD, COORDINATES[config.norm].norm.normalise(x_BxTxD, config.epsilon).statistics)
+        return Stream(x_BxTxD, coordinates(config).norm.normalise(x_BxTxD, config.epsilon).statistics)
 
 
 def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
@@ -122,7 +122,7 @@ def table(module: nn.Module, config: ModelConfig, name: str, rows: int, axis: st
 def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
     """The same of a table that is computed: (T, W) -> (T, D or W)."""
     table_TxW = jnp.asarray(values_TxW, jnp.promote_types(config.dtype, jnp.float32))
-    return (table_TxW if config.raw_embedding else COORDINATES[config.norm].enter(table_TxW)).astype(config.dtype)
+    return (table_TxW if config.raw_embedding else coordinates(config).enter(table_TxW)).astype(config.dtype)
 
 
 def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
@@ -130,7 +130,7 @@ def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Ar
     if config.embed_norm:
         x_BxTxW = kept_norm(config, "embedding_norm", LayerNorm, axis="raw")(x_BxTxW)
     x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
-    return COORDINATES[config.norm].enter(x_BxTxW) if config.raw_embedding else x_BxTxW
+    return coordinates(config).enter(x_BxTxW) if config.raw_embedding else x_BxTxW
 
 
 def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
