@@ -197,11 +197,16 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("flags", IMAGES)
-def test_images_that_are_not_what_they_are_called_are_named(tmp_path, tmp_path_factory, flags):
+@pytest.fixture(scope="module")
+def bad_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     write_bad_images(folder)
-    given = [f"--config.{flag.format(folder)}" for flag in flags]
+    return folder
+
+
+@pytest.mark.parametrize("flags", IMAGES)
+def test_images_that_are_not_what_they_are_called_are_named(bad_images, tmp_path, flags):
+    given = [f"--config.{flag.format(bad_images)}" for flag in flags]
     error = error_of("train.py", *VIT, f"--workdir={tmp_path / 'run'}", *given)
     assert re.search(IMAGES[flags], error), error
     assert not list(tmp_path.iterdir())
@@ -394,6 +399,7 @@ def what_is_in(folder: Path) -> list[tuple[str, int, int]]:
     return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files if path.is_file()]
 
 
+@pytest.mark.xdist_group("places")  # which are made once, then
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_that_cannot_be_done_says_why_and_writes_nothing(places, line):
     before = what_is_in(places)
