@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="allow --to the norm of a pre_ln run: writes the parameters that its Pre-LN ones stand for",
     )
     parser.add_argument("--reset-optimizer", action="store_true", help="of a native run: start it anew")
+    parser.add_argument(
+        "--coordinates",
+        help="of crmsnorm's stream: drop | reflect, maybe with an entry, as reflect:7 (default: what rounds the least)",
+    )
     convert(**vars(parser.parse_args(argv)))
 
 

@@ -17,10 +17,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.base.trees import Flat
+from prenorm_jax.base.trees import Path
 from prenorm_jax.equivalence.convert import check_tree, convert_config, convert_params
-from prenorm_jax.equivalence.roles import Roles, parameter_roles, with_biases
+from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.equivalence.rules import fold_layer_scales, fold_norms
+from prenorm_jax.equivalence.stored import Part, Readable, read_parts
+from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import center
 from prenorm_jax.models.registry import model_config
@@ -64,41 +66,64 @@ def coordinate_choices(
     source = model_config(config)
     if source.norm == "crmsnorm":
         params, source = convert_params(params, source, "rmsnorm"), convert_config(source, "rmsnorm")
-    flat, roles = check_tree(params, source), parameter_roles(source)
-    flat = {path: np.asarray(leaf).astype(np.float64) for path, leaf in flat.items()}
-    folded, roles = fold_norms(fold_layer_scales(flat, roles), roles), with_biases(roles)
-    squares = _written(folded, roles, source) if sizes is None else np.asarray(sizes, np.float64) ** 2
-    if squares.shape != (source.d_model,):
-        raise PrenormError(f"sizes have shape {squares.shape}, not ({source.d_model},), one of each entry")
-    return rank_choices(lambda: _readers(folded, roles, source), squares)
+    return stored_choices(_Leaves(check_tree(params, source)), source, sizes)
 
 
-def _readers(folded: Flat, roles: Roles, config: ModelConfig) -> Iterator[np.ndarray]:
+class _Leaves(dict):
+    """A tree in memory, as `stored.Readable`."""
+
+    def read(self, path: Path, part: Part = ()) -> np.ndarray:
+        return np.asarray(self[path])[part]
+
+
+def stored_choices(stored: Readable, source: ModelConfig, sizes: np.ndarray | None = None) -> list[Choice]:
+    """`coordinate_choices` of a stored tree, not of crmsnorm, which is read in parts, three times."""
+    written = _written(stored, source) if sizes is None else np.asarray(sizes, np.float64) ** 2
+    if written.shape != (source.d_model,):
+        raise PrenormError(f"sizes have shape {written.shape}, not ({source.d_model},), one of each entry")
+    return rank_choices(lambda: _readers(stored, source), written)
+
+
+def _folded(stored: Readable, source: ModelConfig) -> Iterator[tuple[Path, np.ndarray]]:
+    """Parts of leaves in float64, with norms and LayerScales folded."""
+    roles = parameter_roles(source)
+    for _, flat in read_parts(stored, source):
+        wide = {path: leaf.astype(np.float64) for path, leaf in flat.items()}
+        yield from fold_norms(fold_layer_scales(wide, roles), roles).items()
+
+
+def _readers(stored: Readable, source: ModelConfig) -> Iterator[np.ndarray]:
     """(outputs, d) of each leaf that reads the stream; a tied table is one, by way of its affine."""
-    for path, role in roles.items():
-        if role.reads is not None:
-            yield np.moveaxis(folded[path], role.reads, -1).reshape(-1, config.d_model)
-    if config.tie_embeddings:
-        yield folded[("token_embedding",)] * folded.get(("head_affine", "scale"), 1)
+    roles, scale = parameter_roles(source), ("head_affine", "scale")
+    scale_D = stored.read(scale).astype(np.float64) if scale in roles else 1.0
+    for path, leaf in _folded(stored, source):
+        if path in roles and roles[path].reads is not None:
+            yield np.moveaxis(leaf, roles[path].reads, -1).reshape(-1, source.d_model)
+        elif path == ("token_embedding",) and source.tie_embeddings:
+            yield leaf * scale_D
 
 
-def _written(folded: Flat, roles: Roles, config: ModelConfig) -> np.ndarray:
-    """(d,) mean squares of the stream's entries, if what is multiplied by the kernels that write has size 1."""
-    total = np.zeros(config.d_model)
-    for path, leaf in folded.items():
-        axis = roles[path].writes
-        raw = axis is None and leaf.shape[-1:] == (config.d_model,) and roles[path].reads is None
-        if axis is None and not (raw and _writes_raw(path)):
+def _written(stored: Readable, source: ModelConfig) -> np.ndarray:
+    """(d,) mean squares of the stream's entries, if what is multiplied by the kernels that write has size 1.
+
+    Raw values are centred where they enter, and so are those of layernorm's writers in the conversion.
+    """
+    leaves, total = abstract_params(source), np.zeros(source.d_model)
+    for path, leaf in _folded(stored, source):
+        names = leaves[path].names if path in leaves else ()
+        axis = next((i - len(names) for i, name in enumerate(names) if name in ("write", "raw")), None)
+        if axis is None or (names[axis] == "raw" and not _writes_raw(path)):
             continue
-        rows = center(np.moveaxis(leaf, -1 if axis is None else axis, -1), -1)
-        square = (rows**2).reshape(-1, config.d_model)
-        total += square.mean(0) if path[-1].endswith("embedding") else square.sum(0)
+        rows = center(np.moveaxis(leaf, axis, -1)).reshape(-1, source.d_model)
+        one_of_them = names[0] in ("vocab", "position")  # a token adds one row of a table
+        total += (rows**2).sum(0) / (leaves[path].value.shape[0] if one_of_them else 1)
     return total
 
 
-def _writes_raw(path: tuple[str, ...]) -> bool:
-    """Of a leaf off the stream's coordinates: whether it writes all the same, and is centred at run time."""
-    return path[-1].endswith(("embedding", "token", "registers")) or path[-2:-1] in (("out",), ("down",), ("patch_embedding",))
+def _writes_raw(path: Path) -> bool:
+    """Of a leaf that is d wide: whether it enters the stream, centred at run time, rather than follow it."""
+    entering = ("patch_embedding", "out", "down")
+    return len(path) == 1 or (path[-2] in entering and path[0] != "pool")
 
 
 def rank_choices(readers: Callable[[], Iterator[np.ndarray]], squares: np.ndarray) -> list[Choice]:

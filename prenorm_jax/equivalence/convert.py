@@ -34,7 +34,7 @@ from prenorm_jax.equivalence.roles import Roles, check_roles, parameter_roles, w
 from prenorm_jax.equivalence.rules import center_heads, change_coordinates, fold_layer_scales, fold_norms, split_heads
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
-from prenorm_jax.models.coordinates import Coordinates, coordinates, coordinates_of
+from prenorm_jax.models.coordinates import KINDS, Coordinates, coordinates, coordinates_of
 from prenorm_jax.models.registry import model_config, model_defaults
 
 
@@ -145,7 +145,7 @@ def convert_tree(
     if wrong := [f"{'/'.join(path)} {why}" for path, leaf in flat.items() if (why := _wrong_leaf(leaf))]:
         raise PrenormError(f"the tree cannot be converted: {'; '.join(wrong[:8])}")
     check_roles(roles, {path: getattr(leaf, "shape", None) for path, leaf in flat.items()})
-    check_choice("kind", kind, ("drop", "reflect"))
+    check_choice("kind", kind, KINDS)
     source, target = (coordinates_of(name, kind, entry) for name in (norm, to))
     return _nested(flat, convert_leaves(flat, roles, source, target))
 

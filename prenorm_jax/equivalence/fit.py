@@ -10,13 +10,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.equivalence.convert import check_tree, convert_config, convert_params
 from prenorm_jax.models.abstract import param_shapes
-from prenorm_jax.models.config import EXECUTION, ModelConfig
+from prenorm_jax.models.config import EXECUTION, OF_CRMSNORM, ModelConfig
 from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
 
 
 def model_differences(config: ModelConfig, other: ModelConfig, ignored: Collection[str] = ()) -> list[str]:
     """ "model.key: value -> other value" for each key in which they differ, but for the `ignored`."""
     one, two = vars(config), vars(other)
+    if not config.norm == other.norm == "crmsnorm":
+        ignored = {*ignored, *OF_CRMSNORM}
     return [
         f"model.{key}: {one.get(key)!r} -> {two.get(key)!r}"
         for key in dict.fromkeys([*one, *two])
@@ -32,7 +34,7 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
     function (heads, activation, ε, ...) differs.
     """
     parameters = {"norm", "reader_bias", "qkv_bias", "head_bias", "use_bias", "layer_scale"}
-    parameters |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine"}
+    parameters |= {"norm_affine", "norm_bias", "final_norm_affine", "kept_norm_affine", *OF_CRMSNORM}
     training = {"stochastic_depth", "stochastic_depth_schedule", "init", "dtype", "param_dtype", *EXECUTION}
     if differences := model_differences(config, to_config, ignored={*parameters, *config.rates, *training}):
         raise PrenormError(
@@ -46,11 +48,14 @@ def fit_params(params: Mapping[str, Any], config: ModelConfig, to_config: ModelC
     def is_raw(config: ModelConfig) -> tuple[bool, bool]:
         return config.raw_embedding, config.raw_branches
 
-    if config.norm != to_config.norm or is_raw(config) != is_raw(to_config):
+    def stream(config: ModelConfig) -> tuple[Any, ...]:
+        return (config.norm, *(getattr(config, key) for key in OF_CRMSNORM if config.norm == "crmsnorm"))
+
+    if stream(config) != stream(to_config) or is_raw(config) != is_raw(to_config):
         # By way of the Pre-LN tree, which alone is the same whether there is dropout on what is written or not.
         if config.norm != "layernorm":
             params, config = convert_params(params, config, "layernorm"), convert_config(config, "layernorm")
-        config = dataclasses.replace(config, **{rate: getattr(to_config, rate) for rate in config.rates})
+        config = dataclasses.replace(config, **{key: getattr(to_config, key) for key in (*config.rates, *OF_CRMSNORM)})
         if to_config.norm != "layernorm":
             params, config = convert_params(params, config, to_config.norm), convert_config(config, to_config.norm)
     flat, fitted = flatten_dict(dict(params)), {}

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from prenorm_jax.base.trees import Path
+from prenorm_jax.base.trees import Flat, Path
 from prenorm_jax.equivalence.convert import convert_config, convert_leaves
 from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.equivalence.rules import modules
@@ -46,17 +46,27 @@ def convert_stored(stored: Readable, new: Writable, source: ModelConfig, to: str
     """
     target, roles = convert_config(source, to), parameter_roles(source)
     both = coordinates(source), coordinates(target)
-    old, new_axes = abstract_params(source), {path: leaf.names for path, leaf in abstract_params(target).items()}
+    new_axes = {path: leaf.names for path, leaf in abstract_params(target).items()}
+    for tile, flat in read_parts(stored, source, part_size):
+        for path, leaf in convert_leaves(flat, roles, *both, new_axes).items():
+            new.write(path, part(new_axes[path], tile), leaf)
+
+
+def read_parts(stored: Readable, source: ModelConfig, part_size: int = PART) -> Iterator[tuple[Tile, Flat]]:
+    """The stored tree, of a model `source`, in parts that convert by themselves (`convert_leaves`)."""
+    leaves, roles = abstract_params(source), parameter_roles(source)
     small = {path: stored.read(path) for path, role in roles.items() if role.affine is not None or role.scales}
     for paths in modules(roles).values():
-        axes = {path: list(zip(old[path].names, old[path].value.shape, strict=True)) for path in paths}
+        axes = {path: list(zip(leaves[path].names, leaves[path].value.shape, strict=True)) for path in paths}
         for tile in tiles(axes, source.head_dim, part_size):
-            parts = {path: part(old[path].names, tile) for path in paths}
-            flat = {
-                path: small[path][index] if path in small else stored.read(path, index) for path, index in parts.items()
-            }
-            for path, leaf in convert_leaves(flat, roles, *both, new_axes).items():
-                new.write(path, part(new_axes[path], tile), leaf)
+            parts = {path: part(leaves[path].names, tile) for path in paths}
+            yield (
+                tile,
+                {
+                    path: small[path][index] if path in small else stored.read(path, index)
+                    for path, index in parts.items()
+                },
+            )
 
 
 def tiles(leaves: Mapping[object, list[tuple[str, int]]], head_dim: int, part_size: int) -> Iterator[Tile]:

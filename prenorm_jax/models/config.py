@@ -19,6 +19,7 @@ from prenorm_jax.base.errors import PrenormError, check_choice, check_range
 
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
 EXECUTION = ("scan", "remat", "attention_kernel")  # keys of `model` that do not change what is computed
+OF_CRMSNORM = ("coordinates", "coordinates_entry")  # the fields that say something under crmsnorm alone
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 

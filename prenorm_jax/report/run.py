@@ -9,6 +9,7 @@ from typing import Any
 
 # These may differ: they are what is compared, and what a native run's own parameters need.
 COMPARED_KEYS = {"model.norm", "parameterization", "model.norm_affine", "model.final_norm_affine"}
+COMPARED_KEYS |= {"model.coordinates", "model.coordinates_entry"}
 COMPARED_KEYS |= {"model.reader_bias", "model.qkv_bias", "model.head_bias", "model.layer_scale"}
 
 # These leave the losses as they are but for rounding; where they do not, each start of a run has them in its settings.

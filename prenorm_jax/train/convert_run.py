@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.errors import PrenormError, check_choice
 from prenorm_jax.base.files import write_json
 from prenorm_jax.base.trees import count
+from prenorm_jax.equivalence.choice import Choice, stored_choices, with_choice
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import convert_stored
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.coordinates import KINDS
 from prenorm_jax.models.registry import build_model
 from prenorm_jax.train.checkpoint import Checkpoints, check_place
 from prenorm_jax.train.workdir import configure_jax, load_config
@@ -32,6 +35,7 @@ def convert(
     step: int | None = None,
     materialize: bool = False,
     reset_optimizer: bool = False,
+    coordinates: str | None = None,
 ) -> None:
     """Writes folder `target` with the checkpoint of run `source` as the parameters of norm `to`; prints what it did.
 
@@ -40,12 +44,19 @@ def convert(
     writes the parameters that its Pre-LN ones stand for. Parameters are read, converted and written in parts, so that
     they may be larger than memory.
 
+    The coordinates of crmsnorm's stream are those that round the least with these weights (`equivalence/choice.py`), or
+    `coordinates`: drop or reflect, with a colon and an entry or not, as reflect:7.
+
     The optimizer state is carried over, exactly, where the stored tree is: a pre_ln run to layernorm. Elsewhere its
     moments, being those of other parameters, have no exact equivalent: the optimizer starts anew, which for a native
     run has to be asked for with `reset_optimizer`. Raises PrenormError; `target` is then not made.
     """
     target = Path(target)
     check_choice("--to", to, NORMS)
+    if coordinates is not None:
+        check_choice("--coordinates", coordinates.partition(":")[0], KINDS)
+        if to != "crmsnorm":
+            raise PrenormError(f"--coordinates says something of --to=crmsnorm alone: leave it out for {to}")
     config = load_config(source)
     if target.exists():
         raise PrenormError(f"{target} exists: name a new folder")
@@ -60,14 +71,17 @@ def convert(
             metadata, model = checkpoints.metadata(step), checkpoints.model(step)
             would_lose = "optimizer" in metadata["digests"] and not reset_optimizer
             _check_wanted(source, config, model.norm, to, materialize, would_lose)
+            chosen = {}
+            if to == "crmsnorm" and model.norm != to:
+                model, chosen = _with_coordinates(checkpoints, step, model, coordinates)
             new_model = model if to == model.norm else convert_config(model, to)
             with _in_the_making(target) as folder:
-                _write(source, checkpoints, step, folder, target, new_model)
+                _write(source, checkpoints, step, folder, target, model, new_model)
                 parameterization = "pre_ln" if to == "layernorm" else "native"
                 changed = {"model": dataclasses.asdict(new_model), "parameterization": parameterization}
                 write_json(folder / "config.json", config.to_dict() | changed)
                 counts = dict.fromkeys(("trained", "computed"), count(param_shapes(new_model)))
-                record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []}
+                record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []} | chosen
                 write_json(folder / "run.json", record)
             return step
 
@@ -93,11 +107,36 @@ def _check_wanted(
         )
 
 
+def _with_coordinates(
+    checkpoints: Checkpoints, step: int, model: ModelConfig, asked: str | None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model with the coordinates that its conversion is to have, and what run.json says of them."""
+    with checkpoints.leaves(step) as stored:
+        choices = stored_choices(stored, model)
+    best, last = choices[0], model.d_model - 1
+    if asked is not None:
+        kind, _, entry = asked.partition(":")
+        if entry and not (entry.isdecimal() and int(entry) <= last):
+            raise PrenormError(f"--coordinates={asked}: name an entry from 0 to {last}, as in {kind}:{last}")
+        wanted = kind, int(entry or last)
+        best = next((choice for choice in choices if choice[:2] == wanted), Choice(*wanted, None))
+    papers = next(choice.error for choice in choices if choice[:2] == ("drop", last))
+    error = "not estimated" if best.error is None else f"{best.error:.2f} times rmsnorm's"
+    print(f"coordinates: {best.kind} entry {best.entry}; rounding predicted: {error}, dropping the last {papers:.2f}")
+    return with_choice(model, best), {"coordinates": best._asdict()}
+
+
 def _write(
-    source: str | Path, checkpoints: Checkpoints, step: int, folder: Path, target: Path, new_model: ModelConfig
+    source: str | Path,
+    checkpoints: Checkpoints,
+    step: int,
+    folder: Path,
+    target: Path,
+    model: ModelConfig,
+    new_model: ModelConfig,
 ) -> None:
     """Writes the checkpoint into `folder`, which will be `target`, and prints what it did."""
-    metadata, model, shapes = checkpoints.metadata(step), checkpoints.model(step), param_shapes(new_model)
+    metadata, shapes = checkpoints.metadata(step), param_shapes(new_model)
     if model.norm == new_model.norm:
         checkpoints.copy(step, folder)
         print(f"{source} stores its {model.norm} parameters: they and the optimizer state are carried over as they are")

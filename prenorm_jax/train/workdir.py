@@ -26,7 +26,7 @@ from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.files import flatten, read_json, write_json
 from prenorm_jax.config import full_config
-from prenorm_jax.models.config import EXECUTION, ModelConfig
+from prenorm_jax.models.config import EXECUTION, OF_CRMSNORM, ModelConfig
 from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.run import Run
 
@@ -39,6 +39,7 @@ MAY_CHANGE = {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkp
 MAY_CHANGE |= PLACES | {"profile", "on_nonfinite", "grace_seconds"}
 MAY_CHANGE |= {"accumulate", "mesh.fsdp", "mesh.tensor", "mesh.largest_replicated"}
 MAY_CHANGE |= {f"model.{key}" for key in EXECUTION}
+OF_THE_NORM = {"model.norm", *(f"model.{key}" for key in OF_CRMSNORM)}
 
 # Those of them that decide more of a step than its rounding, under some configurations: what they change.
 CHANGED_BY = {"steps": "the learning rate's schedule"} | dict.fromkeys(("accumulate", "model.scan"), "dropout's masks")
@@ -105,7 +106,7 @@ def config_differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """ "key: old -> new" for each key in which two literal configs describe different runs."""
     old_values, new_values = flatten(old), flatten(new)
     pre_ln = old.parameterization == new.parameterization == "pre_ln"
-    may_change = MAY_CHANGE | ({"model.norm"} if pre_ln else set())  # the same Pre-LN tree is trained for all three
+    may_change = MAY_CHANGE | (OF_THE_NORM if pre_ln else set())  # the same Pre-LN tree is trained for all three
     return [
         f"{key}: {old_values.get(key)!r} -> {new_values.get(key)!r}"
         for key in sorted(old_values.keys() | new_values.keys())

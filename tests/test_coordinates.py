@@ -1,0 +1,148 @@
+"""The coordinates of crmsnorm's stream: what they are, that any choice is the same function, and which is chosen."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import error_of, evaluate, here
+from common import logits, random_inputs, random_params, relative, tiny, tiny_vit
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from prenorm_jax import PrenormError, choose_coordinates, convert_config, convert_params
+from prenorm_jax.equivalence.choice import coordinate_choices, rank_choices
+from prenorm_jax.equivalence.fit import fit_params
+from prenorm_jax.models.coordinates import KINDS, center, coordinates_of
+
+MOST = [(kind, entry) for kind in KINDS for entry in (None, 0, 5)]
+
+
+def vector_c(kind: str, p: int, d: int) -> np.ndarray:
+    """The c of the law: y_k = z_k - (c_k/c_p) z_p."""
+    if kind == "drop":
+        return np.eye(d)[p]
+    return np.where(np.arange(d) == p, 1 / np.sqrt(d), 1 / (d + np.sqrt(d)))
+
+
+def in_order(d: int, p: int) -> np.ndarray:
+    """The entries of z that those of y are: the last one stands in p's place."""
+    return np.where(np.arange(d - 1) == p, d - 1, np.arange(d - 1))
+
+
+@pytest.mark.parametrize(("kind", "entry"), MOST)
+def test_the_maps_are_those_of_the_law(kind, entry):
+    d, rng = 12, np.random.default_rng(0)
+    p, own = d - 1 if entry is None else entry, coordinates_of("crmsnorm", kind, entry)
+    x, w, c, order = rng.normal(3, 1, (5, d)), rng.normal(size=(4, d)), vector_c(kind, p, d), in_order(d, p)
+    z = x - x.mean(-1, keepdims=True)
+    y = (z - c / c[p] * z[:, [p]])[:, order]
+    for maps in (np.asarray, jnp.asarray):
+        np.testing.assert_allclose(own.enter(maps(x)), y, atol=1e-14)
+        np.testing.assert_allclose(own.write(maps(z)), y, atol=1e-14)
+        np.testing.assert_allclose(own.leave(maps(y)), z, atol=1e-14)
+        np.testing.assert_allclose(own.read(maps(w)), (w - (w @ c)[:, None])[:, order], atol=1e-14)
+        np.testing.assert_allclose(own.read_back(own.read(maps(w))), center(w), atol=1e-14)
+    if kind == "reflect":
+        np.testing.assert_allclose((y**2).sum(-1), (z**2).sum(-1))
+
+
+@pytest.mark.parametrize("make", [tiny, tiny_vit])
+@pytest.mark.parametrize("changes", [{}, {"embed_dropout": 0.1, "branch_dropout": 0.1}], ids=["weights", "raw"])
+def test_every_choice_is_the_same_function_and_another_choice_than_the_trees_is_not(make, changes):
+    pre_ln = make(**changes)
+    params, inputs = jax.device_get(random_params(pre_ln, 0)), random_inputs(pre_ln)
+    expected, trees = logits(pre_ln, params, inputs), {}
+    for kind, entry in MOST[::2]:
+        config = dataclasses.replace(pre_ln, coordinates=kind, coordinates_entry=entry)
+        crms, crms_config = convert_params(params, config, "crmsnorm"), convert_config(config, "crmsnorm")
+        assert relative(logits(crms_config, crms, inputs), expected) < 1e-12
+        back = convert_params(crms, crms_config, "layernorm")
+        assert relative(logits(convert_config(crms_config, "layernorm"), back, inputs), expected) < 1e-12
+        trees[kind, entry] = crms, crms_config
+    (one, one_config), (other, other_config) = trees[MOST[0]], trees[MOST[4]]
+    assert relative(logits(other_config, one, inputs), expected) > 1e-3
+    fitted = fit_params(one, one_config, other_config)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), fitted, other)
+
+
+def test_the_law_is_the_sum_over_all_entries():
+    d, rng = 9, np.random.default_rng(1)
+    readers, squares = [rng.normal(size=(n, d)) for n in (3, 7)], rng.uniform(0.1, 9, d)
+    w = np.concatenate(readers)
+    for choice in rank_choices(lambda: iter(readers), squares):
+        c = vector_c(choice.kind, choice.entry, d)
+        leak = ((w - (w @ c)[:, None]) ** 2).sum(0)
+        sizes = squares + (c / c[choice.entry]) ** 2 * squares[choice.entry]
+        expected = np.delete(sizes * leak, choice.entry).sum() / (squares * (w**2).sum(0)).sum()
+        assert choice.error == pytest.approx(np.sqrt(expected), rel=1e-12)
+
+
+def with_outliers(config, seed: int) -> dict:
+    """Four entries of the stream 60 times the others, with small γ there."""
+    rng, flat = np.random.default_rng(seed), flatten_dict(jax.device_get(random_params(config, seed)))
+    few = rng.choice(config.d_model - 1, 4, replace=False)
+    for path, leaf in flat.items():
+        leaf = flat[path] = np.array(leaf)
+        if path[-2:-1] and path[-2].endswith("norm") and path[-1] == "scale":
+            leaf[:] = rng.normal(1, 0.1, leaf.shape)
+            leaf[few] = 0.03
+        elif path[-1].endswith("embedding") or path[-2] in ("out", "down"):
+            leaf[..., few] *= 60
+    return unflatten_dict(flat)
+
+
+def test_the_choice_rounds_like_rmsnorm_where_dropping_the_last_entry_does_not():
+    pre_ln = tiny(d_model=64, depth=3, tie_embeddings=False, layer_scale=None)
+    params, inputs = with_outliers(pre_ln, 0), random_inputs(pre_ln)
+    expected = logits(pre_ln, params, inputs)
+
+    def error(to: str, **keys) -> float:
+        config = dataclasses.replace(pre_ln, **keys)
+        narrow = jax.tree.map(lambda x: np.asarray(x, np.float32), convert_params(params, config, to))
+        config = dataclasses.replace(convert_config(config, to), dtype="float32", param_dtype="float32")
+        return float(np.sqrt(np.mean((np.asarray(logits(config, narrow, inputs), np.float64) - expected) ** 2)))
+
+    chosen, rms = choose_coordinates(params, pre_ln), error("rmsnorm")
+    last = next(choice for choice in coordinate_choices(params, pre_ln) if choice[:2] == ("drop", 63))
+    assert error("crmsnorm", **chosen) < 1.2 * rms
+    assert error("crmsnorm") > 2 * rms and last.error > 2
+
+
+def test_a_choice_of_any_tree_of_one_network_is_the_same():
+    pre_ln = tiny(d_model=16)
+    params = jax.device_get(random_params(pre_ln, 3))
+    chosen = choose_coordinates(params, pre_ln)
+    for norm in ("rmsnorm", "crmsnorm"):
+        assert (
+            choose_coordinates(convert_params(params, pre_ln, norm), convert_config(pre_ln, norm)).keys()
+            == chosen.keys()
+        )
+    assert choose_coordinates(params, pre_ln, sizes=np.ones(16))["coordinates"] in KINDS
+    with pytest.raises(PrenormError, match=r"sizes have shape \(3,\), not \(16,\)"):
+        choose_coordinates(params, pre_ln, sizes=np.ones(3))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_command_chooses_says_records_and_obeys(saved, tmp_path):
+    convert = ["-m", "prenorm_jax.convert", saved]
+    expected = evaluate(saved, x64=True)["eval_loss"]
+    for flags, wanted in (
+        ([], None),
+        (["--coordinates=reflect:3"], ("reflect", 3)),
+        (["--coordinates=drop"], ("drop", 11)),
+    ):
+        target = tmp_path / f"crms{len(list(tmp_path.iterdir()))}"
+        printed = here(*convert, target, "--to=crmsnorm", *flags, x64=True).stdout
+        record, config = (json.loads((target / name).read_text()) for name in ("run.json", "config.json"))
+        made = record["coordinates"]
+        assert f"coordinates: {made['kind']} entry {made['entry']}; rounding predicted" in printed
+        assert wanted in (None, (made["kind"], made["entry"]))
+        assert (config["model"]["coordinates"], config["model"]["coordinates_entry"]) == (made["kind"], made["entry"])
+        assert evaluate(target, x64=True)["eval_loss"] == pytest.approx(expected, rel=1e-12)
+    for wrong, message in (("turn", "--coordinates='turn' is not one of drop, reflect"), ("drop:12", "from 0 to 11")):
+        flags = "--to=crmsnorm", f"--coordinates={wrong}"
+        assert message in here(*convert, tmp_path / "new", *flags, x64=True, status=2).stderr
+    flags = "--to=rmsnorm", "--coordinates=drop"
+    assert "--coordinates says something of --to=crmsnorm alone" in error_of(*convert, tmp_path / "new", *flags)
