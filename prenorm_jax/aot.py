@@ -14,6 +14,7 @@ from prenorm_jax.base.files import check_folder, json_bytes, write_results
 from prenorm_jax.base.flags import Parser, place
 from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
 from prenorm_jax.models.placement import MESH_AXES
+from prenorm_jax.train.checks import check_config
 from prenorm_jax.train.flags import parse
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import sharding_table
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_folder(Path(args.out).parent)
     for norm in args.norm.split(",") if args.norm else [config.model.norm]:
         config.model.norm = norm
+        check_config(config)
         if args.parameters:  # no devices are needed to say how they are split
             shape = (1, config.mesh.fsdp, config.mesh.tensor)
             print(sharding_table(Run.create(config).trained, jax.sharding.AbstractMesh(shape, MESH_AXES)))

@@ -11,6 +11,7 @@ from prenorm_jax.base.console import run_command
 from prenorm_jax.base.flags import Parser, place
 from prenorm_jax.base.processes import check_same, initialize, is_first, refused_alike
 from prenorm_jax.config import load_data
+from prenorm_jax.train.checks import check_config
 from prenorm_jax.train.evaluation import evaluate, load_as, mesh_for
 from prenorm_jax.train.flags import override
 from prenorm_jax.train.restore import check_data, check_vocabulary
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.workdir)
         override(config, rest, parser, PLACES)
         configure_jax(config)
+        check_config(config)
         mesh, norm = mesh_for(config), args.norm or config.model.norm
         metadata, model, params = load_as(args.workdir, norm, args.step, mesh)
         data, step = load_data(config), metadata["step"]

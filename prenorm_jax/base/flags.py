@@ -4,6 +4,7 @@ import argparse
 import difflib
 import functools
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,15 @@ class Parser(argparse.ArgumentParser):
         """Raises PrenormError, where argparse prints how the command is used and ends the process."""
         raise PrenormError(f"command line: {message}; --help lists the flags")
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's; but one that is nearly a flag is named before those that are missing."""
+        args = sys.argv[1:] if args is None else args
+        for name in (argument.split("=")[0] for argument in args if argument.startswith("--")):
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            if name not in known and "." not in name and difflib.get_close_matches(name, known, cutoff=0.7):
+                raise self.unknown(name)
+        return super().parse_known_args(args, namespace)
+
     def print_help(self, file: Any = None) -> None:
         """Prints it at once, so that a pipe that is closed shows here."""
         print(self.format_help(), file=file, flush=True)
@@ -37,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         """What to say of an argument that is no flag: those among its flags and `others` that may be meant."""
         flags, name = [*self._option_string_actions, *others], argument.split("=")[0]
         if not name.startswith("-"):
-            return PrenormError(f"command line: {argument!r} is not a flag; flags look like {flags[0]}=VALUE")
+            return PrenormError(f"command line: {argument!r} is not a flag; flags look like {flags[-1]}=VALUE")
         keys = {flag.lstrip("-").removeprefix("config."): flag for flag in flags}
         wanted = name.lstrip("-").removeprefix("config.")
         close = functools.partial(difflib.get_close_matches, cutoff=0.7)

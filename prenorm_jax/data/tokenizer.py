@@ -73,7 +73,7 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
             vocabulary="bytes",
         )
     path = Path(os.path.expanduser(name))
-    local = path.exists() or path.suffix == ".json"
+    local = path.is_file() or path.suffix == ".json"
     remedy = "give a valid" if local else "it needs network access, or give a local"
     with _refusing(f"data.tokenizer={name!r} cannot be loaded", f"{remedy} tokenizers .json file, or 'bytes'"):
         tokenizer = Tokenizer.from_file(str(path)) if local else Tokenizer.from_pretrained(name)

@@ -60,9 +60,15 @@ def complete_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
+def _whole(workdir: str | Path) -> Path:
+    """Its absolute path, without the `..` that TensorStore refuses."""
+    path = Path(workdir).absolute()
+    return path.resolve() if ".." in path.parts else path
+
+
 def check_place(workdir: str | Path) -> None:
     """Raises PrenormError if checkpoints in a folder of this name could not be read again."""
-    path = str(Path(workdir).absolute())
+    path = str(_whole(workdir))
     if found := re.search(r"[\[*?\\]", path):
         raise PrenormError(f"{path} has a {found[0]} in its name, special to Orbax: name another folder")
 
@@ -95,7 +101,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         """Opens (and, unless `read_only`, creates) the folder; at most `keep` checkpoints stay, the latest."""
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = _whole(workdir) / "checkpoints"
         self._read_only = read_only
         # Orbax logs every save, every item it was not asked for, and errors with their traces: here they are raised.
         logging.set_verbosity(logging.FATAL)
@@ -222,7 +228,7 @@ class Checkpoints:
                 raise ValueError("metadata differ from what was saved")
             if metadata["step"] != step:
                 raise ValueError(f"it is that of step {metadata['step']} under another name")
-            if any(type(metadata[key]) is not kind for key, kind in _KINDS.items()):
+            if any(type(metadata[key]) is not kind for key, kind in _KINDS.items()) or not metadata["digests"]:
                 raise ValueError("metadata are not what was saved")
         return metadata
 

@@ -23,6 +23,8 @@ def check_config(config: ConfigDict) -> None:
         check_range(key, config[key], at_least=0, below=_INT32)
     check_range("seed", config.seed, at_least=0, below=2**32)
     check_range("optimizer.warmup_steps", config.optimizer.warmup_steps, at_least=0, below=_INT32)
+    for key in ("fsdp", "tensor"):
+        check_range(f"mesh.{key}", config.mesh[key], at_least=1, below=_INT32)
     check_range("mesh.largest_replicated", config.mesh.largest_replicated, at_least=0)
     for key in ("learning_rate", "final_learning_rate", "weight_decay", "clip", "eps"):
         check_range(f"optimizer.{key}", config.optimizer[key], at_least=0)

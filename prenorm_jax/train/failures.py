@@ -53,5 +53,5 @@ class Place:
         if not same:
             raise Unwritable(
                 f"{self._folder} was removed, renamed or replaced while it was trained in: put it back under this "
-                "name, and the same command goes on from its last complete checkpoint"
+                "name, in place of what is there now, and the same command goes on from its last complete checkpoint"
             )

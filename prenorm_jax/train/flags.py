@@ -52,9 +52,9 @@ def read_config(given: str) -> ConfigDict:
     try:
         config = runpy.run_path(file)["get_config"](*argument)
         values = config.to_dict() if isinstance(config, ConfigDict) else None
-    except Exception as error:  # a config file is a program: anything can be wrong with it
+    except (Exception, SystemExit) as error:  # a config file is a program: anything can be wrong with it
         kind = "" if isinstance(error, PrenormError) else f"{type(error).__name__}: "
-        raise PrenormError(f"--config={given}: {kind}{' '.join(str(error).split())}") from error
+        raise PrenormError(f"--config={given}: {kind}{' '.join(str(error).split()) or 'it says no more'}") from error
     if values is None:
         raise PrenormError(f"--config={given}: its get_config returns no ConfigDict, but a {type(config).__name__}")
     found, keys = flatten(values).keys(), flatten(base_config(full_config(values, f"--config={given}").model.family))

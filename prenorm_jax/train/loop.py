@@ -196,6 +196,7 @@ class _Training:
         self._checkpoints.save(done, params, opt_state, model, skipped, data.digest, data.vocabulary)
         if jax.default_backend() == "cpu":  # what is written in the background takes the cores that train
             self._checkpoints.wait()
+        self._place.check()  # again: Orbax makes the folders that it does not find
         self._record.saved(self._checkpoints.steps())  # of one that is still being written, those before
 
     def _saved(self) -> None:

@@ -64,7 +64,8 @@ class MetricsWriter:
     `images_per_s`), `model_flops_per_s` and, where the peak is known, `mfu` are of the steps fetched together: their
     number over the time from the end of the last one before them to that of their own last. What is no step, such as
     evaluating, saving and compiling, is left out. The last step before a pause, fetched alone, would be timed over
-    next to nothing: its rate is that of all since the fetch before the last. A step's tokens are those of its whole
+    next to nothing: its rate is that of all since the fetch before the last. The first step of a start, whose program
+    runs for the first time, is fetched alone and has no rate. A step's tokens are those of its whole
     batch, however many passes it takes. With `config.on_nonfinite` "stop" a step whose numbers are not finite is not
     written, but raises `NonFinite`. All of many processes fetch; the first writes.
     """
@@ -84,6 +85,7 @@ class MetricsWriter:
         self._queued = int(jax.default_backend() != "cpu")  # steps that a fetch leaves to the next: see configure_jax
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._clock, self._before = clock, (0.0, 0)  # seconds and steps fetched together before, since the last pause
+        self._is_first = True  # what is fetched next
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -158,6 +160,8 @@ class MetricsWriter:
             seconds, steps = seconds + before[0], steps + before[1]
         units_per_s = self._units_per_step * steps / seconds
         rates = {f"{self._unit}s_per_s": units_per_s, **self._utilisation.rates(seconds / steps)}
+        if self._is_first:
+            self._is_first, self._before, rates = False, (0.0, 0), {}
         for (step, _), arrays in zip(ready, fetched, strict=True):
             values = jax.tree.map(float, arrays)
             if self._stop and not all(map(math.isfinite, values.values())):
@@ -165,8 +169,11 @@ class MetricsWriter:
             self._write(step, values | rates)
         self._pending = self._pending[count:]
         loss = float(fetched[-1]["loss"])
-        used = f"{rates['mfu']:.1%} mfu" if "mfu" in rates else f"{rates['model_flops_per_s'] / 1e9:,.0f} GFLOP/s"
-        self._progress.show(ready[-1][0], f"loss {loss:.4f}, {units_per_s:,.0f} {self._unit}s/s, {used}")
+        used = (
+            f"{rates['mfu']:.1%} mfu" if "mfu" in rates else f"{rates.get('model_flops_per_s', 0) / 1e9:,.3g} GFLOP/s"
+        )
+        speed = f", {units_per_s:,.0f} {self._unit}s/s, {used}" if rates else ""
+        self._progress.show(ready[-1][0], f"loss {loss:.4f}{speed}")
 
 
 def _leaves_numbers(error: BaseException) -> bool:
@@ -233,7 +240,7 @@ def drop_after(path: Path, step: int, first: int) -> None:
             if entry["step"] <= step:
                 kept.append(line + b"\n")
                 trained |= {entry["step"]} if "loss" in entry else set()
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             damaged += bool(line) and number < len(lines)
     if damaged:
         say(f"warning: {path} had {damaged} damaged lines, now left out")

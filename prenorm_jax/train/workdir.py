@@ -52,8 +52,9 @@ def load_config(workdir: str | Path) -> ConfigDict:
         raise PrenormError(f"no such workdir: {workdir}")
     if not path.is_file():
         raise PrenormError(f"{workdir} holds no run: there is no config.json in it")
+    stored = read_json(path)
     try:
-        return full_config(read_json(path), "not a configuration")
+        return full_config(stored, "not a configuration")
     except PrenormError as error:
         raise PrenormError(f"{path} is damaged: {error}; restore it from a copy") from error
 
@@ -81,7 +82,7 @@ def absolute(config: ConfigDict) -> ConfigDict:
     for values, key in ((config, "init_from"), *((data, key) for key in ("path", "eval_path", "cache"))):
         if key in values:
             values[key] = made(values[key])
-    if "tokenizer" in data and (data.tokenizer.endswith(".json") or Path(data.tokenizer).expanduser().exists()):
+    if "tokenizer" in data and (data.tokenizer.endswith(".json") or Path(data.tokenizer).expanduser().is_file()):
         data.tokenizer = made(data.tokenizer)
     return config
 
@@ -203,6 +204,7 @@ def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
     known = isinstance(sessions, list) and all(isinstance(session, dict) for session in sessions)
     for each in [{"step": record.get("last_saved", 0), "norm": ""}, *(sessions if known else [])]:
         known = known and type(each.get("step")) is int and isinstance(each.get("norm"), str)
+        known = known and isinstance(each.get("settings", {}), dict)
     if not known:
         raise PrenormError(f"{path} is damaged: its starts or its last_saved are none; restore it from a copy")
     return record
