@@ -1,6 +1,8 @@
 """The benchmark: what it compares, its arithmetic, its verdicts, and that it runs."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import time
 
@@ -21,7 +23,7 @@ from prenorm_jax.config import data_kind
 from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models import placement
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.coordinates import COORDINATES
+from prenorm_jax.models.coordinates import COORDINATES, KINDS
 from prenorm_jax.models.registry import build_model, model_config
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
@@ -35,15 +37,16 @@ def test_all_contenders_but_none_compute_one_function():
     pre_ln = Run.create(CONTENDERS["layernorm"].config(config)).computed
     params, tokens = random_params(pre_ln, 0), random_inputs(pre_ln)
     expected = jax.jit(build_model(pre_ln).apply)({"params": params}, tokens)
-    variants = {"layernorm": params}
-    variants |= {norm: convert_params(params, pre_ln, norm) for norm in ("rmsnorm", "crmsnorm")}
+    variants = {("layernorm", kind): params for kind in KINDS}
+    for norm, kind in itertools.product(("rmsnorm", "crmsnorm"), KINDS):
+        variants[norm, kind] = convert_params(params, dataclasses.replace(pre_ln, coordinates=kind), norm)
     for name, contender in CONTENDERS.items():
         model = Run.create(contender.config(config)).computed
         if contender.wider:
             assert model.stream_width == pre_ln.d_model and model.head_dim == pre_ln.head_dim
             continue
         with contender.norms():
-            given = variants["rmsnorm" if contender.folded else contender.norm]
+            given = variants["rmsnorm" if contender.folded else contender.norm, contender.coordinates]
             if contender.stand_in is NoNorm:
                 given = {key: value for key, value in given.items() if key != "head_affine"}
             actual = jax.jit(build_model(model).apply)({"params": given}, tokens)
@@ -51,7 +54,7 @@ def test_all_contenders_but_none_compute_one_function():
             assert relative(actual, expected) > 0.1
         else:
             assert relative(actual, expected) < (1e-6 if name == "flax-one-pass" else 1e-9)
-    assert COORDINATES["layernorm"].norm.__name__ == "LayerNorm"
+    assert COORDINATES["layernorm", ""].norm.__name__ == "LayerNorm"
 
 
 def test_a_share_is_of_the_way_to_no_norm_and_not_given_where_noise_hides_it():
