@@ -164,7 +164,7 @@ def check_steps(config, batch: dict, size: int) -> None:
     assert np.isfinite(losses).all()
 
 
-@pytest.mark.slow
+@pytest.mark.wide  # most of a minute, and the ViTs of other tests take the same steps
 def test_the_imagenet_vit_takes_the_same_step_under_each_norm():
     config = get_config("vit_s16_imagenet")
     config.batch_size = 2

@@ -153,6 +153,11 @@ TURNS = [
 QUICK = [(2, 4, 1)]
 
 
+def how_long(shape: tuple[int, int, int]) -> pytest.MarkDecorator:
+    """Of few devices along one axis alone: what they would show, more of them do, and those along two."""
+    return pytest.mark.wide if sorted(shape)[:2] == [1, 1] and max(shape) < 8 else pytest.mark.slow
+
+
 def test_turns_meet():
     """Each family with each norm meets every axis of the mesh; all else meets those, the axes, and one another."""
     fields = [field.name for field in dataclasses.fields(Turn)[1:]]
@@ -174,7 +179,7 @@ def test_turns_meet():
         pytest.param(
             turn,
             id="x".join(map(str, turn.shape)),
-            marks=[pytest.mark.xdist_group(turn.family), *[pytest.mark.slow][: turn.shape not in QUICK]],
+            marks=[pytest.mark.xdist_group(turn.family), *([] if turn.shape in QUICK else [how_long(turn.shape)])],
         )
         for turn in TURNS
     ],
