@@ -37,15 +37,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.workdir)
         override(config, rest, parser, PLACES)
         configure_jax(config)
-        mesh, norm = mesh_for(config), args.norm or config.model.norm
-        metadata, model, params = load_as(args.workdir, norm, args.step, mesh)
-        data, step = load_data(config), metadata["step"]
+        mesh, norm, data = mesh_for(config), args.norm or config.model.norm, load_data(config)
         data.check_model(config)
+    check_same("the norm or the data", (norm, data.digest))
+    metadata, model, params = load_as(args.workdir, norm, args.step, mesh)
+    step = metadata["step"]
+    with refused_alike():
         place_of = f"{args.workdir} at step {step}"
         check_vocabulary(metadata, data.vocabulary, place_of)
         if not args.other_data:
             check_data(metadata, data, place_of, "--other-data evaluates on these")
-    check_same("the checkpoint, the norm or the data", (step, norm, data.digest))
     run = Run.create(config, mesh).computing(model)
     result = evaluate(run, make_eval_step(run), params, data)
 

@@ -102,23 +102,34 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
     pair = [start(*arguments, i, text, tmp_path, JAX_ENABLE_X64=1, PYTHONPATH=ROOT) for i in range(2)]
     statuses, outputs, errors = finish(pair)
     stages = [[json.loads(line) for line in output.splitlines()] for output in outputs]
-    assert [len(stage) for stage in stages] == [4, 4], (outputs, errors)
+    assert [len(stage) for stage in stages] == [7, 7], (outputs, errors)
 
     # What is refused by all, in the same words, one says, and nothing is written.
     for (first, second), error, shared in zip(
-        zip(*(stage[:3] for stage in stages), strict=True),
-        ["/nowhere/at/all.txt' does not exist", "another process refused", "processes differ in their configuration"],
-        [True, False, True],
+        zip(*(stage[:6] for stage in stages), strict=True),
+        [
+            "/nowhere/at/all.txt' does not exist",
+            "another process refused",
+            "another process refused",
+            "processes differ in their configuration",
+            "another process refused",
+            "no such workdir",
+        ],
+        [True, False, False, True, False, True],
         strict=True,
     ):
         assert error in first["error"] and first["shared"] == second["shared"] == shared
         assert (first["error"] == second["error"]) == shared
         assert not first["there"]
-    assert "/nowhere/at/all.txt' does not exist" in stages[1][1]["error"]
+    assert (
+        "/nowhere/at/all.txt' does not exist" in stages[1][1]["error"]
+        and stages[1][2] | {"refused": "by one"} == (stages[1][1])
+    )
+    assert "no such workdir" in stages[1][4]["error"]
 
     # A signal to one stops all at the same step.
-    stopped = stages[0][3]
-    assert stopped == stages[1][3]
+    stopped = stages[0][6]
+    assert stopped == stages[1][6]
     assert stopped["saved"][-1] == stopped["steps"] >= 12
     assert stopped["interrupted"].startswith(f"SIGTERM at step {stopped['steps']}: saved in")
 
