@@ -65,7 +65,7 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> tuple[lis
 
 def lines(printed: str) -> list[str]:
     """Without the lines of progress, and the line that every process says when it starts to wait."""
-    first, *rest = printed.removeprefix("importing the libraries and reading the data\n").splitlines()
+    first, *rest = re.sub("^importing the libraries.*\n", "", printed).splitlines()
     assert re.fullmatch(r"waiting for \d processes at .*, for at most \d+ s", first), printed
     return [line for line in rest if line.strip() and not re.match(r"step \d+ of", line)]
 
@@ -121,10 +121,7 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
         assert error in first["error"] and first["shared"] == second["shared"] == shared
         assert (first["error"] == second["error"]) == shared
         assert not first["there"]
-    assert (
-        "/nowhere/at/all.txt' does not exist" in stages[1][1]["error"]
-        and stages[1][2] | {"refused": "by one"} == (stages[1][1])
-    )
+    assert all("/nowhere/at/all.txt' does not exist" in stages[1][i]["error"] for i in (1, 2))
     assert "no such workdir" in stages[1][4]["error"]
 
     # A signal to one stops all at the same step.
