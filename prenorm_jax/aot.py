@@ -5,24 +5,24 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import check_folder, json_bytes, write_results
 from prenorm_jax.base.flags import Parser, place
-from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
-from prenorm_jax.models.placement import MESH_AXES
-from prenorm_jax.train.checks import check_config
-from prenorm_jax.train.flags import parse
-from prenorm_jax.train.run import Run
-from prenorm_jax.train.sharding import sharding_table
-from prenorm_jax.train.workdir import configure_jax
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compiles and prints, for each norm that is named."""
+    import jax  # here, as all that takes seconds
+
+    from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
+    from prenorm_jax.models.placement import MESH_AXES
+    from prenorm_jax.train.run import Run
+    from prenorm_jax.train.sharding import sharding_table
+    from prenorm_jax.train.workdir import configure_jax
+
     args, config = _parse(argv)
     logging.disable(logging.ERROR)  # jax tells of what is installed and found
     configure_jax(config)
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[Namespace, ConfigDict]:
+    from prenorm_jax.train.flags import parse
+
     parser = Parser("python -m prenorm_jax.aot", __doc__, add_help=False)
     parser.add_argument("--topology", default="v5p:2x2x1", help="TPUs, as v5e:4x4, v5p:4x4x8 or v6e:8x8 (%(default)s)")
     parser.add_argument("--norm", help="norms to compile, with commas between them (default: the config's)")
@@ -63,4 +65,5 @@ def _parse(argv: Sequence[str] | None) -> tuple[Namespace, ConfigDict]:
 
 
 if __name__ == "__main__":
+    say("importing the libraries")
     run_command(main)

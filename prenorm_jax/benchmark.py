@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
-from prenorm_jax.base.console import run_command
+from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError, check_range
 from prenorm_jax.base.files import check_folder
 from prenorm_jax.base.flags import Parser, place
-from prenorm_jax.bench import compiled, report, timing
-from prenorm_jax.bench.contenders import CONTENDERS, Setting
-from prenorm_jax.bench.tasks import TASKS, contenders_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line; prints a table, writes JSON and PNG. Raises PrenormError."""
+    import jax  # here, as all that takes seconds
+
+    from prenorm_jax.bench import compiled, report, timing
+    from prenorm_jax.bench.contenders import CONTENDERS, Setting
+    from prenorm_jax.bench.tasks import TASKS, contenders_of
+
     parser = Parser("python -m prenorm_jax.benchmark", __doc__)
     tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
     parser.add_argument("--model", default="gpt:6x384", help="gpt:DEPTHxWIDTH, gpt3:Small, vit:S/16, ... (%(default)s)")
@@ -57,4 +58,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    say("importing the libraries")
     run_command(main)

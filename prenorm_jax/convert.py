@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from prenorm_jax.base.console import run_command
+from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.flags import Parser, place
-from prenorm_jax.models.config import NORMS
-from prenorm_jax.train.convert_run import convert
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line."""
+    from prenorm_jax.models.config import NORMS  # here, as all that takes seconds
+    from prenorm_jax.train.convert_run import convert
+
     parser = Parser("python -m prenorm_jax.convert", __doc__)
     parser.add_argument("source", type=place, help="folder of a run, or of a converted checkpoint")
     parser.add_argument("target", type=place, help="folder to write: must not exist")
@@ -29,4 +30,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    say("importing the libraries")
     run_command(main)

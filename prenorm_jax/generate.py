@@ -8,41 +8,40 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from prenorm_jax.base.console import run_command, say
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.flags import Parser, place
-from prenorm_jax.models.continuation import write_texts
-from prenorm_jax.models.decoding import as_read, generate
-from prenorm_jax.models.registry import build_model, family
-from prenorm_jax.models.sampling import Sampling
-from prenorm_jax.train.evaluation import load_as
-from prenorm_jax.train.flags import override
-from prenorm_jax.train.restore import check_vocabulary
-from prenorm_jax.train.workdir import PLACES, configure_jax, load_config
+
+if TYPE_CHECKING:
+    from prenorm_jax.models.decoding import generate
 
 __all__ = ["generate", "main"]  # the first is the Python interface
 
 
+def __getattr__(name: str) -> Any:
+    if name != "generate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from prenorm_jax.models.decoding import generate  # on first use: what it needs takes seconds to import
+
+    return generate
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, generates, prints. Raises PrenormError."""
-    parser = Parser("python -m prenorm_jax.generate", __doc__)
-    parser.add_argument("workdir", type=place, help="folder of a run, or of a converted checkpoint")
-    parser.add_argument(
-        "--prompt", action="append", help="what the text begins with (default: nothing); may be repeated"
-    )
-    parser.add_argument("--tokens", type=int, default=100, help="how many new ones, at most (default: 100)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens of probability p together")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--norm", help="layernorm, rmsnorm or crmsnorm: convert first (default: the run's own)")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser = _parser()
     args, rest = parser.parse_known_args(argv)
 
-    # Imported here: it takes half a second, for which the commands that build on this module do not wait.
-    from prenorm_jax.data.tokenizer import check_vocab_size, load_tokenizer
+    from prenorm_jax.data.tokenizer import check_vocab_size, load_tokenizer  # here, as all that takes seconds
+    from prenorm_jax.models.continuation import write_texts
+    from prenorm_jax.models.decoding import as_read
+    from prenorm_jax.models.registry import build_model, family
+    from prenorm_jax.models.sampling import Sampling
+    from prenorm_jax.train.evaluation import load_as
+    from prenorm_jax.train.flags import override
+    from prenorm_jax.train.restore import check_vocabulary
+    from prenorm_jax.train.workdir import PLACES, configure_jax, load_config
 
     prompts = args.prompt or [""]
     sys.stdout.reconfigure(encoding="utf-8")
@@ -77,5 +76,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"stopped where model.max_len={model.max_len} is full{which}")
 
 
+def _parser() -> Parser:
+    parser = Parser("python -m prenorm_jax.generate", __doc__)
+    parser.add_argument("workdir", type=place, help="folder of a run, or of a converted checkpoint")
+    parser.add_argument(
+        "--prompt", action="append", help="what the text begins with (default: nothing); may be repeated"
+    )
+    parser.add_argument("--tokens", type=int, default=100, help="how many new ones, at most (default: 100)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens of probability p together")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--norm", help="layernorm, rmsnorm or crmsnorm: convert first (default: the run's own)")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
 if __name__ == "__main__":
+    say("importing the libraries")
     run_command(main)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from prenorm_jax.base.console import run_command
 from prenorm_jax.base.errors import Interrupted, PrenormError
 from prenorm_jax.base.processes import initialize, wait_for_all
 from prenorm_jax.config import base_config
+from prenorm_jax.evaluate import main as evaluate
 from prenorm_jax.train.checkpoint import complete_steps
 from prenorm_jax.train.loop import train
 from prenorm_jax.train.workdir import configure_jax
@@ -67,13 +69,23 @@ def send_when(condition: Callable[[], bool], number: signal.Signals) -> None:
 
 
 def refusals(process: int, text: Path, folder: Path) -> None:
-    for name, config in {
-        "by all": run_config(Path("/nowhere/at/all.txt")),
-        "by one": run_config(text if process == 0 else Path("/nowhere/at/all.txt")),
+    nowhere = Path("/nowhere/at/all.txt")
+    other, source = text if process == 0 else nowhere, str(folder / "alone")
+    runs = {
+        "by all": run_config(nowhere),
+        "by one": run_config(other),
+        "by one, while the other has checkpoints to read": run_config(other, init_from=source),
         "different": run_config(text, seed=process),
-    }.items():
+    }
+    places = {
+        "evaluating, by one": source if process == 0 else f"{source}-missing",
+        "evaluating, by all": str(folder / "missing"),
+    }
+    attempts = {name: functools.partial(train, on_many(config), folder / "refused") for name, config in runs.items()}
+    attempts |= {name: functools.partial(evaluate, [f"--workdir={place}"]) for name, place in places.items()}
+    for name, attempt in attempts.items():
         try:
-            train(on_many(config), folder / "refused")
+            attempt()
         except PrenormError as error:
             say(refused=name, error=str(error), shared=error.shared, there=(folder / "refused").exists())
 

@@ -17,10 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import prenorm_jax.generate as generate_module
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params
 from prenorm_jax.data.tokenizer import load_tokenizer
+from prenorm_jax.models import continuation
 from prenorm_jax.models.config import NORMS
 from prenorm_jax.models.continuation import TextStream, write_texts
 from prenorm_jax.models.decoding import NO_TOKEN, decode_step, generate, prefill
 from prenorm_jax.models.sampling import Sampling, choice_logits, choose
+from prenorm_jax.train import evaluation, workdir
 
 CONFIGS = {
     "learned, tied": {"depth": 2},
@@ -332,13 +334,14 @@ def test_the_command_casts_what_the_model_reads_in_its_dtype_once_and_rounds_not
     params = random_params(config, 4, embedding_mean=3.0)
     given = {}
     run = ConfigDict({"model": dict(vars(config)), "data": {"tokenizer": "bytes", "eot_token": None}})
-    monkeypatch.setattr(generate_module, "load_config", lambda workdir: run)
-    monkeypatch.setattr(generate_module, "configure_jax", lambda config: None)
-    monkeypatch.setattr(generate_module, "load_as", lambda workdir, norm, step: ({"step": 1}, config, params))
+    monkeypatch.setattr(workdir, "load_config", lambda workdir: run)
+    monkeypatch.setattr(workdir, "configure_jax", lambda config: None)
+    monkeypatch.setattr(evaluation, "load_as", lambda workdir, norm, step: ({"step": 1}, config, params))
     monkeypatch.setattr(
-        generate_module, "write_texts", lambda model, params, *rest: given.update(model=model, params=params) or []
+        continuation, "write_texts", lambda model, params, *rest: given.update(model=model, params=params) or []
     )
     generate_module.main(["run"])
+    assert generate_module.generate is generate, "which Python users import from there"
     flat = flatten_dict(given["params"])
     read = {path[-1]: leaf.dtype for path, leaf in flat.items()}
     assert read.pop("kernel") == read.pop("token_embedding") == read.pop("position_embedding") == jnp.bfloat16

@@ -65,7 +65,7 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> tuple[lis
 
 def lines(printed: str) -> list[str]:
     """Without the lines of progress, and the line that every process says when it starts to wait."""
-    first, *rest = printed.removeprefix("importing the libraries and reading the data\n").splitlines()
+    first, *rest = re.sub("^importing the libraries.*\n", "", printed).splitlines()
     assert re.fullmatch(r"waiting for \d processes at .*, for at most \d+ s", first), printed
     return [line for line in rest if line.strip() and not re.match(r"step \d+ of", line)]
 
@@ -102,23 +102,31 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
     pair = [start(*arguments, i, text, tmp_path, JAX_ENABLE_X64=1, PYTHONPATH=ROOT) for i in range(2)]
     statuses, outputs, errors = finish(pair)
     stages = [[json.loads(line) for line in output.splitlines()] for output in outputs]
-    assert [len(stage) for stage in stages] == [4, 4], (outputs, errors)
+    assert [len(stage) for stage in stages] == [7, 7], (outputs, errors)
 
     # What is refused by all, in the same words, one says, and nothing is written.
     for (first, second), error, shared in zip(
-        zip(*(stage[:3] for stage in stages), strict=True),
-        ["/nowhere/at/all.txt' does not exist", "another process refused", "processes differ in their configuration"],
-        [True, False, True],
+        zip(*(stage[:6] for stage in stages), strict=True),
+        [
+            "/nowhere/at/all.txt' does not exist",
+            "another process refused",
+            "another process refused",
+            "processes differ in their configuration",
+            "another process refused",
+            "no such workdir",
+        ],
+        [True, False, False, True, False, True],
         strict=True,
     ):
         assert error in first["error"] and first["shared"] == second["shared"] == shared
         assert (first["error"] == second["error"]) == shared
         assert not first["there"]
-    assert "/nowhere/at/all.txt' does not exist" in stages[1][1]["error"]
+    assert all("/nowhere/at/all.txt' does not exist" in stages[1][i]["error"] for i in (1, 2))
+    assert "no such workdir" in stages[1][4]["error"]
 
     # A signal to one stops all at the same step.
-    stopped = stages[0][3]
-    assert stopped == stages[1][3]
+    stopped = stages[0][6]
+    assert stopped == stages[1][6]
     assert stopped["saved"][-1] == stopped["steps"] >= 12
     assert stopped["interrupted"].startswith(f"SIGTERM at step {stopped['steps']}: saved in")
 

@@ -205,7 +205,15 @@ def test_a_native_run_does_not_switch(text, tmp_path):
 def test_only_what_the_readme_lists_may_change(text):
     """Of every key of a configuration: another value is another run, or one of these."""
     allowed = {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
-    allowed |= {"on_nonfinite", "grace_seconds", "profile", "data.cache", "accumulate", "model.attention_kernel"}
+    allowed |= {
+        "on_nonfinite",
+        "grace_seconds",
+        "profile",
+        "init_from",
+        "data.cache",
+        "accumulate",
+        "model.attention_kernel",
+    }
     allowed |= {"mesh.fsdp", "mesh.tensor", "mesh.largest_replicated", "model.scan", "model.remat"}
     places = {"data.path", "data.eval_path", "data.tokenizer"}  # the content is compared instead
     assert set(MAY_CHANGE) == allowed | places

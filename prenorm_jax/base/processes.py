@@ -183,7 +183,10 @@ def wait_for_all(what: str) -> None:
 
 @contextlib.contextmanager
 def refused_alike() -> Iterator[None]:
-    """What is refused in it (PrenormError) is refused by all processes, mostly in the same words: then one says it."""
+    """What is refused in it (PrenormError) is refused by all processes, mostly in the same words: then one says it.
+
+    It is for what one process alone may refuse. Nothing in it may wait for the others: the one that refused is here.
+    """
     try:
         yield
     except PrenormError as error:

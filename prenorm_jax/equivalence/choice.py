@@ -27,6 +27,7 @@ from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import center
 from prenorm_jax.models.registry import model_config
 
+PART_SIZE = 2**20  # entries of a part, of which there are some copies in float64
 CANDIDATES = 64  # entries that are tried: those with the smallest readers, those that are smallest, and the last
 
 
@@ -87,7 +88,7 @@ def stored_choices(stored: Readable, source: ModelConfig, sizes: np.ndarray | No
 def _folded(stored: Readable, source: ModelConfig) -> Iterator[tuple[Path, np.ndarray]]:
     """Parts of leaves in float64, with norms and LayerScales folded."""
     roles = parameter_roles(source)
-    for _, flat in read_parts(stored, source):
+    for _, flat in read_parts(stored, source, PART_SIZE):
         wide = {path: leaf.astype(np.float64) for path, leaf in flat.items()}
         yield from fold_norms(fold_layer_scales(wide, roles), roles).items()
 

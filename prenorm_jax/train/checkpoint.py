@@ -33,7 +33,16 @@ from flax.traverse_util import unflatten_dict
 
 from prenorm_jax.base.errors import PrenormError, SharedError, Unwritable, first_line
 from prenorm_jax.base.files import write_whole
-from prenorm_jax.base.processes import count_processes, first_said, is_first, lost_process, wait_for_all
+from prenorm_jax.base.processes import (
+    check_same,
+    count_processes,
+    first_said,
+    is_first,
+    lost_process,
+    of_first,
+    refused_alike,
+    wait_for_all,
+)
 from prenorm_jax.base.trees import Flat
 from prenorm_jax.equivalence.convert import check_tree
 from prenorm_jax.equivalence.stored import PART, part, tiles
@@ -97,7 +106,10 @@ class Damaged(SharedError):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. A context manager: leaving it waits for a save that is still being written."""
+    """The checkpoints of one workdir. A context manager: leaving it waits for a save that is still being written.
+
+    Many processes make and use it together, outside `refused_alike`: most of what is here waits for all of them.
+    """
 
     def __init__(self, workdir: str | Path, keep: int | None = None, read_only: bool = False):
         """Opens (and, unless `read_only`, creates) the folder; at most `keep` checkpoints stay, the latest."""
@@ -106,10 +118,11 @@ class Checkpoints:
         # Orbax logs every save, every item it was not asked for, and errors with their traces: here they are raised.
         logging.set_verbosity(logging.FATAL)
         sys.unraisablehook = _ignore_late_callbacks
-        if read_only and not self.directory.parent.is_dir():
-            raise PrenormError(f"no such workdir: {workdir}")
-        if read_only and not self.directory.is_dir():
-            raise PrenormError(f"{workdir} holds no checkpoints (no folder {self.directory.name} in it)")
+        with refused_alike():
+            if read_only and not self.directory.parent.is_dir():
+                raise PrenormError(f"no such workdir: {workdir}")
+            if read_only and not self.directory.is_dir():
+                raise PrenormError(f"{workdir} holds no checkpoints (no folder {self.directory.name} in it)")
         cleanup = not read_only  # of a save that was killed
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=cleanup)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -139,13 +152,15 @@ class Checkpoints:
     def of(self, step: int | None, use: Callable[[int], T]) -> T:
         """`use(step)`; of the latest for None: where its run removed it meanwhile, of the one that then is.
 
-        Raises PrenormError if there is none, and what `use` raises.
+        Raises PrenormError if there is none, or not the same one for all processes, and what `use` raises.
         """
-        tried = self.resolve(step)
+        with refused_alike():
+            tried = self.resolve(step)
         try:
+            check_same("the checkpoint that they find", self.metadata(tried))
             return use(tried)
         except Damaged:
-            if step is not None or self.resolve(None) == tried:
+            if step is not None or of_first(self.steps()[-1:] == [tried]):
                 raise
         return self.of(None, use)
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from prenorm_jax.base.processes import refused_alike
 from prenorm_jax.data import Data
 from prenorm_jax.equivalence.convert import convert_config, convert_params
 from prenorm_jax.models.config import ModelConfig
@@ -37,7 +38,8 @@ def load_as(
 
     def read(step: int) -> tuple[dict[str, Any], ModelConfig, ModelConfig, bool, dict[str, Any]]:
         stored = checkpoints.model(step)
-        model = stored if norm == stored.norm else convert_config(stored, to=norm)
+        with refused_alike():
+            model = stored if norm == stored.norm else convert_config(stored, to=norm)
         split = mesh is not None and stored.norm in (norm, "layernorm")
         _, params = checkpoints.params(step, params_sharding(stored, mesh) if split else None)
         return checkpoints.metadata(step), stored, model, split, params
@@ -47,7 +49,8 @@ def load_as(
     formats = None if mesh is None else params_formats(model, mesh)
     if norm != stored.norm:
         convert = functools.partial(convert_params, config=stored, to=norm)
-        params = (jax.jit(convert, out_shardings=formats) if split else convert)(params)
+        with refused_alike():  # of a split tree all is refused while it is traced, by all
+            params = (jax.jit(convert, out_shardings=formats) if split else convert)(params)
     if mesh is not None:
         params = (to_formats if split else put_everywhere)(params, formats)
     return metadata, model, params

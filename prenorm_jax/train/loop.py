@@ -64,10 +64,10 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         data = load_data(config)
         data.check_model(config)
         training = _Training(run, data, workdir, record)
-        given = load_init_from(run) if config.init_from and is_new else None
     check_same("their configuration", flatten(config))
     check_same("their data", data.digest)
     check_same("the checkpoints that they find", complete_steps(workdir / "checkpoints"))
+    given = load_init_from(run) if config.init_from and is_new else None
     if is_first():
         workdir.mkdir(parents=True, exist_ok=True)
     wait_for_all("the workdir is there")

@@ -9,6 +9,7 @@ import numpy as np
 
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.processes import refused_alike
 from prenorm_jax.data import Data
 from prenorm_jax.equivalence.fit import fit_params, model_differences
 from prenorm_jax.models.config import EXECUTION
@@ -108,4 +109,5 @@ def load_init_from(run: Run) -> Any:
     with Checkpoints(os.path.expanduser(run.config.init_from), read_only=True) as source:
         step, (model, params) = source.of(None, lambda step: (step, source.params(step)))
     say(f"parameters from {run.config.init_from} at step {step} ({model.norm})")
-    return fit_params(params, model, run.trained)
+    with refused_alike():
+        return fit_params(params, model, run.trained)

@@ -33,10 +33,10 @@ from prenorm_jax.train.run import Run
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 # What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the
-# data lie may change because their content may not: `restore._load` sees to that.
+# data lie may change because their content may not: `restore._load` sees to that. And `init_from` is of a run's start.
 PLACES = {"data.path", "data.eval_path", "data.tokenizer", "data.cache"}
 MAY_CHANGE = {"steps", "stop_at", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
-MAY_CHANGE |= PLACES | {"profile", "on_nonfinite", "grace_seconds"}
+MAY_CHANGE |= PLACES | {"profile", "on_nonfinite", "grace_seconds", "init_from"}
 MAY_CHANGE |= {"accumulate", "mesh.fsdp", "mesh.tensor", "mesh.largest_replicated"}
 MAY_CHANGE |= {f"model.{key}" for key in EXECUTION}
 OF_THE_NORM = {"model.norm", *(f"model.{key}" for key in OF_CRMSNORM)}
