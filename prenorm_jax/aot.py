@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from prenorm_jax.bench.compiled import HBM_GIB, compile_step, report_text, topology_devices
     from prenorm_jax.models.placement import MESH_AXES
+    from prenorm_jax.train.checks import check_config
     from prenorm_jax.train.run import Run
     from prenorm_jax.train.sharding import sharding_table
     from prenorm_jax.train.workdir import configure_jax

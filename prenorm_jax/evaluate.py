@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         place_of = f"{args.workdir} at step {step}"
         check_vocabulary(metadata, data.vocabulary, place_of)
         if not args.other_data:
-            check_data(metadata, data, place_of, "--other-data evaluates on these")
+            check_data(metadata, data, config, place_of, "--other-data evaluates on these")
+    check_same("the checkpoint, the norm or the data", (step, norm, data.digest))
     run = Run.create(config, mesh).computing(model)
     result = evaluate(run, make_eval_step(run), params, data)
 

@@ -434,7 +434,8 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused_wherever_it_is_read(runs, t
     for run in (runs["layernorm"], tmp_path / "rms"):
         assert message in error_of("prenorm_jax.generate", run, "--prompt=def norm", flag)
     assert message in error_of("eval.py", f"--workdir={run}", "--other-data", flag)
-    assert "cannot be loaded" in error_of("prenorm_jax.generate", run, f"{flag}.missing.json")
+    message = error_of("prenorm_jax.generate", run, f"{flag}.missing.json")
+    assert "cannot be loaded" in message and "--config.data.tokenizer=FILE" in message
 
 
 def test_materialize_writes_the_parameters_that_a_pre_ln_run_computes(runs, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
-from commands import here, losses_of
+from commands import error_of, here, losses_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,6 +25,7 @@ from prenorm_jax.data.image_files import square
 from prenorm_jax.data.images import load_images
 from prenorm_jax.data.windows import example_rows
 from prenorm_jax.train.loss import rank_of_label
+from prenorm_jax.train.restore import check_data
 
 
 def vit_config(**changes):
@@ -161,6 +163,14 @@ def test_a_split_is_a_folder_that_is_called_so(tmp_path):
             described(**{key: "validation"})
 
 
+def test_folders_of_splits_under_other_names_are_not_taken_for_classes_without_a_remedy(tmp_path):
+    for split in ("Train", "Test"):
+        make_classes(tmp_path / split, "a", "b")
+    keys = r"no images of two classes; left out: 40 nested .*data\.train_split, data\.eval_split$"
+    with pytest.raises(PrenormError, match=keys):
+        load_images(vit_config(data__path=str(tmp_path)))
+
+
 def test_what_is_left_out_of_a_folder_is_counted_and_said(tmp_path):
     make_classes(tmp_path, "a", "b", "c")
     make_classes(tmp_path / "b" / "more", "deep", count=2)
@@ -184,7 +194,7 @@ def test_what_is_left_out_of_a_folder_is_counted_and_said(tmp_path):
         "1 folders without images (empty)",
         "1 of other types (a/notes.txt)",
         "1 hidden (a/.hidden.bmp)",
-        "2 neither file nor folder (self)",
+        "2 links to nothing (self)",
         "1 links back (a/back)",
         "5 unreadable (b/deeper.png: mode 'I;16' has more than 8 bits a channel: convert it first)",
     ):
@@ -245,14 +255,29 @@ def test_an_image_that_cannot_be_decoded_ends_nothing(tmp_path, capsys):
         data.summarize({"weight": 0.0, "nats": 0.0, "top1": 0.0, "top5": 0.0})
     for file in (tmp_path / "train").rglob("*.bmp"):
         truncate(file, keep=0.9)
-    with pytest.raises(PrenormError, match="12 images in a row cannot be decoded"):
+    with pytest.raises(
+        PrenormError, match=r"12 images in a row cannot .* restore them as they were; .*another workdir"
+    ):
         load_images(config).train_batch(config, 0)
     (tmp_path / "test" / "a" / "1.bmp").unlink()
     with pytest.raises(PrenormError, match=r"1\.bmp cannot be read any more \(No such file"):
         list(data.eval_batches(config))
 
 
-def test_a_run_goes_on_past_a_damaged_image(tmp_path):
+def test_of_many_images_that_cannot_be_decoded_only_the_first_are_named(tmp_path, capsys):
+    make_classes(tmp_path, "a", "b", count=60)
+    for file in tmp_path.rglob("*.bmp"):
+        truncate(file)
+    data = load_images(vit_config(data__path=str(tmp_path)))
+    for _ in range(2):
+        assert not data.train.read(np.arange(96))[1].any()
+    said = capsys.readouterr().err.splitlines()
+    assert [" cannot be decoded (" in line for line in said] == [True] * 10 + [False] * 8
+    assert said[9].endswith("10 so far, more are only counted")
+    assert said[-1] == f"warning: data.path={str(tmp_path)!r}: 90 images cannot be decoded so far"
+
+
+def test_a_run_goes_on_past_a_damaged_image_but_not_past_a_mended_one(tmp_path):
     make_classes(tmp_path / "pictures", "a", "b", count=10)
     flags = ["--config=configs/vit_digits.py", f"--config.data.path={tmp_path / 'pictures'}", "--config.batch_size=4"]
     flags += ["--config.model.depth=1", "--config.steps=6", "--config.eval_every=3", f"--workdir={tmp_path / 'run'}"]
@@ -260,6 +285,19 @@ def test_a_run_goes_on_past_a_damaged_image(tmp_path):
     printed = here("train.py", *flags)
     assert "done: 6 of 6 steps" in printed.stderr and printed.stderr.count("3.bmp cannot be decoded") == 1
     assert len(losses_of(tmp_path / "run")) == 6 and np.isfinite(list(losses_of(tmp_path / "run").values())).all()
+    assert "leave it as it is" in printed.stderr
+    shutil.copy(tmp_path / "pictures" / "a" / "4.bmp", tmp_path / "pictures" / "a" / "3.bmp")
+    message = error_of("train.py", *flags[1:], "--config.steps=7")
+    assert "restore them as they were, damaged files too, say where they lie now (--config.data.path=), or " in message
+    assert f"with --config.init_from={tmp_path / 'run'}" in message
+
+
+def test_only_keys_that_say_where_these_data_lie_are_offered(tmp_path):
+    make_pictures(tmp_path)
+    cases = [(vit_config(), "too, or go"), (vit_config(data__path=str(tmp_path)), "too, say where they lie now (")]
+    for config, message in cases:
+        with pytest.raises(PrenormError, match=re.escape(message)):
+            check_data({"data": "another"}, load_images(config), config, "here", "go")
 
 
 def test_pictures_that_change_change_the_digest(tmp_path):

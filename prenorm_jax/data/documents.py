@@ -41,6 +41,7 @@ _COMPRESSED = {
     ".zst": lambda file, mode: io.BufferedReader(pa.input_stream(str(file), compression="zstd")),
 }
 _KNOWN = f"{' '.join(FILE_FORMATS)}, all but .parquet also with {' '.join(_COMPRESSED)}"
+_JSON = json.JSONDecoder(parse_int=len)  # no number is used, and `int` refuses the longest
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -66,7 +67,9 @@ def find_files(path: str, key: str) -> tuple[dict[str, Path], str]:
         left_out = LeftOut(root)
         found = [file for file in _glob(root, given.relative_to(root)) if file.is_file()]
     else:
-        raise PrenormError(f"{origin} does not exist: give a file, a folder or a glob")
+        what = "links to nothing" if given.is_symlink() else "does not exist"
+        what = "is neither file nor folder" if os.path.exists(given) else what
+        raise PrenormError(f"{origin} {what}: give a file, a folder or a glob")
     if not found:
         raise PrenormError(f"{origin} matches no file of a known type{left_out}; the types are {_KNOWN}")
     together, filled = set(found), {}
@@ -123,12 +126,12 @@ def _check_kinds(files: dict[str, Path], origin: str) -> None:
 
 
 def warn_of_splits(files: dict[str, Path], origin: str) -> None:
-    """Says which of the files to train on, beside others that are called train, are called something else."""
+    """Says which of the files to train on, beside others, are called as what is not trained on."""
     data = [name for name in files if not re.search(r"\.(py|md|rst)\b", name.lower())]  # which may be about training
     words = {name: set(re.split(r"[^a-z]+", name.lower())) for name in data}
-    train = [name for name in data if words[name] & {"train", "training"}]
-    others = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
-    others = [name for name in data if words[name] & others and name not in train]
+    other = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+    train = [name for name in data if words[name] & {"train", "training"} or not words[name] & other]
+    others = [name for name in data if name not in train]
     if train and others:
         say(
             f"warning: {origin} trains not only on {train[0]} but also on {', '.join(others[:3])}"
@@ -217,7 +220,7 @@ def _json_rows(content: BinaryIO) -> Iterator[tuple[int, Any]]:
             if not text.strip():
                 continue
             try:
-                rows = [json.loads(text.strip())]
+                rows = [_JSON.decode(text.strip())]
             except json.JSONDecodeError:
                 if found:
                     raise
@@ -234,9 +237,9 @@ def _json_rows(content: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _json_values(text: str) -> Iterator[Any]:
     """One after the other, with whatever white space between and within them."""
-    place, decoder, space = 0, json.JSONDecoder(), re.compile(r"\s*")
+    place, space = 0, re.compile(r"\s*")
     while (place := space.match(text, place).end()) < len(text):
-        value, place = decoder.raw_decode(text, place)
+        value, place = _JSON.raw_decode(text, place)
         yield value
 
 
@@ -282,7 +285,11 @@ def loading_hub(name: str, config_name: str | None, split: str = "") -> Iterator
         # Where `datasets` only says that it failed, the cause says why.
         cause = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room for its cache" if full else "it needs network access, or give local files as data.path"
+        remedy = (
+            "make room for its cache"
+            if full
+            else "it needs network access, or, for a new run, local files as data.path"
+        )
         raise PrenormError(
             f"{origin} with data.hub_config={config_name!r}{split} cannot be loaded: {first_line(cause)}; {remedy}"
         ) from error
@@ -363,7 +370,7 @@ def _text_column(dataset: Dataset, column: str, origin: str) -> Dataset:
 
 
 def _no_column(column: str, columns: Iterable[str], origin: str) -> PrenormError:
-    return PrenormError(f"{origin} has no column data.text_column={column!r}; it has {', '.join(columns)}")
+    return PrenormError(f"{origin} has no column data.text_column={column!r}; it has {', '.join(columns) or 'none'}")
 
 
 def _no_text(column: str, found: object, origin: str) -> PrenormError:

@@ -42,7 +42,7 @@ def list_folder(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]
                 elif path.is_file() if entry.is_symlink() else entry.is_file():
                     files.append(path)
                 else:
-                    left_out.add("neither file nor folder", path)
+                    left_out.add("neither file nor folder" if os.path.exists(path) else "links to nothing", path)
     except OSError as error:
         raise PrenormError(
             f"{folder} cannot be listed ({error.strerror}): change its rights or move it away"

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ warnings.filterwarnings("ignore", module="PIL")  # what it warns of, in lines th
 _OTHER = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # PostScript is a program; of the others only headers are read
 _TYPES = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _OTHER}
 _FORMATS = [name for name in Image.ID if name not in _OTHER]  # which is a matter of the content, not of the name
+_NAMED = 10  # images that cannot be decoded: of more only the count is said
 
 Encoded = tuple[str, bytes | str | None]  # what to call an image; its file's content or path
 
@@ -112,14 +114,15 @@ def open_image(file: str | io.BytesIO) -> Image.Image:
 class Decoder:
     """Rows (n,) to images (n, side, side, C) uint8 and to which of them could be decoded: (n,) bool.
 
-    Which cannot is a function of the files alone. Each is named once, on stderr; its pixels are 0.
+    Which cannot is a function of the files alone; their pixels are 0. The first are named, once, on stderr.
     """
 
     def __init__(self, fetch: Callable[[np.ndarray], list[Encoded]], side: int, channels: int, source: str):
         self._fetch, self._source = fetch, source
         self._side, self._channels = side, channels
         self._pool = ThreadPoolExecutor(os.cpu_count())
-        self._named: set[str] = set()
+        self._bad: set[str] = set()
+        self._lock = threading.Lock()
 
     def __call__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         found = list(self._pool.map(self._decode, self._fetch(rows)))
@@ -141,13 +144,27 @@ class Decoder:
         except MemoryError:
             raise
         except Exception as error:  # each format has exceptions of its own
-            if name not in self._named:
-                self._named.add(name)
-                sys.stderr.write(  # whole, from any thread; not `say`: of many processes each meets others
-                    f"warning: {self._source}: {name} cannot be decoded ({first_line(error)}): in training the image "
-                    f"after it takes its place, evaluation leaves it out; {len(self._named)} so far\n"
-                )
+            self._warn(name, first_line(error))
             return None
+
+    def _warn(self, name: str, why: str) -> None:
+        with self._lock:
+            if name in self._bad:
+                return
+            self._bad.add(name)
+            count = len(self._bad)
+            if count <= _NAMED:
+                line = (
+                    f"{name} cannot be decoded ({why}): in training the image after it takes its place, evaluation "
+                    "leaves it out; leave it as it is, for a run refuses data in which it is gone or of another size; "
+                    f"{count} so far{', more are only counted' * (count == _NAMED)}"
+                )
+            elif set(str(count)[1:]) == {"0"}:
+                line = f"{count:,} images cannot be decoded so far"
+            else:
+                return
+            # Whole, from any thread; not `say`: of many processes each meets others.
+            sys.stderr.write(f"warning: {self._source}: {line}\n")
 
 
 def square(image: Image.Image, side: int) -> np.ndarray:

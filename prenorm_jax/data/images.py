@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import datasets
 
 _IN_A_ROW = 100  # images that are tried before a batch is given up
+_AS_THEY_WERE = (
+    "(the lines above say why): restore them as they were; a run refuses others, which take another workdir "
+    "(--config.init_from= takes its parameters along)"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +61,7 @@ class Images:
                 return {"images": images, "labels": self.labels[rows], "weights": np.ones(len(rows), np.float32)}
             rows = np.where(good, rows, (rows + 1) % len(self.labels))
             images[~good], good[~good] = self.read(rows[~good])
-        raise PrenormError(f"{tries} images in a row cannot be decoded (the lines above say why): mend the data")
+        raise PrenormError(f"{tries} images in a row cannot be decoded {_AS_THEY_WERE}")
 
     def select(self, rows: np.ndarray) -> Images:
         """These rows alone."""
@@ -104,7 +108,7 @@ class ImageData(Data):
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """{eval_loss (nats per image), eval_top1, eval_top5 (fractions), eval_images}."""
         if not (count := sums["weight"]):
-            raise PrenormError("no image of the evaluation split can be decoded (the lines above say why): mend them")
+            raise PrenormError(f"no image of the evaluation split can be decoded {_AS_THEY_WERE}")
         top = {f"eval_top{k}": sums[f"top{k}"] / count for k in (1, 5)}
         return {"eval_loss": sums["nats"] / count, **top, "eval_images": int(count)}
 
@@ -243,7 +247,7 @@ def _read_folder(config: ConfigDict, folder: Path) -> tuple[Images, Images | Non
     if any(not len(split.labels) for split in images.values()) or len(classes) < 2:
         raise PrenormError(
             f"{source} holds no images of two classes{left_out}: give a folder of a folder of images for each class, "
-            "or of IDX files"
+            "or of IDX files; where these folders lie in those of splits, name those: data.train_split, data.eval_split"
         )
     evaluation = images[data.eval_split] if data.eval_split else None
     return images[data.train_split], evaluation, len(classes), data.path, str(left_out)

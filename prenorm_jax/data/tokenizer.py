@@ -75,7 +75,8 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     path = Path(os.path.expanduser(name))
     local = path.is_file() or path.suffix == ".json"
     remedy = "give a valid" if local else "it needs network access, or give a local"
-    with _refusing(f"data.tokenizer={name!r} cannot be loaded", f"{remedy} tokenizers .json file, or 'bytes'"):
+    remedy += " tokenizers .json file (--config.data.tokenizer=FILE)"
+    with _refusing(f"data.tokenizer={name!r} cannot be loaded", remedy):
         tokenizer = Tokenizer.from_file(str(path)) if local else Tokenizer.from_pretrained(name)
     # Files made for short contexts may ask for both, which would silently drop or add tokens.
     tokenizer.no_truncation()

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.base.files import flatten
 from prenorm_jax.base.processes import refused_alike
 from prenorm_jax.data import Data
 from prenorm_jax.equivalence.fit import fit_params, model_differences
@@ -20,6 +22,7 @@ from prenorm_jax.train.optim import make_optimizer
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import params_sharding, to_formats, tree_sharding
 from prenorm_jax.train.step import TrainState, init_state, state_formats
+from prenorm_jax.train.workdir import PLACES
 
 
 def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = None) -> TrainState:
@@ -55,7 +58,7 @@ def start_state(run: Run, checkpoints: Checkpoints, data: Data, given: Any = Non
 def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainState:
     metadata, place = checkpoints.metadata(step), checkpoints.directory / str(step)
     other = f"start another run in another workdir with --config.init_from={quote(str(checkpoints.directory.parent))}"
-    check_data(metadata, data, str(place), other)
+    check_data(metadata, data, run.config, str(place), other)
     model = checkpoints.model(step)
     if differences := model_differences(run.trained, model, ignored=EXECUTION):
         raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
@@ -75,12 +78,15 @@ def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainSta
     return _state(run, formats, step, metadata["nonfinite"], params, opt_state)
 
 
-def check_data(metadata: dict[str, Any], data: Data, place: str, other: str) -> None:
+def check_data(metadata: dict[str, Any], data: Data, config: ConfigDict, place: str, other: str) -> None:
     """Raises PrenormError unless the data are those of the checkpoint at `place`; `other`: what else can be done."""
     if metadata["data"] not in (None, data.digest):
+        values = flatten(config)
+        keys = [f"--config.{key}=" for key in sorted(PLACES) if values.get(key) not in (None, "bytes")]
+        moved = f"say where they lie now ({', '.join(keys)}), " if keys else ""
         raise PrenormError(
-            f"the data are not those that {place} was trained on, but {data.description}: restore them, say where they "
-            f"lie (--config.data.path=, eval_path=, tokenizer=, cache=), or {other}"
+            f"the data are not those that {place} was trained on, but {data.description}: restore them as they were, "
+            f"damaged files too, {moved}or {other}"
         )
 
 
