@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from commands import ROOT, SMALL, clean_environment, command, error_of, evaluate
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from configs import vit_digits
+from prenorm_jax.base.errors import Unwritable
 from prenorm_jax.base.files import flatten
 from prenorm_jax.base.flags import Parser
 from prenorm_jax.config import base_config
 from prenorm_jax.data.tokenizer import load_tokenizer
+from prenorm_jax.train import convert_run
 from prenorm_jax.train.checkpoint import Checkpoints, json_digest
 from prenorm_jax.train.flags import parse
 
@@ -422,6 +425,20 @@ def words(path: Path, **ids: int) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path))
     return path
+
+
+def test_a_conversion_that_fails_leaves_nothing_though_its_writers_are_late(runs, tmp_path, monkeypatch):
+    late = []
+
+    def fail(source, checkpoints, step, folder, target, new_model):
+        late.append(threading.Timer(0.3, lambda: (folder / "checkpoints").mkdir(parents=True)))
+        late[0].start()
+        raise Unwritable("there is no room")
+
+    monkeypatch.setattr(convert_run, "_write", fail)
+    assert "no room" in error_of("prenorm_jax.convert", runs["layernorm"], tmp_path / "rms", "--to=rmsnorm")
+    late[0].join()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tokenizer_that_is_not_the_runs_is_refused_wherever_it_is_read(runs, tmp_path):

@@ -327,6 +327,15 @@ def test_other_dropout_masks_are_not_blamed_on_the_norm(tmp_path: Path, key: str
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_one_step_is_no_steps(tmp_path: Path) -> None:
+    ln = write_run(tmp_path / "ln", [3.0, 2.0])
+    rms = write_run(tmp_path / "rms", [3.5, float("nan")], "rmsnorm")
+    report = compare([ln, rms], tmp_path / "report")
+    assert "over 1 common step with finite losses the training" in report["verdict"][0]
+    assert "rms: the training loss is not finite at 1 step, first at step 2" in report["warnings"][0]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_an_update_that_one_run_left_out_is_not_blamed_on_the_norm(tmp_path: Path) -> None:
     ln = write_run(tmp_path / "ln", [4.0, 3.0, 2.0, 1.0], more={"grad_norm": [1.0] * 4})
     rms = write_run(tmp_path / "rms", [4.0, 3.0, 9.0, 9.0], "rmsnorm", more={"grad_norm": [1.0, None, 1.0, None]})

@@ -71,8 +71,10 @@ th span { white-space: nowrap; }
 td:first-child { overflow-wrap: anywhere; min-width: 5rem; }
 @media $telephone {
   figure img { width: 100%; }
-  table { font-size: .8125rem; }
-  th, td { padding-right: .5rem; }
+  table { font-size: .75rem; }
+  th, td { padding-right: .35rem; }
+  td:first-child { min-width: 4.25rem; }
+  .table:last-of-type td { white-space: nowrap; } /* long words, most of them off the screen, make no tall rows */
 }
 @media print {
   body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }

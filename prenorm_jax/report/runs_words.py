@@ -70,7 +70,7 @@ def _verdict(row: Report, base: Report, unit: str) -> str:
     claim = f"{name} {row['relation'].format(base['name'])}"
     if largest is None:
         return f"{claim}: at no common step both losses are finite."
-    steps = f"{row['common_steps']:,} common steps" + (" with finite losses" if row["diverged"] else "")
+    steps = _steps(row["common_steps"], "common ") + (" with finite losses" if row["diverged"] else "")
     if largest == 0:
         differ = "agree in every digit."
     else:
@@ -114,12 +114,12 @@ def _warnings(report: Report) -> list[str]:
             )
         if left_out := row["skipped_updates"] - row["nonfinite_losses"]:
             warnings.append(
-                f"{row['name']}: at {left_out:,} steps the loss is finite, but its gradient or update was not and was "
+                f"{row['name']}: at {_steps(left_out)} the loss is finite, but its gradient or update was not and was "
                 f"left out; the first update left out is that of step {row['first_skipped_step']:,}."
             )
         if row["nonfinite_losses"]:
             warnings.append(
-                f"{row['name']}: the training loss is not finite at {row['nonfinite_losses']:,} steps, first "
+                f"{row['name']}: the training loss is not finite at {_steps(row['nonfinite_losses'])}, first "
                 f"at step {row['first_nonfinite_step']:,}: gaps in the figure, left out of the differences."
             )
     return warnings
@@ -138,7 +138,8 @@ def html_page(report: Report, wide: bytes, narrow: bytes) -> bytes:
     origins = [["run", "parameterization", "parameters trained / computed", "workdir", "device", "versions"]]
     for row in report["runs"]:
         origin = [row["name"], row["parameterization"], _parameters(row), row["workdir"]]
-        origins.append([*origin, str(row["device"] or "–"), _pairs(row["versions"]) or "–"])
+        device = str(row["device"] or "–").replace(" × ", f"{NBSP}×{NBSP}")
+        origins.append([*origin, device, _pairs(row["versions"]) or "–"])
     per_step = "(batch_size · data.seq_len)" if "data.seq_len" in report["setting"] else "batch_size"
     footnote = FOOTNOTE.format(final=report["final_loss_steps"], unit=report["unit"], size=per_step)
     parts = [
@@ -197,6 +198,10 @@ def _delta(row: Report, key: str, reference: str) -> str:
 
 def _at_step(row: Report, key: str, step: str, text: Callable[[Any], str], of: str = "") -> str:
     return "–" if row[step] is None else f"{text(row[key])} (step{NBSP}{row[step]:,}{of})"
+
+
+def _steps(number: int, what: str = "") -> str:
+    return f"{number:,} {what}step{'s' * (number != 1)}"
 
 
 def _loss(value: float | None) -> str:

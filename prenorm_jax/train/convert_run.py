@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import shlex
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,13 @@ def _in_the_making(target: Path) -> Iterator[Path]:
     """A folder beside `target`, moved there on leaving, or removed after an error: it is never seen half-written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     place = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)
-    with place as temporary:
-        (folder := Path(temporary) / target.name).mkdir()  # whose rights are those of any folder
-        yield folder
-        folder.rename(target)
+    try:
+        with place as temporary:
+            (folder := Path(temporary) / target.name).mkdir()  # whose rights are those of any folder
+            yield folder
+            folder.rename(target)
+    except BaseException:
+        for _ in range(10):  # TensorStore's other writers, for which nobody can wait, make anew the folders they need
+            time.sleep(0.1)
+            shutil.rmtree(place.name, ignore_errors=True)
+        raise
