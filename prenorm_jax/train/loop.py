@@ -141,7 +141,7 @@ class _Training:
         if stop and done < end:
             raise Interrupted(f"{stop} at step {done}: saved in {self._workdir}; the same command goes on from there")
         if skipped := self._skipped_before + int(self._state.nonfinite):
-            say(f"{skipped} steps were skipped: their loss, gradient or update was not finite")
+            say(f"steps skipped, for a loss, gradient or update that was not finite: {skipped:,}")
         last = f"; eval loss {result['eval_loss']:.4f}" if done == config.steps else ""
         say(f"done: {done} of {config.steps} steps in {self._workdir}{last}")
 
