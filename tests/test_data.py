@@ -416,6 +416,7 @@ print(load_data(config).digest)
 """
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_same_and_says_nothing(tmp_path):
     files = write(tmp_path / "files", {f"{i}.txt": f"some text {i} " * 20 for i in range(30)})
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"some row {i} " * 20} for i in range(30)])

@@ -350,6 +350,7 @@ def test_the_command_casts_what_the_model_reads_in_its_dtype_once_and_rounds_not
     np.testing.assert_array_equal(apply(given["model"], given["params"], tokens), apply(given["model"], params, tokens))
 
 
+@pytest.mark.slow
 def test_the_command_on_a_run(text, tmp_path):
     run, vit = tmp_path / "ln", tmp_path / "vit"
     here("train.py", *SMALL, f"--config.data.path={text}", f"--workdir={run}", "--config.model.max_len=48")

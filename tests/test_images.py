@@ -277,6 +277,7 @@ def test_of_many_images_that_cannot_be_decoded_only_the_first_are_named(tmp_path
     assert said[-1] == f"warning: data.path={str(tmp_path)!r}: 90 images cannot be decoded so far"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_past_a_damaged_image_but_not_past_a_mended_one(tmp_path):
     make_classes(tmp_path / "pictures", "a", "b", count=10)
     flags = ["--config=configs/vit_digits.py", f"--config.data.path={tmp_path / 'pictures'}", "--config.batch_size=4"]
@@ -491,6 +492,7 @@ def test_evaluation_takes_the_centre_as_it_is():
     np.testing.assert_array_equal(examples.targets, batch["labels"])
 
 
+@pytest.mark.slow
 def test_augmentation_is_a_function_of_its_key_and_each_part_does_something():
     batch, key = a_batch(), jax.random.key(0)
 

@@ -52,7 +52,7 @@ from prenorm_jax.train.loop import train
 from prenorm_jax.train.nonfinite import worst_leaf
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.step import make_eval_step
-from prenorm_jax.train.workdir import MAY_CHANGE, config_differences, literal_config, write_config
+from prenorm_jax.train.workdir import MAY_CHANGE, OF_THE_NORM, config_differences, literal_config, write_config
 
 __all__ = ["damage", "losses_of", "steps_written", "wait_until"]
 alone = pytest.mark.usefixtures("one_device")
@@ -83,6 +83,7 @@ def check_saved(process: subprocess.Popen, errors: str, workdir: Path, signal_na
     return saved_at
 
 
+@pytest.mark.slow
 def test_a_second_process_is_kept_out_and_the_first_saves_when_it_is_asked_to_stop(text, tmp_path):
     flags = [*SMALL, f"--config.data.path={text}", f"--workdir={tmp_path / 'run'}", "--config.steps=100000"]
     flags += ["--config.checkpoint_every=0", "--config.eval_every=0"]
@@ -225,7 +226,7 @@ def test_only_what_the_readme_lists_may_change(text):
         for part in groups:
             group = group[part]
         group[name] = "something else"
-        expected = [] if key in allowed | places | {"model.norm"} else [key]
+        expected = [] if key in allowed | places | OF_THE_NORM else [key]
         assert [line.split(":")[0] for line in config_differences(config, changed)] == expected
 
 
@@ -361,6 +362,7 @@ def test_any_error_in_the_loop_saves_first_and_what_goes_on_is_bit_for_bit_the_s
     assert digests(run, 6) == digests(saved, 6)
 
 
+@pytest.mark.slow
 @alone
 def test_a_folder_in_which_nothing_was_trained_stays_free_and_a_state_that_is_gone_is_not_saved(
     text, tmp_path, monkeypatch

@@ -248,6 +248,7 @@ class Bag(StreamModel):
         return np.random.default_rng(seed).integers(self.config.vocab_size, size=(batch, 3)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_a_further_family_is_a_module_and_a_line_in_the_registry(monkeypatch):
     """Its configuration, conversion, sharding, data and training step are there without a change elsewhere."""
     monkeypatch.setitem(FAMILIES, "bag", Bag)

@@ -76,6 +76,7 @@ def test_a_constant_learning_rate_has_no_schedule_that_steps_would_change(text):
     assert settings(config) == {}
 
 
+@pytest.mark.slow
 def test_an_extended_run_of_an_earlier_version_says_so_and_its_report_too(saved, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs_figure, "figure", lambda report, width=0: b"")
     run = shutil.copytree(saved, tmp_path / "run")

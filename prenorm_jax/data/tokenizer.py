@@ -73,7 +73,7 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
             vocabulary="bytes",
         )
     path = Path(os.path.expanduser(name))
-    local = path.is_file() or path.suffix == ".json"
+    local = path.is_file() or path.suffix == ".json" or name[:1] in (".", "/", "~")
     remedy = "give a valid" if local else "it needs network access, or give a local"
     remedy += " tokenizers .json file (--config.data.tokenizer=FILE)"
     with _refusing(f"data.tokenizer={name!r} cannot be loaded", remedy):
