@@ -119,6 +119,7 @@ def test_decoding_is_timed_as_generate_does_it():
     assert chosen_B.shape == (2,) and jax.tree.leaves(cache)[0].shape == (2, 16, 64)
 
 
+@pytest.mark.slow
 def test_batches_are_real():
     """And those of the shapes that programs are compiled for."""
     batches = []

@@ -135,7 +135,7 @@ def test_the_pool_has_every_value_and_nearly_all_pairs(family):
     assert len(wanted.intersection(*[set().union(*map(pairs_of, chosen))])) > 0.9 * len(wanted)
 
 
-@pytest.mark.parametrize("config", networks())
+@pytest.mark.parametrize("config", networks(lambda number: number % 2 == 1))
 def test_every_leaf_has_a_role_and_the_stream_has_the_right_width(config):
     check_roles(config)
 

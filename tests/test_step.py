@@ -93,7 +93,11 @@ def flat(tree: object) -> np.ndarray:
 
 @pytest.mark.parametrize("norm", NORMS[1:])
 @pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=pytest.mark.xdist_group(f"step-{name}")) for name in MODELS]
+    "model",
+    [
+        pytest.param(name, marks=[pytest.mark.xdist_group(f"step-{name}"), *[pytest.mark.slow][: name == "gpt-untied"]])
+        for name in MODELS
+    ],
 )
 def test_gradients_through_h_are_those_of_pre_ln(model, norm):
     for point, expected in gradients_of(model, "layernorm").items():
