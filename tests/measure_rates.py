@@ -37,7 +37,7 @@ for number in range(rounds):
         configure_jax(config)
         train(config, workdir := folder / f"{name}-{number}")
         written = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        rates = [line["tokens_per_s"] for line in written if "loss" in line]
+        rates = [line["tokens_per_s"] for line in written if "tokens_per_s" in line]
         lines[name] += rates
         found["tokens_per_s"][name].append(statistics.median(rates))
         found["compared"][name].append(compare([workdir], folder / "report")["runs"][0]["units_per_s"])
