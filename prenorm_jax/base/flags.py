@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's; but one that is nearly a flag is named before those that are missing."""
         args = sys.argv[1:] if args is None else args
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         for name in (argument.split("=")[0] for argument in args if argument.startswith("--")):
-            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
             if name not in known and "." not in name and difflib.get_close_matches(name, known, cutoff=0.7):
                 raise self.unknown(name)
         return super().parse_known_args(args, namespace)

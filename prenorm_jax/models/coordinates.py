@@ -126,7 +126,7 @@ def _read_restored(kernel: Array, axis: int = -1) -> Array:
     return center(xp.concat([kernel, zero], axis=axis), axis)
 
 
-KINDS = ("drop", "reflect")
+KINDS = ModelConfig.choices["coordinates"]
 Map = Callable[..., Array]  # of (array, axis)
 
 

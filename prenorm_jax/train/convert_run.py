@@ -79,18 +79,22 @@ def convert(
             new_model = model if to == model.norm else convert_config(model, to)
             with _in_the_making(target) as folder:
                 _write(source, checkpoints, step, folder, target, model, new_model)
-                parameterization = "pre_ln" if to == "layernorm" else "native"
-                changed = {"model": dataclasses.asdict(new_model), "parameterization": parameterization}
-                write_json(folder / "config.json", config.to_dict() | changed)
-                counts = dict.fromkeys(("trained", "computed"), count(param_shapes(new_model)))
-                record = {"norm": to, "parameters": counts, "converted_from": str(source), "sessions": []} | chosen
-                write_json(folder / "run.json", record)
+                _write_about(folder, config, new_model, {"converted_from": str(source), "sessions": []} | chosen)
             return step
 
         step = checkpoints.of(step, write)
     made = shlex.quote(str(target))
     print(f"evaluate: python eval.py --workdir={made}")
     print(f"train on: python train.py --workdir={made} --config.steps=N   (now at step {step} of {config.steps})")
+
+
+def _write_about(folder: Path, config: ConfigDict, model: ModelConfig, made: dict[str, Any]) -> None:
+    """Writes config.json and run.json of the converted run; `made`: what the second says of how it was made."""
+    parameterization = "pre_ln" if model.norm == "layernorm" else "native"
+    changed = {"model": dataclasses.asdict(model), "parameterization": parameterization}
+    write_json(folder / "config.json", config.to_dict() | changed)
+    counts = dict.fromkeys(("trained", "computed"), count(param_shapes(model)))
+    write_json(folder / "run.json", {"norm": model.norm, "parameters": counts} | made)
 
 
 def _check_wanted(
