@@ -16,6 +16,7 @@ from prenorm_jax.equivalence.choice import coordinate_choices, rank_choices
 from prenorm_jax.equivalence.fit import fit_params
 from prenorm_jax.models.coordinates import KINDS, center, coordinates_of
 
+RAW = {"embed_dropout": 0.1, "branch_dropout": 0.1}
 MOST = [(kind, entry) for kind in KINDS for entry in (None, 0, 5)]
 
 
@@ -48,8 +49,15 @@ def test_the_maps_are_those_of_the_law(kind, entry):
         np.testing.assert_allclose((y**2).sum(-1), (z**2).sum(-1))
 
 
-@pytest.mark.parametrize("make", [tiny, tiny_vit])
-@pytest.mark.parametrize("changes", [{}, {"embed_dropout": 0.1, "branch_dropout": 0.1}], ids=["weights", "raw"])
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        pytest.param(tiny, RAW, id="gpt-raw"),
+        pytest.param(tiny_vit, {}, id="vit"),
+        pytest.param(tiny, {}, id="gpt", marks=pytest.mark.slow),
+        pytest.param(tiny_vit, RAW, id="vit-raw", marks=pytest.mark.slow),
+    ],
+)
 def test_every_choice_is_the_same_function_and_another_choice_than_the_trees_is_not(make, changes):
     pre_ln = make(**changes)
     params, inputs = jax.device_get(random_params(pre_ln, 0)), random_inputs(pre_ln)

@@ -64,7 +64,7 @@ def without_cache(model, params, prompt, tokens):
 # Each norm with two of them, and in the next test with two others.
 QUICK = list(zip(CONFIGS, [*NORMS[1:], *NORMS, NORMS[0]], strict=True))
 GRID = [
-    pytest.param(norm, changes, id=f"{norm} {name}", marks=[] if (name, norm) in QUICK else [pytest.mark.slow])
+    pytest.param(norm, changes, id=f"{norm} {name}", marks=[] if (name, norm) in QUICK else [pytest.mark.wide])
     for norm in NORMS
     for name, changes in CONFIGS.items()
 ]

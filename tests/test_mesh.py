@@ -150,12 +150,11 @@ TURNS = [
     )
     for n, shape in enumerate(MESHES)
 ]
-QUICK = [(2, 4, 1)]
+QUICK, LONG = [(1, 2, 2)], [(1, 4, 2), (2, 2, 2), (2, 4, 1), (4, 1, 2)]  # the others are `wide`
 
 
-def how_long(shape: tuple[int, int, int]) -> pytest.MarkDecorator:
-    """Of few devices along one axis alone: what they would show, more of them do, and those along two."""
-    return pytest.mark.wide if sorted(shape)[:2] == [1, 1] and max(shape) < 8 else pytest.mark.slow
+def how_long(shape: tuple[int, int, int]) -> list[pytest.MarkDecorator]:
+    return [] if shape in QUICK else [pytest.mark.slow if shape in LONG else pytest.mark.wide]
 
 
 def test_turns_meet():
@@ -179,7 +178,7 @@ def test_turns_meet():
         pytest.param(
             turn,
             id="x".join(map(str, turn.shape)),
-            marks=[pytest.mark.xdist_group(turn.family), *([] if turn.shape in QUICK else [how_long(turn.shape)])],
+            marks=[pytest.mark.xdist_group(turn.family), *how_long(turn.shape)],
         )
         for turn in TURNS
     ],
@@ -272,6 +271,7 @@ def test_axes_that_do_not_divide_are_not_split():
     assert partition_spec(("read", "mlp"), (15, 6), mesh, stored=True) == jax.P(None, ("fsdp",))
 
 
+@pytest.mark.slow
 def test_layouts_hold_the_same_numbers():
     def run(scan: bool):
         config = run_config("gpt", "crmsnorm", "float64")
