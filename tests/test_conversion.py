@@ -32,7 +32,7 @@ from prenorm_jax.equivalence.convert import convert_leaves
 from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.equivalence.rules import center_heads
 from prenorm_jax.models.abstract import abstract_params
-from prenorm_jax.models.config import NORMS, ModelConfig
+from prenorm_jax.models.config import ACTIVATIONS, NORMS, ModelConfig
 from prenorm_jax.models.coordinates import center, coordinates
 
 # From each norm to each other one, both ways: six directions.
@@ -137,6 +137,11 @@ def test_the_pool_has_every_value_and_nearly_all_pairs(family):
     for name, values in OPTIONS[family].items():
         assert {options[name] for options in chosen} == set(values)
     assert len(wanted.intersection(*[set().union(*map(pairs_of, chosen))])) > 0.9 * len(wanted)
+
+
+def test_every_activation_is_in_a_pool():
+    """They are in one place for both families, so that not each has all."""
+    assert {value for options in OPTIONS.values() for value in options["activation"]} == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("config", networks(lambda number: number % 2 == 1))

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import logits, random_inputs, run_of, tiny
+from common import changed, logits, random_inputs, random_params, relative, run_of, tiny
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS
-from prenorm_jax.models.placement import partition_spec
+from prenorm_jax.models.placement import computing_on, partition_spec
+from prenorm_jax.models.registry import build_model
 from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.train.sharding import check_sharding, sharding_table, tree_sharding
 
@@ -25,7 +26,7 @@ STEPS = 8
 MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) in (1, 2, 4, 8)]
 MODEL = {"depth": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp_dim": 32}
 FAMILIES = {
-    "gpt": {"vocab_size": 16, "max_len": 8},
+    "gpt": {"vocab_size": 16, "max_len": 8, "window": 5, "clip_qkv": 0.1},
     "vit": {"image_size": 6, "patch_size": 2, "channels": 2, "classes": 8, "qk_norm": True, "gated_mlp": True},
 }
 
@@ -287,6 +288,31 @@ def test_layouts_hold_the_same_numbers():
     tokens = random_inputs(scanned.trained)
     expected = logits(unrolled.trained, params, tokens)
     np.testing.assert_allclose(logits(scanned.trained, stacked, tokens), expected, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_partial_rotary_is_the_same_in_stacked_blocks_with_heads_on_other_devices():
+    """Of both kinds; in stacked blocks rematerialised too."""
+    for interleaved in (False, True):
+        changes = {"positions": "rotary", "rotary_dim": 4, "rotary_interleaved": interleaved, "window": 3}
+        config = tiny(**changes, heads=4, kv_heads=2, head_dim=6, clip_qkv=0.5, activation="quick_gelu")
+        tokens = random_inputs(config)
+
+        def gradient(config, params, mesh, tokens=tokens):
+            def loss(params):
+                with computing_on(mesh):
+                    return jnp.square(build_model(config).apply({"params": params}, tokens, train=True)).sum()
+
+            return jax.device_get(jax.jit(jax.grad(loss))(params))
+
+        params = random_params(config, 1, embedding_mean=1.0)
+        expected = gradient(config, params, None)
+        run = run_config("gpt", "layernorm", "float64")
+        run.mesh.tensor = 2
+        scanned = changed(config, scan=True, remat="full")
+        found = gradient(scanned, stack_blocks(params), run_of(run, 4).mesh)
+        for ours, theirs in zip(jax.tree.leaves(unstack_blocks(found)), jax.tree.leaves(expected), strict=True):
+            assert relative(ours, theirs) < 1e-11
 
 
 def test_scan_refuses_what_differs_by_block():
