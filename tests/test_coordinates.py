@@ -12,7 +12,7 @@ from common import logits, random_inputs, random_params, relative, tiny, tiny_vi
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prenorm_jax import PrenormError, choose_coordinates, convert_config, convert_params
-from prenorm_jax.equivalence.choice import coordinate_choices, rank_choices
+from prenorm_jax.equivalence.choice import coordinate_choices, leaks, reader_sums
 from prenorm_jax.equivalence.fit import fit_params
 from prenorm_jax.models.coordinates import KINDS, center, coordinates_of
 
@@ -79,12 +79,13 @@ def test_the_law_is_the_sum_over_all_entries():
     d, rng = 9, np.random.default_rng(1)
     readers, squares = [rng.normal(size=(n, d)) for n in (3, 7)], rng.uniform(0.1, 9, d)
     w = np.concatenate(readers)
-    for choice in rank_choices(lambda: iter(readers), squares):
-        c = vector_c(choice.kind, choice.entry, d)
-        leak = ((w - (w @ c)[:, None]) ** 2).sum(0)
-        sizes = squares + (c / c[choice.entry]) ** 2 * squares[choice.entry]
-        expected = np.delete(sizes * leak, choice.entry).sum() / (squares * (w**2).sum(0)).sum()
-        assert choice.error == pytest.approx(np.sqrt(expected), rel=1e-12)
+    for kind, row in zip(KINDS, leaks(sum(reader_sums(own, squares) for own in readers), squares), strict=True):
+        for p, found in enumerate(row):
+            c = vector_c(kind, p, d)
+            leak = ((w - (w @ c)[:, None]) ** 2).sum(0)
+            sizes = squares + (c / c[p]) ** 2 * squares[p]
+            expected = np.delete(sizes * leak, p).sum() / (squares * (w**2).sum(0)).sum()
+            assert found == pytest.approx(expected, rel=1e-12)
 
 
 def with_outliers(config, seed: int) -> dict:

@@ -192,6 +192,23 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
     train(more, tmp_path / "more")
 
 
+@alone
+def test_coordinates_may_change_at_a_resume_of_a_pre_ln_run_and_not_of_a_native_one(text, tmp_path):
+    whole, changed = (small_run(text, steps=12, norm="crmsnorm") for _ in range(2))
+    train(whole, tmp_path / "whole")
+    for stop, kind, entry in ((6, "drop", None), (12, "reflect", 3)):
+        changed.stop_at = stop
+        changed.model.update({"coordinates": kind, "coordinates_entry": entry})
+        train(changed, tmp_path / "changed")
+    expected, actual = losses_of(tmp_path / "whole"), losses_of(tmp_path / "changed")
+    assert list(actual) == list(range(1, 13)) and len(set(expected.values())) == 12
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-11)
+    whole.parameterization = changed.parameterization = "native"
+    write_config(tmp_path / "native", whole)
+    with pytest.raises(PrenormError, match=r"model\.coordinates: 'drop' -> 'reflect'"):
+        train(changed, tmp_path / "native")
+
+
 def test_a_native_run_does_not_switch(text, tmp_path):
     config = small_run(text, steps=2, parameterization="native", norm="crmsnorm")
     write_config(tmp_path, config)
