@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python tests/measure_coordinates.py FOLDER [SEEDS [WIDTH ...]]
 
-FOLDER gets coordinates.json, with every model, and coordinates.md, the table of docs/conversion.md: GPTs of 8 blocks
+FOLDER gets coordinates.json, with every model (those of other widths that it holds already stay), and coordinates.md,
+the table of docs/coordinates.md: GPTs of 8 blocks
 as GPT-2 begins them, γ of deviation .2 and β of .1, tied and untied, their weights changed as ROWS says. An error is
 the root mean square of the logits' distance from those in float64, divided by two-pass Pre-LN's own. Parameters are
 converted in float64 and stored in float32.
@@ -45,12 +46,11 @@ COLUMNS = ("rmsnorm", "drop last", "best drop", "reflect last", "best reflect", 
 
 
 def network(width: int, tied: bool) -> ModelConfig:
-    """The Pre-LN network. The widest has a narrow MLP, so that many can be tried."""
-    shape = {"d_model": width, "depth": 8, "heads": 4, "vocab_size": 257, "max_len": 32}
-    mlp_dim = 4 * width if width < 768 else width
-    return model_config(
-        shape | {"mlp_dim": mlp_dim, "tie_embeddings": tied, "scan": True, "dtype": "float64", "param_dtype": "float64"}
-    )
+    """The Pre-LN network. Wide ones have narrow branches, so that many can be tried."""
+    config = {"d_model": width, "depth": 8, "heads": 4, "vocab_size": 257, "max_len": 32, "tie_embeddings": tied}
+    if width > 512:
+        config |= {"mlp_dim": width // 2, "head_dim": width // 8, "kv_heads": 1}
+    return model_config(config | {"scan": True, "dtype": "float64", "param_dtype": "float64"})
 
 
 def weights(
@@ -82,12 +82,14 @@ def weights(
 
 def in_last_place(params: Any, config: ModelConfig, entry: jax.Array | int) -> Any:
     """The tree with this entry of the stream and the last one in each other's place."""
-    last, leaves = config.d_model - 1, abstract_params(config)
-    order = jnp.arange(last + 1).at[jnp.array([entry, last])].set(jnp.array([last, entry]))
-    changed = {}
+    last, leaves, changed = config.d_model - 1, abstract_params(config), {}
     for path, leaf in flatten_dict(params).items():
-        axes = [axis for axis, name in enumerate(leaves[path].names) if name in (*STREAM_AXES, "raw")]
-        changed[path] = jnp.take(leaf, order, axis=axes[0]) if axes else leaf
+        for axis, name in enumerate(leaves[path].names):
+            if name in (*STREAM_AXES, "raw"):
+                first = jnp.moveaxis(leaf, axis, 0)
+                first = first.at[jnp.array([entry, last])].set(first[jnp.array([last, entry])])
+                leaf = jnp.moveaxis(first, 0, axis)
+        changed[path] = leaf
     return unflatten_dict(changed)
 
 
@@ -121,7 +123,7 @@ def measure(config: ModelConfig, params: Any, seed: int) -> dict[str, Any]:
     ends = {kind: next(c for c in choices if c[:2] == (kind, last)) for kind in best}
     tried = {"drop last": ends["drop"], "best drop": best["drop"]}
     tried |= {"reflect last": ends["reflect"], "best reflect": best["reflect"]}
-    inputs, params = build_model(config).example(2, seed), jax.device_put(params)
+    inputs, params = build_model(config).example(8, seed), jax.device_put(params)
     layernorm = program(config, "layernorm")(params, inputs, last)
     truth = np.asarray(layernorm["float64"])
     logits = {"rmsnorm": program(config, "rmsnorm")(params, inputs, last)}
@@ -162,7 +164,8 @@ def main() -> None:
     folder, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20
     widths = [int(width) for width in sys.argv[3:]] or [64, 192, 768]
     folder.mkdir(parents=True, exist_ok=True)
-    models, begin = [], time.perf_counter()
+    results, begin = folder / "coordinates.json", time.perf_counter()
+    models = [m for m in json.loads(results.read_text()) if m["width"] not in widths] if results.exists() else []
     for width in widths:
         for tied in (False, True):
             config = network(width, tied)
@@ -172,8 +175,8 @@ def main() -> None:
                     models.append({"width": width, "tied": tied, "row": row, "seed": seed} | found)
                 print(table(models[-seeds:]).splitlines()[-1], f"{time.perf_counter() - begin:.0f} s", flush=True)
             jax.clear_caches()
-    (folder / "coordinates.json").write_text(json.dumps(models, indent=1))
-    (folder / "coordinates.md").write_text(table(models))
+            results.write_text(json.dumps(models, indent=1))
+            (folder / "coordinates.md").write_text(table(models))
 
 
 if __name__ == "__main__":
