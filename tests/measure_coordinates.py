@@ -63,13 +63,15 @@ def weights(
     rng, flat = np.random.default_rng(seed), {}
     few = rng.choice(config.d_model - 1, 4, replace=False)
     for path, leaf in abstract_params(config).items():
-        shape, of_norm = leaf.value.shape, path[-2:-1] and path[-2].endswith(("norm", "affine"))
+        shape, of_norm = leaf.value.shape, leaf.names[-1] in ("norm", "raw") and path[-1] in ("scale", "bias")
         if path[-1] == "bias":
             value = rng.normal(0, 0.1 if of_norm else 0, shape)
         elif of_norm:
             value = np.abs(rng.normal(1, 0.2, shape))
-            value[..., few] = value[..., few] if scale is None else scale
-            value[..., -1] = value[..., -1] if last is None else last
+            if scale is not None:
+                value[..., few] = scale
+            if last is not None:
+                value[..., -1] = last
         else:
             value = rng.standard_normal(shape) * 0.02
             if path[-2:-1] in (("out",), ("down",)):
