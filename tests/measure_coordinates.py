@@ -82,6 +82,7 @@ def weights(
     return unflatten_dict(flat)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def in_last_place(params: Any, config: ModelConfig, entry: jax.Array | int) -> Any:
     """The tree with this entry of the stream and the last one in each other's place."""
     last, leaves, changed = config.d_model - 1, abstract_params(config), {}
