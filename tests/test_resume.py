@@ -192,6 +192,23 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
     train(more, tmp_path / "more")
 
 
+@alone
+def test_coordinates_may_change_at_a_resume_of_a_pre_ln_run_and_not_of_a_native_one(saved, text, tmp_path):
+    config = small_run(text, steps=6, dropout=0.1, norm="crmsnorm")
+    for stop, kind, entry in ((3, "drop", None), (6, "reflect", 3)):
+        config.stop_at = stop
+        config.model.update({"coordinates": kind, "coordinates_entry": entry})
+        train(config, tmp_path / "run")
+    expected, actual = losses_of(saved), losses_of(tmp_path / "run")
+    assert list(actual) == [1, 2, 3, 4, 5, 6] and len(set(expected.values())) == 6
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-11)
+    config.parameterization = "native"
+    write_config(tmp_path, config)
+    config.model.coordinates = "drop"
+    with pytest.raises(PrenormError, match=r"model\.coordinates: 'reflect' -> 'drop'"):
+        train(config, tmp_path)
+
+
 def test_a_native_run_does_not_switch(text, tmp_path):
     config = small_run(text, steps=2, parameterization="native", norm="crmsnorm")
     write_config(tmp_path, config)
