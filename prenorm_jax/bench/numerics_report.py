@@ -293,8 +293,8 @@ def _synthetic_sentences(report: Report) -> list[str]:
         last.append(f"{ratio_text(paper['measured'])} in {dtype}")
         chosen.append(f"{ratio_text(best['measured'])} in {dtype}")
     return [
-        f"With {made['channels']} channels {made['times']:g} times the rest and γ {made['scale']:g} there, in multiples "
-        f"of rmsnorm's error: dropping the last, as in the paper, {_and(last)} (by the law "
+        f"{made['channels']} channels are {made['times']:g} times the rest, with γ {made['scale']:g} there. In "
+        f"multiples of rmsnorm's error: dropping the last, as in the paper, {_and(last)} (by the law "
         f"{ratio_text(paper['predicted'])}); the law's choice, {best['kind']} {best['entry']}, {_and(chosen)} "
         f"({ratio_text(best['predicted'])})."
     ]
