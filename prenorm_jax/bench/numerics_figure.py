@@ -65,7 +65,7 @@ def error_figure(report: Report, width: float = WIDTH) -> bytes:
         ax.set_title(dtype, fontsize=FONT, loc="left")
     ratios = [row[f"{quantity}_ratio"] for row in rows.values() for quantity in QUANTITIES]
     _ratio_axis(axes, [ratio for ratio in ratios if ratio is not None])
-    _label_x(axes, "error relative to that of layernorm in two passes", width)
+    _label_x(axes, "error relative to layernorm's", width)
     drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, **_LEGEND)
     return png(drawing)
 
