@@ -123,11 +123,13 @@ def measure(
         convert_config(pre_ln, "crmsnorm")  # refuses a network without it before anything is computed
         say("the stream at each norm")
         sites, sizes = streams(theta, pre_ln, examples.inputs)
+        if len(sites) != 2 * pre_ln.depth + 1:  # one norm for two branches, or none before the head
+            sizes = np.sqrt((sizes**2).mean(0))
         roles = places(coordinate_choices(theta, pre_ln, sizes), pre_ln.d_model - 1, own)
         variants = list_variants(pre_ln, roles)
         return {
             "sites": sites,
-            "sizes": [float(size) for size in sizes],
+            "sizes": sizes.tolist(),
             "variants": [variant.name for variant in variants],
             "coordinates": [
                 {"variant": choice_name(choice), "roles": names, **choice._asdict()} for choice, names in roles.items()
@@ -193,10 +195,10 @@ def choice_name(choice: Choice) -> str:
 
 
 def streams(theta: Params, pre_ln: ModelConfig, inputs: Any) -> tuple[list[Report], np.ndarray]:
-    """What each norm is given, in the order of the computation, and (d,) sizes of the entries.
+    """What each norm is given, in the order of the computation, and (norms, d) sizes of the entries.
 
-    Sizes are root mean squares of the normalised entries without affine, over tokens and norms: it is they that are
-    multiplied with the readers' weights.
+    Sizes are root mean squares of the normalised entries without affine, over tokens: it is they that are multiplied
+    with the readers' weights.
     """
     params, order = unstack_blocks(theta), []
     found = jax.device_get(jax.jit(lambda params: _at_norms(pre_ln, params, inputs, order))(params))
@@ -204,7 +206,7 @@ def streams(theta: Params, pre_ln: ModelConfig, inputs: Any) -> tuple[list[Repor
     for path in dict.fromkeys(order):
         scale = flat.get((*path, "scale"), flat.get(("head_affine", "scale")) if path == ("head_norm",) else None)
         sites.append({"site": "/".join(path)} | _describe(found["/".join(path)], scale))
-    squares = np.mean([values["normed_squares"] for values in found.values()], axis=0)
+    squares = np.stack([found["/".join(path)]["normed_squares"] for path in dict.fromkeys(order)])
     return sites, np.sqrt(squares)
 
 

@@ -36,9 +36,10 @@ FOOTNOTE = (
     "per cent more or less are chance."
 )
 LAW = (
-    "The law: rounding of every entry k leaks into all readers' products by way of Wc, so that crmsnorm's error, "
-    "relative to rmsnorm's, is √(Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k − Wc‖² / Σ_k σ_k² ‖W_k‖²), W the readers' "
-    "weights times γ, σ the entries' sizes, c = e_p where p is dropped."
+    "The law: rounding of every entry k leaks into all readers' products by way of Wc, so that the squared error is L "
+    "times rmsnorm's, L = Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k − Wc‖² / Σ_k σ_k² ‖W_k‖², W the readers' weights times "
+    "γ, σ the entries' sizes, c = e_p where p is dropped. Of a network it takes the mean over norms, and counts what is "
+    "rounded elsewhere (docs/coordinates.md)."
 )
 
 
@@ -316,7 +317,7 @@ def synthetic_page(report: Report) -> bytes:
     of_outliers = (
         f"What normal readers make of the norm's output, on {made['rows']} vectors of {made['width']}, "
         f"{made['channels']} of whose channels are {made['times']:g} times the rest and have a γ of {made['scale']:g}. "
-        "A mark for each kind and entry p that the law ranks; on the dashed line what is measured is what it predicts."
+        "Marks are of kinds and entries p; on the dashed line what is measured is what it predicts."
     )
     parts = [
         page.paragraphs([_setting(report)], "quiet"),
