@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from prenorm_jax.base.trees import Array, at_least_float32
 from prenorm_jax.models.config import ModelConfig
@@ -79,8 +80,21 @@ def restore_reflected(y: Array, axis: int = -1) -> Array:
     """B y, for p = d: d-1 entries along `axis` -> d, of zero mean."""
     root = math.sqrt(y.shape[axis] + 1)
     last = -at_least_float32(y).sum(axis, keepdims=True) / root
-    z = y.__array_namespace__().concat([at_least_float32(y) + last / (root + 1), last], axis=axis)
-    return z.astype(y.dtype)
+    return _with_last(y, last, 1 / (root + 1), axis)
+
+
+def _with_last(y: Array, last: Array, share: float, axis: int) -> Array:
+    """[y + share last, last] along `axis`, in y's dtype.
+
+    As a sum of y and a multiple of `last`: XLA makes zeros behind y part of what reads them, where it would write two
+    arrays behind each other first.
+    """
+    xp, d = y.__array_namespace__(), y.shape[axis] + 1
+    shape = [1] * y.ndim
+    shape[axis] = d
+    shares = xp.asarray(np.where(np.arange(d) < d - 1, share, 1.0).reshape(shape), dtype=last.dtype)
+    padded = xp.concat([at_least_float32(y), xp.zeros_like(last)], axis=axis)
+    return (padded + shares * last).astype(y.dtype)
 
 
 def drop_last(z: Array, axis: int = -1) -> Array:
