@@ -31,8 +31,16 @@ class Given:
         self.values = values
 
     def __call__(self, *keys: str, default: Any) -> Any:
-        """The value of the first of these keys, which versions call differently; the family's default where none is."""
-        return next((self.values[key] for key in keys if self.values.get(key) is not None), default)
+        """The value of the first of these keys, which versions call differently; the family's default where none is.
+
+        Raises PrenormError for one of another type than the default has.
+        """
+        key = next((key for key in keys if self.values.get(key) is not None), None)
+        value = default if key is None else self.values[key]
+        wanted = (int, float) if type(default) is float else type(default)
+        if default is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+            raise PrenormError(f"config.json: {key}={value!r} must be of type {type(default).__name__}")
+        return value
 
     def only(self, key: str, *values: Any, why: str = "no model here computes it") -> None:
         """Raises PrenormError, naming the key, unless it has one of these values; the first is the family's default."""
@@ -48,13 +56,14 @@ class Given:
         self.only(key, default, *ACTIVATIONS, why="of activations these are known")
         return ACTIVATIONS[self(key, default=default)]
 
-    def rotary(self, head_dim: int, share: float = 1.0) -> dict[str, Any]:
+    def rotary(self, width: int, heads: int, share: float = 1.0) -> dict[str, Any]:
         """The keys of our rotary positions, in the old spelling or the new; `share`, of a head, where none is given."""
         rope = {**(self("rope_parameters", default={})), **(self("rope_scaling", default={}))}
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise PrenormError(f"config.json: rope_type={kind!r} changes the function and is not supported: default is")
         base = rope.get("rope_theta") or self("rope_theta", "rotary_emb_base", default=10000.0)
         share = rope.get("partial_rotary_factor") or self("partial_rotary_factor", "rotary_pct", default=share)
+        head_dim = width // max(heads, 1)
         turned = int(head_dim * share)
         return {
             "positions": "rotary",

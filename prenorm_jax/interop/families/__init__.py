@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.interop.families import gpt2
+from prenorm_jax.interop.families import falcon, gpt2, gpt_bigcode, gpt_neox, olmo, opt, starcoder2
 from prenorm_jax.interop.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (gpt2.FAMILY,)}
+_ALL = (gpt2, gpt_bigcode, opt, gpt_neox, olmo, starcoder2, falcon)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
 
 # Those that no table could bring here, and why.
 _RMSNORM = "its norms are RMSNorms, which keep the stream's mean: it is no Pre-LN network, and has no equivalent of one"
