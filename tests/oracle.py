@@ -11,7 +11,9 @@ from prenorm_jax.models.vit import ViTConfig
 ACTIVATE = {
     "gelu": lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.where(x > 0, x**2, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "tanh": np.tanh,
 }
@@ -39,27 +41,33 @@ class Transformer:
     def turn(self, x, t):
         if not self.c.rotary:
             return x
-        half = self.c.head_dim // 2
-        turned = (x[:half] + 1j * x[half:]) * np.exp(1j * t * self.c.rotary_base ** (-np.arange(half) / half))
-        return np.concatenate([turned.real, turned.imag])
+        x, width = x.copy(), self.c.rotary_dim or self.c.head_dim
+        for k in range(width // 2):
+            pair = [2 * k, 2 * k + 1] if self.c.rotary_interleaved else [k, k + width // 2]
+            turned = complex(*x[pair]) * np.exp(1j * t * self.c.rotary_base ** (-2 * k / width))
+            x[pair] = turned.real, turned.imag
+        return x
 
     def attend(self, xs, name):
-        c = self.c
+        c, bound = self.c, np.inf if self.c.clip_qkv is None else self.c.clip_qkv
         q, k, v = ([self.linear(x, f"{name}/{part}") for x in xs] for part in ("query", "key", "value"))
 
         def head(vectors, place, h, part):
             x = vectors[place][h * c.head_dim : (h + 1) * c.head_dim]
-            return self.turn(self.norm(x, f"{name}/{part}_norm") if c.qk_norm else x, place)
+            if c.qk_norm and part != "value":
+                x = self.norm(x, f"{name}/{part}_norm")
+            x = np.array([min(max(number, -bound), bound) for number in x])
+            return x if part == "value" else self.turn(x, place)
 
         outputs = []
         for t in range(len(xs)):
             heads = []
             for h in range(c.heads):
                 g = h // (c.heads // c.kv_heads)
-                seen = range(t + 1 if c.causal else len(xs))
+                seen = range(0 if c.window is None else max(t + 1 - c.window, 0), t + 1 if c.causal else len(xs))
                 scores = np.array([head(q, t, h, "query") @ head(k, s, g, "key") for s in seen])
                 weights = np.exp((scores - scores.max()) / np.sqrt(c.head_dim))
-                values = [v[s][g * c.head_dim : (g + 1) * c.head_dim] for s in seen]
+                values = [head(v, s, g, "value") for s in seen]
                 heads.append(sum(w * value for w, value in zip(weights / weights.sum(), values, strict=True)))
             outputs.append(self.linear(np.concatenate(heads), f"{name}/out") * self.p.get(f"{name}/out_scale", 1))
         return outputs

@@ -1,8 +1,9 @@
 """Softmax attention that computes what the causal mask leaves, and stores no attention matrix for the backward pass.
 
-The queries go in blocks, each against the keys that it may see: with 4 blocks, 5/8 of the full product. Each block is
-under `jax.checkpoint`: the backward pass computes its probabilities anew, from queries and keys. Softmax is divided by
-its sum after the product with the values, which is the smaller.
+The queries go in blocks, each against the keys that it may see: with 4 blocks, 5/8 of the full product, and less with a
+window, the positions that a query sees. Each block is under `jax.checkpoint`: the backward pass computes its
+probabilities anew, from queries and keys. Softmax is divided by its sum after the product with the values, which is the
+smaller.
 
 On NVIDIA GPUs cuDNN's kernel, which writes no attention matrix at all, does the same for numbers of two bytes. Of its
 derivatives JAX has the first alone, and only in reverse mode.
@@ -43,19 +44,22 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     kernel: str = "auto",
+    window: int | None = None,
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
 
     Scores and softmax are in float32 at least; its sum, where it is a column of the product (`Platform.sum_as_column`),
     adds the probabilities as they are multiplied with the values, rounded to v's dtype. With a `dropout_key`, each
     probability is dropped with `dropout_rate`.
-    `kernel` is `ModelConfig.attention_kernel`.
+    `kernel` is `ModelConfig.attention_kernel`; `window`, of causal attention, is `GPTConfig.window`.
     """
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
     if kernel == "auto" and dropout_key is None and (T == S or not causal) and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
-        return jax.nn.dot_product_attention(*qkv, is_causal=causal, implementation="cudnn").reshape(B, T, H * K)
+        sides = None if window is None else (window - 1, 0)  # before and after a query's own position
+        options = {"is_causal": causal, "local_window_size": sides, "implementation": "cudnn"}
+        return jax.nn.dot_product_attention(*qkv, **options).reshape(B, T, H * K)
     q_LxRxTxK = _group(q_BxTxHxK, G)
     k_LxSxK, v_LxSxK = (x.transpose(0, 2, 1, 3).reshape(*_leading(B, G), S, K) for x in (k_BxSxGxK, v_BxSxGxK))
     columns = platform().sum_as_column
@@ -65,30 +69,43 @@ def attend(
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        # The T queries are the last of S.
-        seen, position = (S - T + end, S - T + start) if causal else (S, None)
+        seen, position = slice(S), None
+        if causal:  # the T queries are the last of S
+            first = 0 if window is None else max(S - T + start - window + 1, 0)
+            seen, position = slice(first, S - T + end), S - T + start - first
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
 
         # The slices are inside, so that the residuals of all blocks are the same three arrays. With `prevent_cse`:
         # without its barriers XLA merges what is recomputed with the forward pass, and is slower.
         @jax.checkpoint
         def block(q, k, v, key, start=start, end=end, seen=seen, position=position):  # defaults bind this iteration's
-            seen_kv = (x[..., :seen, :] for x in (k, v))
-            return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate)
+            seen_kv = (x[..., seen, :] for x in (k, v))
+            return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate, window)
 
         blocks.append(block(q_LxRxTxK, k_LxSxK, v_LxSxK, key))
     return _ungroup(jnp.concatenate(blocks, axis=-2), B, G)
 
 
-def attend_cached(q_BxTxHxK: jax.Array, k_NxSxK: jax.Array, v_NxSxK: jax.Array, position: jax.Array | int) -> jax.Array:
+def attend_cached(
+    q_BxTxHxK: jax.Array,
+    k_NxSxK: jax.Array,
+    v_NxSxK: jax.Array,
+    position: jax.Array | int,
+    window: int | None = None,
+) -> jax.Array:
     """`attend` of queries from `position` on, each of which sees the entries of a cache up to its own: (B, T, H·K).
 
-    The cache's first axis, N, is B·G.
+    The cache's first axis, N, is B·G. With a `window` a query sees only the last entries, so many.
     """
-    B, (N, S, K) = len(q_BxTxHxK), k_NxSxK.shape
+    B, T = q_BxTxHxK.shape[:2]
+    if window is not None and (size := T + window - 1) < k_NxSxK.shape[1]:  # what no query sees is not read
+        first = jnp.clip(position - window + 1, 0, k_NxSxK.shape[1] - size)
+        k_NxSxK, v_NxSxK = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k_NxSxK, v_NxSxK))
+        position -= first
+    N, S, K = k_NxSxK.shape
     q_LxRxTxK = _group(q_BxTxHxK, N // B)
     k_LxSxK, v_LxSxK = (x.reshape(*_leading(B, N // B), S, K) for x in (k_NxSxK, v_NxSxK))
-    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, dropout_rate=0.0), B, N // B)
+    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, 0.0, window), B, N // B)
 
 
 def _cudnn_serves(q_BxTxHxK: jax.Array, S: int, G: int) -> bool:
@@ -132,6 +149,7 @@ def _attend_block(
     key: jax.Array | None,
     position: jax.Array | int | None,
     dropout_rate: float,
+    window: int | None,
 ) -> jax.Array:
     """`attend` of T queries, of which the first stands at key `position`; None: each sees all keys. (L, R, T, K).
 
@@ -146,7 +164,10 @@ def _attend_block(
     scores = at_least_float32(scores).reshape(*leading, *queries, S)
     if position is not None:
         last_seen = position + jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
-        scores = jnp.where(jnp.arange(S) <= last_seen, scores, -jnp.inf)
+        seen = jnp.arange(S) <= last_seen
+        if window is not None:
+            seen &= jnp.arange(S) > last_seen - window
+        scores = jnp.where(seen, scores, -jnp.inf)
     # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True) if v_LxSxK.shape[-1] == K else None

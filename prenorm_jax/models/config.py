@@ -20,7 +20,7 @@ from prenorm_jax.base.errors import PrenormError, check_choice, check_range
 NORMS = ("layernorm", "rmsnorm", "crmsnorm")
 EXECUTION = ("scan", "remat", "attention_kernel")  # keys of `model` that do not change what is computed
 OF_CRMSNORM = ("coordinates", "coordinates_entry")  # the fields that say something under crmsnorm alone
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "tanh")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -44,13 +44,14 @@ class ModelConfig:
     head_dim: int | None = None  # d_model // heads
     mlp_dim: int | None = None  # 4 * d_model
     gated_mlp: bool = False  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    activation: str = "gelu_tanh"  # gelu | gelu_tanh | relu | silu | tanh
+    activation: str = "gelu_tanh"  # gelu | gelu_tanh | quick_gelu | relu | relu2, its square | silu | tanh
     parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)) instead of one branch after the other
     shared_norm: bool = False  # with `parallel`: one norm feeds both branches
     post_norm: bool = False  # norm(x + f(x)) instead of x + f(norm(x))
     final_norm: bool = True  # the norm between the last block and the head
     embed_norm: bool = False  # a LayerNorm on the embedding, before it enters the stream (BLOOM, CLIP's ViT)
     qk_norm: bool = False  # a LayerNorm on each query and key, over head_dim (ViT-22B); an RMSNorm in the variants
+    clip_qkv: float | None = None  # queries, keys, values are clipped to ± this, after qk_norm; None: they are not
     layer_scale: float | None = None  # initial value of a learned scale of each branch's output; None: no such scale
     use_bias: bool = True  # in every linear layer of a block
     reader_bias: bool | None = None  # use_bias; up and gate alone, and what qkv_bias leaves out. Folding sets it
@@ -76,6 +77,7 @@ class ModelConfig:
 
     causal: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
+    window: ClassVar[int | None] = None
     tie_embeddings: ClassVar[bool] = False
     decodes: ClassVar[bool] = False  # whether its module takes a cache, and so writes text (`decoding.py`)
     inputs: ClassVar[str]  # the kind of data that it takes: a key of `data.KINDS`
@@ -93,7 +95,7 @@ class ModelConfig:
     at_least: ClassVar[dict[str, float]] = {
         **dict.fromkeys(("depth", "heads", "kv_heads", "head_dim", "mlp_dim"), 1),
         "d_model": 2,
-        **dict.fromkeys(("epsilon", "layer_scale"), 0),
+        **dict.fromkeys(("epsilon", "layer_scale", "clip_qkv"), 0),
     }
     rates: ClassVar[tuple[str, ...]] = ("dropout", "attention_dropout", "branch_dropout", "embed_dropout")
 
@@ -155,6 +157,8 @@ class ModelConfig:
             raise PrenormError(
                 "model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn"
             )
+        if self.clip_qkv == 0:
+            raise PrenormError("model.clip_qkv=0.0 makes queries, keys and values zero: give a larger bound, or none")
         if self.post_norm and self.parallel:
             raise PrenormError("model.post_norm=True and model.parallel=True exclude each other: set one to False")
         if self.scan and self.stochastic_depth and self.stochastic_depth_schedule == "linear":

@@ -28,13 +28,16 @@ class GPTConfig(ModelConfig):
     max_len: int = 1024  # longest sequence; the length of a learned position table
     positions: str = "learned"  # learned | sinusoidal | rotary | none
     rotary_base: float = 10000.0  # of rotary positions
+    rotary_dim: int | None = None  # numbers of each head that are turned, the first; None: all
+    rotary_interleaved: bool = False  # in pairs (0, 1), (2, 3), ... (GPT-J), not of one half and the other
+    window: int | None = None  # positions that a query sees, the last its own; None: all up to its own
     tie_embeddings: bool = True  # the head's kernel is the token embedding
 
     causal: ClassVar[bool] = True
     decodes: ClassVar[bool] = True
     inputs: ClassVar[str] = "text"
     choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
-    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1, "rotary_base": 1}
+    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1, "rotary_base": 1, "rotary_dim": 2, "window": 1}
 
     @property
     def rotary(self) -> bool:
@@ -44,8 +47,16 @@ class GPTConfig(ModelConfig):
     def check(self) -> None:
         """Raises PrenormError for keys that contradict each other."""
         super().check()
-        if self.rotary and self.head_dim % 2:
+        if not self.rotary:
+            for key in ("rotary_dim", "rotary_interleaved"):
+                if getattr(self, key):
+                    raise PrenormError(f"model.{key} needs model.positions='rotary', not {self.positions!r}")
+        elif self.rotary_dim is None and self.head_dim % 2:
             raise PrenormError(f"model.positions='rotary' needs an even model.head_dim, not {self.head_dim}")
+        elif self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise PrenormError(
+                f"model.rotary_dim={self.rotary_dim} must be even and at most model.head_dim={self.head_dim}"
+            )
 
     def tokens(self, length: int) -> int:
         """Tokens in the stream of an example of so many."""

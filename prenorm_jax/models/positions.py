@@ -5,18 +5,30 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def rotate(x_BxTxHxK: jax.Array, base: float, position: jax.Array | int = 0) -> jax.Array:
+def rotate(
+    x_BxTxHxK: jax.Array,
+    base: float,
+    position: jax.Array | int = 0,
+    width: int | None = None,
+    interleaved: bool = False,
+) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864): turns the pair (k, k + K/2) of position t by t · base^(-2k/K).
 
-    `position` is t of the first token.
+    `position` is t of the first token. With a `width`, only so many numbers of each head are turned, the first, and
+    stand for K. `interleaved`: the pairs are (2k, 2k + 1).
     """
     T, K = x_BxTxHxK.shape[1], x_BxTxHxK.shape[3]
+    if width is not None and width < K:
+        turned = rotate(x_BxTxHxK[..., :width], base, position, interleaved=interleaved)
+        return jnp.concatenate([turned, x_BxTxHxK[..., width:]], axis=-1)
     dtype = jnp.promote_types(x_BxTxHxK.dtype, jnp.float32)
     t_T = jnp.arange(T, dtype=dtype) + position
     angles_TxK = t_T[:, None] * base ** (-jnp.arange(0, K, 2, dtype=dtype) / K)
     cos, sin = jnp.cos(angles_TxK)[:, None, :], jnp.sin(angles_TxK)[:, None, :]
-    first, second = jnp.split(x_BxTxHxK.astype(dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    wide = x_BxTxHxK.astype(dtype)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
+    pair = [first * cos - second * sin, second * cos + first * sin]
+    rotated = jnp.stack(pair, axis=-1).reshape(wide.shape) if interleaved else jnp.concatenate(pair, axis=-1)
     return rotated.astype(x_BxTxHxK.dtype)
 
 

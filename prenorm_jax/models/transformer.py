@@ -38,7 +38,9 @@ def _gelu(x: jax.Array) -> jax.Array:
 _ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # arXiv 1606.08415, section 2
     "relu": nn.relu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),  # arXiv 2109.08668
     "silu": nn.silu,
     "tanh": jnp.tanh,
 }
@@ -183,18 +185,21 @@ class Attention(nn.Module):
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
             q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
             k_BxSxGxK = kept_norm(config, "key_norm", norm, axis="head_dim")(k_BxSxGxK)
+        if (bound := config.clip_qkv) is not None:
+            q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (jnp.clip(x, -bound, bound) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK))
         if config.rotary:
             position = 0 if cache is None else cache.position
-            q_BxTxHxK, k_BxSxGxK = (rotate(x, config.rotary_base, position) for x in (q_BxTxHxK, k_BxSxGxK))
+            options = config.rotary_base, position, config.rotary_dim, config.rotary_interleaved
+            q_BxTxHxK, k_BxSxGxK = (rotate(x, *options) for x in (q_BxTxHxK, k_BxSxGxK))
 
         if cache is not None:
             k_NxSxK = self._remember("keys", k_BxSxGxK, cache)
             v_NxSxK = self._remember("values", v_BxSxGxK, cache)
         if cache is not None and cache.size is None:
-            heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, cache.position)
+            heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, cache.position, config.window)
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
-            options = config.causal, config.attention_dropout, key, config.attention_kernel
+            options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window
             heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
 
