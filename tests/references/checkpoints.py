@@ -1,4 +1,4 @@
-"""Tiny models of other libraries' own classes, in float64 throughout, with the awkward parameters that real ones have."""
+"""Tiny models of other libraries' own classes, in float64 throughout, with awkward parameters as real ones have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @functools.cache
 def transformers() -> ModuleType:
-    """The library, where float32 means float64: else its rotary positions and norms would be what limits a comparison."""
+    """The library, where float32 means float64: its rotary positions and norms would else limit a comparison."""
     import torch
 
     torch.set_default_dtype(torch.float64)
@@ -57,7 +57,7 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def load(folder: Path) -> Any:
-    """The model in the folder, by the class that its config.json names. Raises AssertionError if a tensor is left out."""
+    """The model in the folder, by the class that its config.json names. No tensor may be left out or over."""
     import torch
 
     library = transformers()

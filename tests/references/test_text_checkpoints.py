@@ -1,7 +1,5 @@
 """Imported, converted and exported checkpoints beside the families' own library, in float64."""
 
-from pathlib import Path
-
 import checkpoints as theirs
 import numpy as np
 import pytest
@@ -89,12 +87,8 @@ def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case
     keep = to == "rmsnorm" and not folds
     import_checkpoint(folder, tmp_path / "run", to, keep_affine=keep)
     if to == "crmsnorm" and not folds:
-        with pytest.raises(prenorm_jax.PrenormError, match="has no place for .*keep-affine"):
+        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
             export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
         return
     export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
     assert relative(theirs.logits(theirs.load(tmp_path / "back"), tokens), expected) < 1e-9
-    naive = {name: tensor for name, tensor in map_file(folder / "model.safetensors")[1].items()}
-    assert any(
-        not np.array_equal(naive[name], x) for name, x in map_file(tmp_path / "back/model.safetensors")[1].items()
-    )
