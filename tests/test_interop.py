@@ -341,7 +341,7 @@ WRONG = {
     "nothing": (lambda folder, tensors: described(GPT2)(folder, tensors).unlink(), "should hold one file of weights"),
     "no config": (
         lambda folder, tensors: (write(folder, tensors, GPT2), (folder / "config.json").unlink()),
-        r"has no config\.json",
+        r"there is no config\.json with it",
     ),
 }
 

@@ -59,10 +59,11 @@ def is_foreign(place: str | Path) -> bool:
         return folder.is_file() or not folder.is_absolute()
     if is_workdir(folder):
         return False
-    weights = any(next(folder.glob(f"*{suffix}"), None) for suffix in (".safetensors", ".bin"))
-    with contextlib.suppress(PrenormError):
-        return weights or "model_type" in read_json(folder / "config.json")
-    return weights
+    if any(next(folder.glob(f"*{suffix}"), None) for suffix in (".safetensors", ".bin")):
+        return True
+    with contextlib.suppress(PrenormError, OSError):
+        return "model_type" in read_json(folder / "config.json")
+    return False
 
 
 def open_source(name: str | Path) -> Source:
@@ -75,7 +76,7 @@ def open_source(name: str | Path) -> Source:
         place = _from_hub(str(name))
     folder, file = (place, None) if place.is_dir() else (place.parent, place.name)
     if not (folder / "config.json").is_file():
-        raise PrenormError(f"{folder} has no config.json, which says what the network is: copy it beside the weights")
+        raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
     config = read_json(folder / "config.json")
     if "model_type" not in config:
         raise PrenormError(

@@ -92,3 +92,17 @@ def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case
         return
     export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
     assert relative(theirs.logits(theirs.load(tmp_path / "back"), tokens), expected) < 1e-9
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_recentred_olmo_is_a_stock_llama(tmp_path, tied):
+    model = theirs.make("olmo", **OLMO | {"tie_word_embeddings": tied, "num_key_value_heads": 1})
+    model.save_pretrained(tmp_path / "source")
+    tokens = np.random.default_rng(1).integers(V, size=(2, T))
+    import_checkpoint(tmp_path / "source", tmp_path / "run", "crmsnorm")
+    export_checkpoint(tmp_path / "run", tmp_path / "llama", "rmsnorm", form="llama")
+    llama = theirs.load(tmp_path / "llama")
+    assert type(llama).__name__ == "LlamaForCausalLM"
+    assert relative(theirs.logits(llama, tokens), theirs.logits(model, tokens)) < 1e-9
+    llama.load_state_dict(model.state_dict(), strict=False)  # OLMo's own weights, under norms that keep their mean
+    assert relative(theirs.logits(llama, tokens), theirs.logits(model, tokens)) > 1e-2
