@@ -61,6 +61,7 @@ clean:                      ## everything that make made but runs/
 $(VENV)/.ready: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "error: $(PYTHON) is older than Python 3.11: name another, as in make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@[ ! -L $(VENV) ] || { echo "error: $(VENV) is a link: what it leads to would be cleared; remove it"; exit 1; }
 	@echo "setting up $(VENV) (about a minute)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv

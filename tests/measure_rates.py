@@ -4,7 +4,9 @@
 
 tokens_per_s: the median over all lines of metrics.jsonl, of runs without any and of runs with both at every second
 step; compared: the median of what `compare` says of each. ratios: the median over rounds of with / without, since a
-machine that others use too is not equally quick in all; within: whether they are within a tenth.
+machine that others use too is not equally quick in all; within: whether they are within a tenth. The machine must be
+quiet: what waited for a disk is given the cores before what did not. The first step after a pause takes some
+milliseconds more, of caches that others used: of steps of 20 ms that would be seen.
 """
 
 import json
@@ -28,9 +30,9 @@ jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
 for number in range(rounds):
     for name in sorted(EVERY, reverse=bool(number % 2)):
         config = get_config()
-        config.update({"steps": 40, "log_every": 2, "eval_every": EVERY[name], "checkpoint_every": EVERY[name]})
-        config.data.update({"seq_len": 64, "holdout": 0.0005})
-        config.model.update({"depth": 2, "d_model": 64})
+        config.update({"steps": 20, "log_every": 2, "eval_every": EVERY[name], "checkpoint_every": EVERY[name]})
+        config.data.update({"seq_len": 128, "holdout": 0.0005})
+        config.model.update({"depth": 4, "d_model": 128})
         config.update_from_flattened_dict(
             {key: json.loads(value) for key, value in (a.split("=") for a in sys.argv[3:])}
         )

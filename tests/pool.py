@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from prenorm_jax.models.config import ACTIVATIONS
 from prenorm_jax.models.gpt import GPTConfig
 from prenorm_jax.models.vit import ViTConfig
 
@@ -27,11 +26,12 @@ TRANSFORMER = {
     "head_dim": (2, 6),
     "mlp_dim": (1, 9),
     "gated_mlp": FLAG,
-    "activation": ACTIVATIONS,
+    "activation": ("gelu", "gelu_tanh", "silu"),
     "parallel": FLAG,
     "shared_norm": FLAG,
     "embed_norm": FLAG,
     "qk_norm": FLAG,
+    "clip_qkv": (None, 0.5),
     "layer_scale": (None, 0.1),
     "use_bias": FLAG,
     "reader_bias": OR_AS_ANOTHER,
@@ -53,12 +53,17 @@ TRANSFORMER = {
 OPTIONS: dict[str, dict[str, tuple]] = {
     "gpt": TRANSFORMER
     | {
+        "activation": (*TRANSFORMER["activation"], "relu", "relu2"),
         "d_model": (2, 5, 8, 13, 16),
         "positions": GPTConfig.choices["positions"],
+        "rotary_dim": (None, 2, 4),
+        "rotary_interleaved": FLAG,
+        "window": (None, 3),
         "tie_embeddings": FLAG,
     },
     "vit": TRANSFORMER
     | {
+        "activation": (*TRANSFORMER["activation"], "quick_gelu", "tanh"),
         "d_model": (2, 4, 5, 8, 13, 16),
         "patch_size": (2, 3, 6),
         "patch_bias": FLAG,
@@ -70,7 +75,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "norm_after_pooling": FLAG,
     },
 }
-SIZE, SEED = 12, 119  # networks a family; of the order in which their options are chosen
+SIZE, SEED = 12, 553  # networks a family; of the order in which their options are chosen
 
 
 def possible(options: Mapping[str, Any]) -> bool:
@@ -80,6 +85,8 @@ def possible(options: Mapping[str, Any]) -> bool:
         get("heads", 4) % get("kv_heads", 1)
         or (get("shared_norm") and get("parallel") is False)
         or (get("positions") == "sincos2d" and get("d_model", 4) % 4)
+        or (get("positions", "rotary") != "rotary" and (get("rotary_dim") or get("rotary_interleaved")))
+        or (get("rotary_dim") or 0) > get("head_dim", 6)
         or (get("pooling", "mean").startswith("class") and get("class_token") is False)
         or (get("pooling") == "attention" and get("norm_after_pooling"))
     )

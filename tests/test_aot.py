@@ -102,7 +102,7 @@ def test_how_parameters_are_split_is_said_without_libtpu():
     assert "128×512" in up and "-, tensor+fsdp" in up and up.endswith("8,192")
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_rematerialisation_keeps_less(config):
     kept = {}
     for remat in ("none", "dots", "full"):

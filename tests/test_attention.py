@@ -1,6 +1,7 @@
 """Blocked attention against the plain formula, in float64: values, both kinds of derivative, dropout."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,14 @@ def platform(request, monkeypatch):
     return request.param
 
 
-def plain(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, causal):
-    """One product, one softmax; key heads repeated."""
+def plain(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, causal, window=None):
+    """One product, one softmax; key heads repeated. Of a window the width is that of a band of the scores."""
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k_BxSxGxK, v_BxSxGxK))
     scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) / np.sqrt(K)
     if causal:
-        scores = jnp.where(np.arange(T)[:, None] + S - T >= np.arange(S), scores, -jnp.inf)
+        scores = jnp.where(np.tri(T, S, S - T) - np.tri(T, S, S - T - (window or S)) > 0, scores, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v).reshape(B, T, H * K)
 
 
@@ -36,21 +37,30 @@ def random_heads(T, H=4, G=2, seed=0):
     return [jnp.asarray(rng.normal(size=(2, T, heads, 3))) for heads in (H, G, G)]
 
 
-# Blocks of queries there are where a query does not see all keys: of 32 tokens at least (33), else four (130).
-LENGTHS = [(1, False), (1, True), (31, False), (33, True), (130, True)]
-MORE_LENGTHS = [(31, True), (33, False), (130, False), (128, False), (128, True), (257, False), (257, True)]
+# Blocks of queries there are where a query does not see all keys: of 32 tokens at least (33), else four (130). Windows
+# within a block, over two of them, and wider than the sequence.
+LENGTHS = [(1, False, None), (1, True, None), (31, False, None), (33, True, None), (130, True, None), (130, True, 40)]
+MORE_LENGTHS = [(130, False, None), (128, True, None), (33, True, 2), (130, True, 999)]
+MOST_LENGTHS = [(31, True, None), (33, False, None), (128, False, None), (257, False, None), (257, True, None)]
+MOST_LENGTHS += [(31, True, 1), (128, True, 32)]
 
 
 @pytest.mark.parametrize(
-    ("T", "causal"), [*LENGTHS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_LENGTHS)]
+    ("T", "causal", "window"),
+    [
+        *LENGTHS,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_LENGTHS),
+        *(pytest.param(*case, marks=pytest.mark.wide) for case in MOST_LENGTHS),
+    ],
 )
-def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal):
+def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal, window):
     inputs, directions = random_heads(T), random_heads(T, seed=1)
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(2, T, 12)))
 
     def results(function):
-        value, pull_back = jax.vjp(lambda *qkv: function(*qkv, causal), *inputs)
-        tangent = jax.jvp(lambda *qkv: function(*qkv, causal), inputs, directions)[1]
+        function = functools.partial(function, causal=causal, window=window)
+        value, pull_back = jax.vjp(function, *inputs)
+        tangent = jax.jvp(function, inputs, directions)[1]
         return [value, tangent, *pull_back(cotangent)]
 
     for ours, expected in zip(*jax.jit(lambda: (results(attend), results(plain)))(), strict=True):
@@ -99,9 +109,17 @@ def two_byte_heads(T, S, K, H=4, G=2):
 
 @pytest.mark.parametrize("platform", ["gpu"], indirect=True)
 @pytest.mark.parametrize(
-    ("T", "causal", "cudnns"), [(34, True, True), (34, False, True), (2, False, True), (2, True, False)]
+    ("T", "causal", "window", "cudnns"),
+    [
+        (34, True, None, True),
+        (34, True, 5, True),
+        (34, False, None, True),
+        (2, False, None, True),
+        (2, True, None, False),
+        (2, True, 5, False),
+    ],
 )
-def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, cudnns, monkeypatch):
+def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, window, cudnns, monkeypatch):
     """There is none here: JAX's own implementation stands in for it, with the same conventions."""
     asked, own = [], jax.nn.dot_product_attention
 
@@ -111,11 +129,11 @@ def test_on_nvidia_gpus_cudnn_is_given_what_it_takes(T, causal, cudnns, monkeypa
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     qkv = two_byte_heads(T, 34, 8)
-    expected = jax.jit(lambda *qkv: plain(*(x.astype(jnp.float64) for x in qkv), causal))(*qkv)
+    expected = jax.jit(lambda *qkv: plain(*(x.astype(jnp.float64) for x in qkv), causal, window))(*qkv)
     for device, options, asks in ((H100, {}, cudnns), (H100, {"kernel": "xla"}, False), (Device("tpu", 0), {}, False)):
         monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda device=device: device)
         asked.clear()
-        ours = jax.jit(lambda *qkv, options=options: attend(*qkv, causal, **options))(*qkv)
+        ours = jax.jit(lambda *qkv, options=options: attend(*qkv, causal, window=window, **options))(*qkv)
         assert relative(ours, expected) < 0.01
         assert asked == ["cudnn"] * asks
     monkeypatch.setattr("prenorm_jax.models.attention.computing_device", lambda: H100)
@@ -163,14 +181,16 @@ def test_the_platform_is_that_of_the_mesh():
         assert computing_platform() == "cpu"
 
 
-def test_no_query_sees_what_comes_after_it():
+@pytest.mark.parametrize("window", [None, 2, 40])
+def test_a_query_sees_its_window_and_nothing_before_or_after_it(window):
     T = 130
     q, k, v = random_heads(T)
-    derive = jax.jit(jax.grad(lambda k, v, t: attend(q, k, v, True)[:, t].sum(), argnums=(0, 1)))
+    derive = jax.jit(jax.grad(lambda k, v, t: attend(q, k, v, True, window=window)[:, t].sum(), argnums=(0, 1)))
     for t in (0, 31, 32, 33, 100, T - 1):
-        for gradient in derive(k, v, t):
-            assert jnp.abs(gradient[:, t]).max() > 0 or t == 0
-            np.testing.assert_array_equal(gradient[:, t + 1 :], 0)
+        seen = (np.arange(T) <= t) & (np.arange(T) > t - (window or T))
+        by_k, by_v = (jnp.abs(gradient).max((0, 2, 3)) > 0 for gradient in derive(k, v, t))
+        np.testing.assert_array_equal(by_v, seen)
+        np.testing.assert_array_equal(by_k, seen & (t > 0))  # of a single key the weight is 1, whatever the key
 
 
 def test_huge_scores_do_not_overflow():
@@ -200,14 +220,14 @@ def test_sums_of_large_values_do_not_overflow_float16(causal):
     assert relative(by_v, expected_by_v) < 5e-3
 
 
-def test_the_causal_half_is_not_computed():
-    """With 4 blocks, 10 of 16 squares: FLOPs as XLA counts them, forward."""
+def test_the_causal_half_is_not_computed_nor_what_lies_before_a_window():
+    """With 4 blocks, 10 of 16 squares, and of a window of one square 7: FLOPs as XLA counts them, forward."""
     q, k, v = random_heads(256)
     flops = [
-        jax.jit(lambda q, k, v, causal=causal: attend(q, k, v, causal)).lower(q, k, v).cost_analysis()["flops"]
-        for causal in (True, False)
+        jax.jit(functools.partial(attend, **options)).lower(q, k, v).cost_analysis()["flops"]
+        for options in ({"causal": True, "window": 64}, {"causal": True}, {"causal": False})
     ]
-    assert flops[0] < 0.7 * flops[1]
+    assert flops[0] < 0.75 * flops[1] and flops[1] < 0.7 * flops[2]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"], indirect=True)

@@ -252,7 +252,9 @@ def test_a_program_of_which_the_compiler_states_no_cycles_is_refused(monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [task if task in ("step", "decode") else pytest.param(task, marks=pytest.mark.wide) for task in TASKS]
+)
 def test_it_measures(tmp_path, monkeypatch, task):
     monkeypatch.setattr(timing, "peak_flops", functools.partial(timing.peak_flops, size=64))  # here of eight devices
     only = "--only=layernorm,rmsnorm-pre_ln,none" + (",flax-one-pass,crmsnorm-aligned" if task == "step" else "")

@@ -76,8 +76,8 @@ def test_gpt3_has_the_settings_of_its_paper():
         module.get_config("3B")
 
 
-def quick_and_slow(quick: dict, slow: dict) -> list:
-    return [*quick.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in slow.items())]
+def quick_and_wide(quick: dict, wide: dict) -> list:
+    return [*quick.items(), *(pytest.param(*item, marks=pytest.mark.wide) for item in wide.items())]
 
 
 GPT3 = {
@@ -90,7 +90,7 @@ GPT3 = {
 }  # XL: its heads are wider than d
 
 
-@pytest.mark.parametrize(("size", "billions"), quick_and_slow({"Small": 0.125, "175B": 175.0}, GPT3))
+@pytest.mark.parametrize(("size", "billions"), quick_and_wide({"Small": 0.125, "175B": 175.0}, GPT3))
 def test_gpt3_has_the_sizes_it_is_known_by(size, billions):
     config = importlib.import_module("configs.gpt3").get_config(size)
     config.model.norm = "crmsnorm"
@@ -110,7 +110,7 @@ VIT = {
 }  # 22B: its pooling included
 
 
-@pytest.mark.parametrize(("size", "millions"), quick_and_slow({"S/16": 22, "B/16": 86.6}, VIT))
+@pytest.mark.parametrize(("size", "millions"), quick_and_wide({"S/16": 22, "B/16": 86.6}, VIT))
 def test_vit_has_the_sizes_it_is_known_by(size, millions):
     config = importlib.import_module("configs.vit").get_config(size)
     leaves = abstract_params(Run.create(config).trained).values()
@@ -173,7 +173,7 @@ def test_the_imagenet_vit_takes_the_same_step_under_each_norm():
     check_steps(config, batch, 22_050_664 - 384 + 24 * 384)  # DeiT-S, less one position, with LayerScale
 
 
-@pytest.mark.slow
+@pytest.mark.wide  # half a minute, and the GPTs of other tests take the same steps
 def test_gpt2_takes_the_same_step_under_each_norm():
     config = get_config("gpt2_wikitext103")
     config.batch_size = 1

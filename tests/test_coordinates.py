@@ -10,12 +10,17 @@ import pytest
 from commands import error_of, evaluate, here
 from common import logits, random_inputs, random_params, relative, tiny, tiny_vit
 from flax.traverse_util import flatten_dict, unflatten_dict
+from measure_coordinates import in_last_place
 
 from prenorm_jax import PrenormError, choose_coordinates, convert_config, convert_params
-from prenorm_jax.equivalence.choice import coordinate_choices, rank_choices
+from prenorm_jax.equivalence import stream_sizes
+from prenorm_jax.equivalence.choice import coordinate_choices, leaks, reader_sums
 from prenorm_jax.equivalence.fit import fit_params
-from prenorm_jax.models.coordinates import KINDS, center, coordinates_of
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.coordinates import KINDS, center, coordinates_of, exchange
+from prenorm_jax.models.stacking import stack_blocks
 
+RAW = {"embed_dropout": 0.1, "branch_dropout": 0.1}
 MOST = [(kind, entry) for kind in KINDS for entry in (None, 0, 5)]
 
 
@@ -48,8 +53,15 @@ def test_the_maps_are_those_of_the_law(kind, entry):
         np.testing.assert_allclose((y**2).sum(-1), (z**2).sum(-1))
 
 
-@pytest.mark.parametrize("make", [tiny, tiny_vit])
-@pytest.mark.parametrize("changes", [{}, {"embed_dropout": 0.1, "branch_dropout": 0.1}], ids=["weights", "raw"])
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        pytest.param(tiny, RAW, id="gpt-raw"),
+        pytest.param(tiny_vit, {}, id="vit"),
+        pytest.param(tiny, {}, id="gpt", marks=pytest.mark.slow),
+        pytest.param(tiny_vit, RAW, id="vit-raw", marks=pytest.mark.slow),
+    ],
+)
 def test_every_choice_is_the_same_function_and_another_choice_than_the_trees_is_not(make, changes):
     pre_ln = make(**changes)
     params, inputs = jax.device_get(random_params(pre_ln, 0)), random_inputs(pre_ln)
@@ -71,56 +83,120 @@ def test_the_law_is_the_sum_over_all_entries():
     d, rng = 9, np.random.default_rng(1)
     readers, squares = [rng.normal(size=(n, d)) for n in (3, 7)], rng.uniform(0.1, 9, d)
     w = np.concatenate(readers)
-    for choice in rank_choices(lambda: iter(readers), squares):
-        c = vector_c(choice.kind, choice.entry, d)
-        leak = ((w - (w @ c)[:, None]) ** 2).sum(0)
-        sizes = squares + (c / c[choice.entry]) ** 2 * squares[choice.entry]
-        expected = np.delete(sizes * leak, choice.entry).sum() / (squares * (w**2).sum(0)).sum()
-        assert choice.error == pytest.approx(np.sqrt(expected), rel=1e-12)
+    for kind, row in zip(KINDS, leaks(sum(reader_sums(own, squares) for own in readers), squares), strict=True):
+        for p, found in enumerate(row):
+            c = vector_c(kind, p, d)
+            leak = ((w - (w @ c)[:, None]) ** 2).sum(0)
+            sizes = squares + (c / c[p]) ** 2 * squares[p]
+            expected = np.delete(sizes * leak, p).sum() / (squares * (w**2).sum(0)).sum()
+            assert found == pytest.approx(expected, rel=1e-12)
 
 
-def with_outliers(config, seed: int) -> dict:
-    """Four entries of the stream 60 times the others, with small γ there."""
-    rng, flat = np.random.default_rng(seed), flatten_dict(jax.device_get(random_params(config, seed)))
-    few = rng.choice(config.d_model - 1, 4, replace=False)
+def with_outliers(config, seed: int, last: float, sizes: tuple[float, float] = (60.0, 60.0)) -> dict:
+    """Four entries of the stream are larger than the others, with γ .03 there; `last`: γ of the last entry.
+
+    `sizes`: how much larger they are made by the first half of the vocabulary, and by the rest of it and the branches.
+    """
+    rng, flat = np.random.default_rng(seed), flatten_dict(jax.device_get(random_params(config, seed, 0.0)))
+    few, half = rng.choice(config.d_model - 1, 4, replace=False), config.vocab_size // 2
     for path, leaf in flat.items():
         leaf = flat[path] = np.array(leaf)
         if path[-2:-1] and path[-2].endswith("norm") and path[-1] == "scale":
             leaf[:] = rng.normal(1, 0.1, leaf.shape)
-            leaf[few] = 0.03
+            leaf[few], leaf[-1] = 0.03, last
+        elif path == ("token_embedding",):
+            leaf[:half, few] *= sizes[0]
+            leaf[half:, few] *= sizes[1]
         elif path[-1].endswith("embedding") or path[-2] in ("out", "down"):
-            leaf[..., few] *= 60
+            leaf[..., few] *= sizes[1]
     return unflatten_dict(flat)
 
 
-def test_the_choice_rounds_like_rmsnorm_where_dropping_the_last_entry_does_not():
-    pre_ln = tiny(d_model=64, depth=3, tie_embeddings=False, layer_scale=None)
-    params, inputs = with_outliers(pre_ln, 0), random_inputs(pre_ln)
+def rounding(pre_ln, params, inputs, norm: str, kind: str = "drop", entry: int | None = None) -> float:
+    """The error of the logits in float32, root mean square; the programs are those of the last entry's coordinates."""
     expected = logits(pre_ln, params, inputs)
-
-    def error(to: str, **keys) -> float:
-        config = dataclasses.replace(pre_ln, **keys)
-        narrow = jax.tree.map(lambda x: np.asarray(x, np.float32), convert_params(params, config, to))
-        config = dataclasses.replace(convert_config(config, to), dtype="float32", param_dtype="float32")
-        return float(np.sqrt(np.mean((np.asarray(logits(config, narrow, inputs), np.float64) - expected) ** 2)))
-
-    chosen, rms = choose_coordinates(params, pre_ln), error("rmsnorm")
-    last = next(choice for choice in coordinate_choices(params, pre_ln) if choice[:2] == ("drop", 63))
-    assert error("crmsnorm", **chosen) < 1.2 * rms
-    assert error("crmsnorm") > 2 * rms and last.error > 2
+    source = params if entry is None else in_last_place(params, pre_ln, entry)
+    config = dataclasses.replace(pre_ln, coordinates=kind)
+    converted = convert_params(source, config, norm)
+    narrow = jax.tree.map(lambda x: np.asarray(x, np.float32), converted)
+    config = dataclasses.replace(convert_config(config, norm), dtype="float32", param_dtype="float32")
+    return float(np.sqrt(np.mean((np.asarray(logits(config, narrow, inputs), np.float64) - expected) ** 2)))
 
 
-def test_a_choice_of_any_tree_of_one_network_is_the_same():
+def of_width_64():
+    return tiny(d_model=64, depth=3, tie_embeddings=False)
+
+
+@pytest.mark.parametrize("last", [1.0, 5.0])
+def test_the_choice_rounds_like_rmsnorm_where_dropping_the_last_entry_does_not_as_predicted(last):
+    pre_ln = of_width_64()
+    params, inputs = with_outliers(pre_ln, 0, last), random_inputs(pre_ln, batch=8)
+    choices, rms = coordinate_choices(params, pre_ln), rounding(pre_ln, params, inputs, "rmsnorm")
+    papers = next(choice for choice in choices if choice[:2] == ("drop", 63))
+    measured = [rounding(pre_ln, params, inputs, "crmsnorm", *choice[:2]) / rms for choice in (choices[0], papers)]
+    assert measured[0] < 1.2 and measured[1] > 2
+    assert [choices[0].error, papers.error] == pytest.approx(measured, rel=0.3)
+
+
+def test_measured_sizes_predict_what_the_weights_cannot_tell():
+    pre_ln = of_width_64()
+    params = with_outliers(pre_ln, 0, 1.0, sizes=(1.0, 60.0))
+    for layer in range(pre_ln.depth):
+        for branch, name in (("attention", "out"), ("mlp", "down")):
+            params[f"block_{layer}"][branch][name]["kernel"] /= 600
+            params[f"block_{layer}"][branch][name]["bias"] /= 600
+    params["position_embedding"] = params["position_embedding"] / 600
+    inputs = random_inputs(pre_ln, batch=8) % (pre_ln.vocab_size // 2)  # none of the tokens with outliers
+    used = center(params["token_embedding"][inputs] + params["position_embedding"])
+    measured = rounding(pre_ln, params, inputs, "crmsnorm") / rounding(pre_ln, params, inputs, "rmsnorm")
+    wrong, right = (
+        next(choice.error for choice in coordinate_choices(params, pre_ln, sizes) if choice[:2] == ("drop", 63))
+        for sizes in (None, np.sqrt((used**2).mean((0, 1))))
+    )
+    assert right == pytest.approx(measured, rel=0.3) and wrong > 1.6 * measured
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_coordinates_of_an_entry_are_those_of_the_last_one_if_both_change_places(tied):
+    pre_ln = tiny(tie_embeddings=tied)
+    params = jax.device_get(random_params(pre_ln, 0))
+    for kind in KINDS:
+        of_entry, of_last = (
+            dataclasses.replace(pre_ln, coordinates=kind, coordinates_entry=entry) for entry in (5, None)
+        )
+        one = flatten_dict(convert_params(params, of_entry, "crmsnorm"))
+        other = flatten_dict(convert_params(in_last_place(params, pre_ln, 5), of_last, "crmsnorm"))
+        for path, leaf in abstract_params(convert_config(of_last, "crmsnorm")).items():
+            raw = leaf.names.index("raw") if "raw" in leaf.names else None  # it is d wide, and enters as it is
+            expected = one[path] if raw is None else exchange(one[path], 5, raw)
+            np.testing.assert_allclose(other[path], expected, rtol=0, atol=1e-12)
+        without = flatten_dict(convert_params(params, of_last, "crmsnorm"))
+        assert relative(without["block_0", "mlp", "up", "kernel"], one["block_0", "mlp", "up", "kernel"]) > 1e-3
+
+
+def test_a_choice_is_the_same_of_any_tree_of_one_network_however_it_is_stored_and_read(monkeypatch):
     pre_ln = tiny(d_model=16)
     params = jax.device_get(random_params(pre_ln, 3))
-    chosen = choose_coordinates(params, pre_ln)
-    for norm in ("rmsnorm", "crmsnorm"):
-        assert (
-            choose_coordinates(convert_params(params, pre_ln, norm), convert_config(pre_ln, norm)).keys()
-            == chosen.keys()
-        )
-    assert choose_coordinates(params, pre_ln, sizes=np.ones(16))["coordinates"] in KINDS
-    with pytest.raises(PrenormError, match=r"sizes have shape \(3,\), not \(16,\)"):
+
+    def found(norm: str = "layernorm", scan: bool = False) -> list[float]:
+        tree, config = params, pre_ln
+        if norm != "layernorm":
+            tree, config = convert_params(params, pre_ln, norm), convert_config(pre_ln, norm)
+        if scan:
+            tree, config = jax.device_get(stack_blocks(tree)), dataclasses.replace(config, scan=True)
+        return [choice.error for choice in sorted(coordinate_choices(tree, config))]
+
+    expected = found()
+    assert len(expected) == 2 * 16
+    for other in (found("rmsnorm"), found(scan=True)):
+        np.testing.assert_allclose(other, expected, rtol=1e-10)
+    assert np.argmin(found("crmsnorm")) == np.argmin(expected)
+    monkeypatch.setattr(stream_sizes, "PART_SIZE", 40)
+    for scan in (False, True):
+        np.testing.assert_allclose(found(scan=scan), expected, rtol=1e-10)
+    for shape in ((16,), (5, 16)):
+        assert choose_coordinates(params, pre_ln, sizes=np.ones(shape))["coordinates"] in KINDS
+    with pytest.raises(PrenormError, match=r"sizes have shape \(3,\), not \(16,\) or \(5, 16\)"):
         choose_coordinates(params, pre_ln, sizes=np.ones(3))
 
 

@@ -30,6 +30,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_is_found_or_harmless(copy):
     assert check_found_or_harmless(copy, 6, ("flip",)) == {"flip": {"params", "optimizer", "metadata"}}
 
@@ -130,6 +131,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damage(copy, text, capsy
     assert (copy / "damaged" / "6").is_dir()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_no_damage(copy, text):
     other = small_run(text, d_model=14)
     state = init_state(Run.create(other))

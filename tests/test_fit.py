@@ -25,7 +25,7 @@ def test_fit_params_keeps_the_function_or_refuses():
         fit_params(params, pre_ln, tiny(use_bias=False, norm_bias=False, epsilon=1e-3))
 
 
-@pytest.mark.parametrize("tie_embeddings", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("tie_embeddings", [pytest.param(True, marks=pytest.mark.wide), False])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("to", NORMS)
 def test_fit_params_keeps_the_function_when_dropout_comes_or_goes(norm, to, tie_embeddings):

@@ -24,11 +24,13 @@ from prenorm_jax.models.decoding import NO_TOKEN, decode_step, generate, prefill
 from prenorm_jax.models.sampling import Sampling, choice_logits, choose
 from prenorm_jax.train import evaluation, workdir
 
+GROUPED = {"heads": 4, "kv_heads": 2, "head_dim": 6}
+ROTARY = {"positions": "rotary", "rotary_dim": 4, "rotary_interleaved": True, "clip_qkv": 0.5}
 CONFIGS = {
     "learned, tied": {"depth": 2},
-    "grouped, rotary": {"heads": 4, "kv_heads": 2, "head_dim": 6, "positions": "rotary", "tie_embeddings": False},
+    "grouped, rotary, window": GROUPED | {"positions": "rotary", "window": 5, "tie_embeddings": False},
     "sinusoidal, gated": {"positions": "sinusoidal", "gated_mlp": True, "head_bias": True},
-    "one key head, parallel, qk_norm": {"kv_heads": 1, "parallel": True, "qk_norm": True, "positions": "rotary"},
+    "one key head, parallel, qk_norm, partial rotary": {"kv_heads": 1, "parallel": True, "qk_norm": True} | ROTARY,
     "no positions, shared norm": {"positions": "none", "parallel": True, "shared_norm": True, "layer_scale": 0.1},
     "raw branches": {"dropout": 0.2, "embed_norm": True, "tie_embeddings": False},
 }
@@ -64,7 +66,7 @@ def without_cache(model, params, prompt, tokens):
 # Each norm with two of them, and in the next test with two others.
 QUICK = list(zip(CONFIGS, [*NORMS[1:], *NORMS, NORMS[0]], strict=True))
 GRID = [
-    pytest.param(norm, changes, id=f"{norm} {name}", marks=[] if (name, norm) in QUICK else [pytest.mark.slow])
+    pytest.param(norm, changes, id=f"{norm} {name}", marks=[] if (name, norm) in QUICK else [pytest.mark.wide])
     for norm in NORMS
     for name, changes in CONFIGS.items()
 ]
@@ -122,7 +124,7 @@ def test_only_a_call_that_asks_for_it_makes_a_cache():
 
 
 def test_prompts_of_other_lengths_change_nothing():
-    model, params = model_of(**CONFIGS["grouped, rotary"])
+    model, params = model_of(**CONFIGS["grouped, rotary, window"])
     prompts = [[5, 2, 7, 1, 9], [3], [8, 8, 0]]
     assert continuations(model, params, prompts, 7) == [without_cache(model, params, prompt, 7) for prompt in prompts]
     # The place in the batch decides the random numbers: the first is as it is alone.

@@ -6,10 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import gpt_configs, logits, pooled, random_inputs, random_params, relative, run_of, tiny, tiny_vit
+from common import (
+    changed,
+    gpt_configs,
+    logits,
+    pooled,
+    random_inputs,
+    random_params,
+    relative,
+    run_of,
+    tiny,
+    tiny_vit,
+)
 from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
-from oracle import numpy_gpt
+from oracle import numpy_gpt, numpy_vit
 
 from prenorm_jax import PrenormError, build_model, convert_config
 from prenorm_jax.config import base_config
@@ -17,6 +28,8 @@ from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS
 from prenorm_jax.models.placement import computing_on
 from prenorm_jax.models.transformer import as_stream
+
+ORACLES = {"gpt": numpy_gpt, "vit": numpy_vit}
 
 
 def check_against_numpy(config):
@@ -36,6 +49,32 @@ def test_any_network_matches_it(config):
     check_against_numpy(config)
 
 
+ROTARY = {"positions": "rotary", "head_dim": 6}
+
+
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        (ROTARY | {"rotary_dim": 4, "rotary_interleaved": False}, {"rotary_dim": None}),
+        (ROTARY | {"rotary_dim": 4, "rotary_interleaved": True}, {"rotary_interleaved": False}),
+        (ROTARY | {"rotary_dim": None, "rotary_interleaved": False}, {"rotary_interleaved": True}),
+        ({"window": 3}, {"window": None}),
+        ({"clip_qkv": 0.5, "qk_norm": True}, {"clip_qkv": None}),
+        ({"activation": "quick_gelu"}, {"activation": "gelu"}),
+        ({"activation": "relu2"}, {"activation": "relu"}),
+    ],
+)
+def test_the_pool_has_a_network_that_shows_when_an_option_is_ignored(options, ignored):
+    """For the oracle it is another function, by far."""
+
+    def shows(config):
+        params, inputs, oracle = random_params(config, 1, 3.0), random_inputs(config, batch=1), ORACLES[config.family]
+        return relative(oracle(changed(config, **ignored), params, inputs), oracle(config, params, inputs)) > 1e-3
+
+    networks = [case.values[0] for family in ORACLES for case in pooled(family)]
+    assert any(shows(config) for config in networks if options.items() <= vars(config).items())
+
+
 @pytest.mark.parametrize(
     "changes", [{"post_norm": True}, {"final_norm": False}, {"final_norm": False, "tie_embeddings": False}]
 )
@@ -45,7 +84,7 @@ def test_matches_it_where_conversion_is_refused(changes):
 
 OF_ALL_KINDS = [
     {},
-    {"parallel": True, "positions": "rotary", "kv_heads": 1},
+    {"parallel": True, "positions": "rotary", "kv_heads": 1, "window": 3},
     {"embed_dropout": 0.2, "branch_dropout": 0.2},
 ]
 
@@ -53,7 +92,7 @@ OF_ALL_KINDS = [
 @pytest.mark.parametrize(
     ("norm", "changes"),
     [
-        pytest.param(norm, changes, marks=[pytest.mark.slow][: n != m])
+        pytest.param(norm, changes, marks=[[], pytest.mark.slow, pytest.mark.wide][(m - n) % 3])
         for n, norm in enumerate(NORMS)
         for m, changes in enumerate(OF_ALL_KINDS)
     ],
@@ -69,8 +108,10 @@ def test_is_causal(norm, changes):
 
     jacobian_TxVxTxD = jax.jit(jax.jacrev(logits_of))(params["token_embedding"])
     reached_TxT = np.abs(jacobian_TxVxTxD).max((1, 3))
-    assert (reached_TxT[np.triu_indices(7, 1)] == 0).all(), "a prediction depends on a later token"
-    assert (reached_TxT[np.tril_indices(7)] > 0).all(), "a prediction does not depend on an earlier token"
+    back = 7 if config.window is None else config.depth * (config.window - 1)  # each block hands on what it saw
+    in_sight_TxT = (np.tri(7) - np.tri(7, k=-back - 1)).astype(bool)
+    assert (reached_TxT[~in_sight_TxT] == 0).all(), "a prediction depends on a token that is later, or too far back"
+    assert (reached_TxT[in_sight_TxT] > 0).all(), "a prediction does not depend on a token in its sight"
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -96,7 +137,7 @@ def test_each_dropout_does_something(rate_of):
     assert relative(dropped, logits(config, params, tokens)) > 1e-3
 
 
-@pytest.mark.parametrize("norm", [pytest.param("layernorm", marks=pytest.mark.slow), "rmsnorm", "crmsnorm"])
+@pytest.mark.parametrize("norm", [*(pytest.param(norm, marks=pytest.mark.slow) for norm in NORMS[:2]), "crmsnorm"])
 def test_second_derivatives_pass_through_what_blocks_hand_on(norm):
     config = tiny(norm=norm, norm_affine=False, scan=True)
     handed_on = as_stream(config, jnp.ones((1, 1, config.stream_width)), train=False)
@@ -190,6 +231,12 @@ def test_a_leaf_without_a_role_is_an_error(monkeypatch):
         ({"dropout": 1.0}, "model.dropout=1.0 must be at least 0 and below 1"),
         ({"epsilon": -1e-5}, "model.epsilon=-1e-05 must be at least 0"),
         ({"positions": "rotary", "head_dim": 3}, "needs an even model.head_dim, not 3"),
+        ({"positions": "rotary", "rotary_dim": 5}, "model.rotary_dim=5 must be even and at most model.head_dim=32"),
+        ({"positions": "rotary", "rotary_dim": 34}, "model.rotary_dim=34 must be even and at most model.head_dim=32"),
+        ({"rotary_dim": 4}, "model.rotary_dim needs model.positions='rotary', not 'learned'"),
+        ({"rotary_interleaved": True}, "model.rotary_interleaved needs model.positions='rotary', not 'learned'"),
+        ({"window": 0}, "model.window=0 must be at least 1"),
+        ({"clip_qkv": 0.0}, "model.clip_qkv=0.0 makes queries, keys and values zero"),
         ({"positions": "alibi"}, "model.positions='alibi' is not one of"),
         ({"activation": "swish"}, "model.activation='swish' is not one of"),
         ({"dtype": "fp32"}, "model.dtype='fp32' is not one of"),

@@ -80,9 +80,9 @@ def random_images(config) -> dict:
 @pytest.mark.parametrize(
     ("family", "dtype", "changes"),
     [
-        pytest.param("gpt", "bfloat16", {}, id="gpt", marks=pytest.mark.slow),
-        pytest.param("vit", "bfloat16", {}, id="vit", marks=pytest.mark.slow),
-        pytest.param("vit", "float16", {}, id="vit-float16", marks=pytest.mark.slow),
+        pytest.param("gpt", "bfloat16", {}, id="gpt", marks=pytest.mark.wide),
+        pytest.param("vit", "bfloat16", {}, id="vit", marks=pytest.mark.wide),
+        pytest.param("vit", "float16", {}, id="vit-float16", marks=pytest.mark.wide),
         pytest.param("gpt", "float16", {"accumulate": 2, "scan": True}, id="gpt-pieces", marks=pytest.mark.slow),
         pytest.param("vit", "bfloat16", {"accumulate": 2, "scan": True}, id="vit-pieces", marks=pytest.mark.slow),
     ],

@@ -57,7 +57,9 @@ def test_products_for_gpus_are_of_whole_16_bytes(dtype, tokens, widths, padded, 
 @pytest.mark.parametrize(
     ("norm", "tied"),
     [
-        pytest.param(*case, marks=pytest.mark.slow)
+        pytest.param(
+            *case, marks=pytest.mark.slow if case in (("layernorm", True), ("crmsnorm", False)) else pytest.mark.wide
+        )
         for case in itertools.product(("layernorm", "crmsnorm"), (True, False))
     ],
 )

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import logits, random_inputs, run_of, tiny
+from common import changed, logits, random_inputs, random_params, relative, run_of, tiny
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.config import base_config
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS
-from prenorm_jax.models.placement import partition_spec
+from prenorm_jax.models.placement import computing_on, partition_spec
+from prenorm_jax.models.registry import build_model
 from prenorm_jax.models.stacking import stack_blocks, unstack_blocks
 from prenorm_jax.train.sharding import check_sharding, sharding_table, tree_sharding
 
@@ -25,7 +26,7 @@ STEPS = 8
 MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) in (1, 2, 4, 8)]
 MODEL = {"depth": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp_dim": 32}
 FAMILIES = {
-    "gpt": {"vocab_size": 16, "max_len": 8},
+    "gpt": {"vocab_size": 16, "max_len": 8, "window": 5, "clip_qkv": 0.1},
     "vit": {"image_size": 6, "patch_size": 2, "channels": 2, "classes": 8, "qk_norm": True, "gated_mlp": True},
 }
 
@@ -150,12 +151,11 @@ TURNS = [
     )
     for n, shape in enumerate(MESHES)
 ]
-QUICK = [(2, 4, 1)]
+QUICK, LONG = [(1, 2, 2)], [(1, 4, 2), (2, 2, 2), (2, 4, 1), (4, 1, 2)]  # the others are `wide`
 
 
-def how_long(shape: tuple[int, int, int]) -> pytest.MarkDecorator:
-    """Of few devices along one axis alone: what they would show, more of them do, and those along two."""
-    return pytest.mark.wide if sorted(shape)[:2] == [1, 1] and max(shape) < 8 else pytest.mark.slow
+def how_long(shape: tuple[int, int, int]) -> list[pytest.MarkDecorator]:
+    return [] if shape in QUICK else [pytest.mark.slow if shape in LONG else pytest.mark.wide]
 
 
 def test_turns_meet():
@@ -179,7 +179,7 @@ def test_turns_meet():
         pytest.param(
             turn,
             id="x".join(map(str, turn.shape)),
-            marks=[pytest.mark.xdist_group(turn.family), *([] if turn.shape in QUICK else [how_long(turn.shape)])],
+            marks=[pytest.mark.xdist_group(turn.family), *how_long(turn.shape)],
         )
         for turn in TURNS
     ],
@@ -272,6 +272,7 @@ def test_axes_that_do_not_divide_are_not_split():
     assert partition_spec(("read", "mlp"), (15, 6), mesh, stored=True) == jax.P(None, ("fsdp",))
 
 
+@pytest.mark.slow
 def test_layouts_hold_the_same_numbers():
     def run(scan: bool):
         config = run_config("gpt", "crmsnorm", "float64")
@@ -287,6 +288,27 @@ def test_layouts_hold_the_same_numbers():
     tokens = random_inputs(scanned.trained)
     expected = logits(unrolled.trained, params, tokens)
     np.testing.assert_allclose(logits(scanned.trained, stacked, tokens), expected, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_partial_rotary_is_the_same_in_stacked_blocks_rematerialised_with_heads_on_other_devices():
+    changes = {"positions": "rotary", "rotary_dim": 4, "rotary_interleaved": True, "window": 3}
+    config = tiny(**changes, heads=4, kv_heads=2, head_dim=6, clip_qkv=0.5, activation="quick_gelu")
+    params, tokens = random_params(config, 1, embedding_mean=1.0), random_inputs(config)
+
+    def gradient(config, params, mesh):
+        def loss(params):
+            with computing_on(mesh):
+                return jnp.square(build_model(config).apply({"params": params}, tokens, train=True)).sum()
+
+        return jax.device_get(jax.jit(jax.grad(loss))(params))
+
+    run = run_config("gpt", "layernorm", "float64")
+    run.mesh.tensor = 2
+    stacked = changed(config, scan=True, remat="full")
+    found = unstack_blocks(gradient(stacked, stack_blocks(params), run_of(run, 4).mesh))
+    for ours, expected in zip(*map(jax.tree.leaves, (found, gradient(config, params, None))), strict=True):
+        assert relative(ours, expected) < 1e-11
 
 
 def test_scan_refuses_what_differs_by_block():

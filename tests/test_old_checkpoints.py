@@ -37,6 +37,7 @@ def run(request, tmp_path):
     return request.param, tmp_path / request.param
 
 
+@pytest.mark.slow
 def test_a_run_of_old_goes_on_with_the_losses_it_would_have_had(run):
     name, workdir = run
     here("train.py", f"--workdir={workdir}")

@@ -97,7 +97,7 @@ def test_a_second_process_is_kept_out_and_the_first_saves_when_it_is_asked_to_st
     assert list(losses_of(tmp_path / "run")) == list(range(1, saved_at + 3))
 
 
-@pytest.mark.slow
+@pytest.mark.wide  # as when a mesh's axes change, in a test of this file
 def test_devices_may_change_between_saves(text, tmp_path):
     flags = [*SMALL, f"--config.data.path={text}", "--config.batch_size=8", "--config.steps=12"]
     flags += ["--config.checkpoint_every=4"]
@@ -114,7 +114,7 @@ def test_devices_may_change_between_saves(text, tmp_path):
 
 @pytest.mark.slow
 @alone
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.wide), 0.1])
 def test_switching_the_norm_every_25_steps_changes_nothing_but_rounding(text, tmp_path, dropout):
     whole, switched = small_run(text), small_run(text)
     whole.model.dropout = switched.model.dropout = dropout
@@ -162,7 +162,7 @@ def test_mesh_stacking_and_accumulation_may_change_between_saves(text, tmp_path)
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeypatch):
     """As they do by default on TPUs. Here it is the state that does, so that all that meets it has to take it."""
     config, expected = small_run(text, steps=6, checkpoint_every=2), small_run(text, steps=6)
@@ -190,6 +190,23 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
         assert result["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-9)
     more = small_run(text, steps=1, init_from=str(tmp_path / "run"))
     train(more, tmp_path / "more")
+
+
+@alone
+def test_coordinates_may_change_at_a_resume_of_a_pre_ln_run_and_not_of_a_native_one(saved, text, tmp_path):
+    config = small_run(text, steps=6, dropout=0.1, norm="crmsnorm")
+    for stop, kind, entry in ((3, "drop", None), (6, "reflect", 3)):
+        config.stop_at = stop
+        config.model.update({"coordinates": kind, "coordinates_entry": entry})
+        train(config, tmp_path / "run")
+    expected, actual = losses_of(saved), losses_of(tmp_path / "run")
+    assert list(actual) == [1, 2, 3, 4, 5, 6] and len(set(expected.values())) == 6
+    np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-11)
+    config.parameterization = "native"
+    write_config(tmp_path, config)
+    config.model.coordinates = "drop"
+    with pytest.raises(PrenormError, match=r"model\.coordinates: 'reflect' -> 'drop'"):
+        train(config, tmp_path)
 
 
 def test_a_native_run_does_not_switch(text, tmp_path):
@@ -276,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text,
 
 @alone
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint_every", [1, 0])
+@pytest.mark.parametrize("checkpoint_every", [1, pytest.param(0, marks=pytest.mark.wide)])
 def test_an_update_that_overflows_is_not_kept(text, tmp_path, checkpoint_every):
     """Loss and gradient are finite, the new parameters are not."""
     config = small_run(text, steps=4, checkpoint_every=checkpoint_every)
@@ -426,7 +443,7 @@ def native(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 @pytest.mark.slow
 @alone
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [pytest.param("layernorm", marks=pytest.mark.wide), *NORMS[1:]])
 def test_a_run_starts_from_a_checkpoint_of_any_norm(native, text, tmp_path, norm):
     fine_tuned = small_run(text, steps=5, init_from=str(native), parameterization="pre_ln", norm=norm)
     train(fine_tuned, tmp_path / "tuned")

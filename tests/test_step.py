@@ -1,6 +1,7 @@
 """Training equivalence in float64 and its negative controls; the parts of a step."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -91,12 +92,16 @@ def flat(tree: object) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("norm", NORMS[1:])
+QUICK = {("gpt", "crmsnorm"), ("gpt-dropout", "rmsnorm"), ("gpt-dropout", "crmsnorm"), ("vit", "rmsnorm")}
+
+
 @pytest.mark.parametrize(
-    "model",
+    ("model", "norm"),
     [
-        pytest.param(name, marks=[pytest.mark.xdist_group(f"step-{name}"), *[pytest.mark.slow][: name == "gpt-untied"]])
-        for name in MODELS
+        pytest.param(
+            *case, marks=[pytest.mark.xdist_group(f"step-{case[0]}"), *[pytest.mark.slow][: case not in QUICK]]
+        )
+        for case in itertools.product(MODELS, NORMS[1:])
     ],
 )
 def test_gradients_through_h_are_those_of_pre_ln(model, norm):
@@ -126,10 +131,11 @@ RUNS = [
 
 
 def runs() -> list:
-    """One worker takes all of an optimizer, and so trains Pre-LN once; the first is quick."""
+    """One worker takes all of an optimizer, and so trains Pre-LN once; the first is quick, two more are not wide."""
+    lengths = [[], [pytest.mark.wide], [pytest.mark.slow], [pytest.mark.slow], [pytest.mark.wide]]
     return [
-        pytest.param(*case, id="-".join(case), marks=[pytest.mark.xdist_group(case[0]), *[pytest.mark.slow][: i > 0]])
-        for i, case in enumerate(RUNS)
+        pytest.param(*case, id="-".join(case), marks=[pytest.mark.xdist_group(case[0]), *length])
+        for case, length in zip(RUNS, lengths, strict=True)
     ]
 
 

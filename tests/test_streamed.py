@@ -60,13 +60,6 @@ def check_any(tmp_path_factory: pytest.TempPathFactory, config: ModelConfig) -> 
     check_chain(tmp_path_factory.mktemp("chain"), config, random_params(config, 1), 150, 1e-12)
 
 
-@pytest.mark.slow
-@given(config=st.one_of(gpt_configs(), vit_configs()))
-@settings(max_examples=2)
-def test_in_parts_is_as_at_once(tmp_path_factory, config):
-    check_any(tmp_path_factory, config)
-
-
 @pytest.mark.wide
 @given(config=st.one_of(gpt_configs(), vit_configs()))
 @settings(max_examples=100)
@@ -74,7 +67,10 @@ def test_in_parts_is_as_at_once_for_many_models(tmp_path_factory, config):
     check_any(tmp_path_factory, config)
 
 
-SLOW = [pytest.param(f"float{bits}", 80, marks=pytest.mark.slow) for bits in (32, 64)]
+SLOW = [
+    pytest.param("float32", 80, marks=pytest.mark.wide),
+    pytest.param("float64", 80, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("dtype", "part_size"), [("bfloat16", 300), *SLOW])

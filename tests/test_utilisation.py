@@ -39,6 +39,10 @@ def test_flops_are_those_of_the_kernels_and_of_attention():
     attention = config.depth * 4 * 16 * 16 * config.d_model / 2
     assert model_flops(config, 2, 16, training=False) == 2 * (2 * 16 * (kernels + head) + attention)
     assert model_flops(config, 2, 16, training=True) == 3 * model_flops(config, 2, 16, training=False)
+    # A window of w leaves w T - w²/2 of T²/2 pairs.
+    windowed = [model_flops(model_config(vars(config) | {"window": size}), 2, 16, training=False) for size in (4, 16)]
+    assert windowed[1] == model_flops(config, 2, 16, training=False)
+    assert windowed[1] - windowed[0] == 2 * (attention - config.depth * 4 * (16 * 4 - 4 * 4 / 2) * config.d_model)
     vit = model_config(sizes.model("vit:Ti/16"))
     assert model_flops(vit, 1, 0, training=False) == pytest.approx(2 * 1.26e9, rel=0.02)  # multiply-adds of ViT-Ti/16
 

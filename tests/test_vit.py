@@ -171,6 +171,7 @@ def test_22b_has_its_parameters():
         ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, none"),
         ({"positions": "sincos2d", "d_model": 6, "heads": 2}, "needs a model.d_model divisible by 4, not 6"),
         ({"vocab_size": 7}, "unknown key model.vocab_size"),
+        ({"window": 7}, "unknown key model.window"),
         ({"stochastic_depth": 1.0}, "model.stochastic_depth=1.0 must be at least 0 and below 1"),
         ({"registers": -1}, "model.registers=-1 must be at least 0"),
         ({"family": "cnn"}, "model.family='cnn' is not one of gpt, vit"),

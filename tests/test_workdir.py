@@ -101,7 +101,7 @@ def test_what_compare_ignores_is_what_may_change(text):
     assert set(settings(small_run(text, dropout=0.1))) <= MAY_CHANGE
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_under_dropout_the_loss_depends_on_no_key_that_may_change_but_those_recorded(text):
     config = small_run(text, dropout=0.3)
     config.model.update({"depth": 2, "stochastic_depth": 0.2, "stochastic_depth_schedule": "constant"})

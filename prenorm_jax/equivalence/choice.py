@@ -1,16 +1,26 @@
 """Which coordinates of crmsnorm's stream round the least with given weights.
 
-Rounding leaks from every entry k into all readers' products by way of Wc, where y_k = z_k - (c_k/c_p) z_p and
-z_k = y_k - c_k Σy: a dropped p has c = e_p, a reflection c_k = 1/(d + √d), c_p = 1/√d. With W_k the readers' weights
-at entry k, times γ, and σ_k the size of the entry, the error relative to RMSNorm's is
+y_k = z_k - (c_k/c_p) z_p and z_k = y_k - c_k Σy, so that rounding of every entry k leaks into all readers' products by
+way of Wc: a dropped p has c = e_p, a reflection c_k = 1/(d + √d), c_p = 1/√d. Each number is rounded in proportion to
+its size. With W_k the weights at entry k of what reads after one norm, times γ, and σ_k the size of the entry there,
+the squared error of that is L times rmsnorm's,
 
-    √( Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k - Wc‖²  /  Σ_k σ_k² ‖W_k‖² )
+    L = Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k - Wc‖²  /  Σ_k σ_k² ‖W_k‖²
 
-since each number is rounded in proportion to its size.
+An error of what a branch reads is one of the same relative size of what it writes. So that of the logits has the mean
+of all norms' L, that before the head of weight 1, that before a branch of the share that this has in the logits,
+
+    s = Σ_k u_k² ‖H_k‖²  /  Σ_k σ_k² ‖H_k‖²           u_k: what it adds to entry k; σ, H: stream and readers at the head
+
+What is rounded elsewhere (attention, activations, float32 sums, the logits) is the same in all coordinates: a squared
+error of q times what rmsnorm rounds in them. The error relative to rmsnorm's is √((L + q)/(1 + q)), with q = 1/2 as
+measured (docs/coordinates.md, with what this cannot predict).
+
+σ is measured on a calibration batch, or estimated from the weights as u is (`stream_sizes.py`).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,16 +29,13 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import Path
 from prenorm_jax.equivalence.convert import check_tree, convert_config, convert_params
-from prenorm_jax.equivalence.roles import parameter_roles
-from prenorm_jax.equivalence.rules import fold_layer_scales, fold_norms
-from prenorm_jax.equivalence.stored import Part, Readable, read_parts
-from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.equivalence.stored import Part, Readable
+from prenorm_jax.equivalence.stream_sizes import estimate_sites, readers_of
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.models.coordinates import center
+from prenorm_jax.models.coordinates import KINDS
 from prenorm_jax.models.registry import model_config
 
-PART_SIZE = 2**20  # entries of a part, of which there are some copies in float64
-CANDIDATES = 64  # entries that are tried: those with the smallest readers, those that are smallest, and the last
+ELSEWHERE = 0.5  # q above
 
 
 class Choice(NamedTuple):
@@ -49,8 +56,8 @@ def choose_coordinates(
     Args:
       params: the tree that `config` describes, of any norm.
       config: the model's.
-      sizes: (d,) root mean squares of the stream's entries under rmsnorm, from a calibration batch; None: from what the
-        weights write, of activations of size 1.
+      sizes: root mean squares of the stream's entries under rmsnorm, from a calibration batch: (d,), or before each
+        branch of each block and before the head (2·depth + 1, d). None: as estimated from the weights.
 
     Raises PrenormError for a tree that is not the config's, or sizes of another shape.
     """
@@ -63,7 +70,7 @@ def coordinate_choices(
     config: ConfigDict | Mapping[str, Any] | ModelConfig,
     sizes: np.ndarray | None = None,
 ) -> list[Choice]:
-    """All that were tried, the one with the least predicted error first. Arguments as of `choose_coordinates`."""
+    """All of them, the one with the least predicted error first. Arguments as of `choose_coordinates`."""
     source = model_config(config)
     if source.norm == "crmsnorm":
         params, source = convert_params(params, source, "rmsnorm"), convert_config(source, "rmsnorm")
@@ -78,77 +85,53 @@ class _Leaves(dict):
 
 
 def stored_choices(stored: Readable, source: ModelConfig, sizes: np.ndarray | None = None) -> list[Choice]:
-    """`coordinate_choices` of a stored tree, not of crmsnorm, which is read in parts, three times."""
-    written = _written(stored, source) if sizes is None else np.asarray(sizes, np.float64) ** 2
-    if written.shape != (source.d_model,):
-        raise PrenormError(f"sizes have shape {written.shape}, not ({source.d_model},), one of each entry")
-    return rank_choices(lambda: _readers(stored, source), written)
+    """`coordinate_choices` of a stored tree, not of crmsnorm, which is read in parts, twice."""
+    sites = estimate_sites(stored, source)
+    squares = sites.squares if sizes is None else np.asarray(sizes, np.float64) ** 2
+    if squares.shape not in (sites.squares.shape, sites.squares.shape[1:]):
+        expected = " or ".join(map(str, (sites.squares.shape[1:], sites.squares.shape)))
+        raise PrenormError(f"sizes have shape {squares.shape}, not {expected}: of each entry, or of each at each norm")
+    squares = np.broadcast_to(squares, sites.squares.shape)
+    sums: dict[int, Any] = {}
+    for site, reader in readers_of(stored, source):
+        sums[site] = sums.get(site, 0) + reader_sums(reader, squares[site])
+    return rank_choices(
+        sum(sites.weights[site] * leaks(own, squares[site]) for site, own in sums.items()) / sites.weights.sum()
+    )
 
 
-def _folded(stored: Readable, source: ModelConfig) -> Iterator[tuple[Path, np.ndarray]]:
-    """Parts of leaves in float64, with norms and LayerScales folded."""
-    roles = parameter_roles(source)
-    for _, flat in read_parts(stored, source, PART_SIZE):
-        wide = {path: leaf.astype(np.float64) for path, leaf in flat.items()}
-        yield from fold_norms(fold_layer_scales(wide, roles), roles).items()
+def reader_sums(reader: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """What `leaks` takes of readers (n, d), to be added up: (4, d), ‖W_k‖², W_k·ΣW, W_k·Σ_j σ_j² W_j and ‖ΣW‖²."""
+    total = reader.sum(1)
+    return np.stack(
+        [(reader**2).sum(0), total @ reader, (reader @ squares) @ reader, np.full(reader.shape[1], total @ total)]
+    )
 
 
-def _readers(stored: Readable, source: ModelConfig) -> Iterator[np.ndarray]:
-    """(outputs, d) of each leaf that reads the stream; a tied table is one, by way of its affine."""
-    roles, scale = parameter_roles(source), ("head_affine", "scale")
-    scale_D = stored.read(scale).astype(np.float64) if scale in roles else 1.0
-    for path, leaf in _folded(stored, source):
-        if path in roles and roles[path].reads is not None:
-            yield np.moveaxis(leaf, roles[path].reads, -1).reshape(-1, source.d_model)
-        elif path == ("token_embedding",) and source.tie_embeddings:
-            yield leaf * scale_D
-
-
-def _written(stored: Readable, source: ModelConfig) -> np.ndarray:
-    """(d,) mean squares of the stream's entries, if what is multiplied by the kernels that write has size 1.
-
-    Raw values are centred where they enter, and so are those of layernorm's writers in the conversion.
-    """
-    leaves, total = abstract_params(source), np.zeros(source.d_model)
-    for path, leaf in _folded(stored, source):
-        names = leaves[path].names if path in leaves else ()
-        axis = next((i - len(names) for i, name in enumerate(names) if name in ("write", "raw")), None)
-        if axis is None or (names[axis] == "raw" and not _writes_raw(path)):
-            continue
-        rows = center(np.moveaxis(leaf, axis, -1)).reshape(-1, source.d_model)
-        one_of_them = names[0] in ("vocab", "position")  # a token adds one row of a table
-        total += (rows**2).sum(0) / (leaves[path].value.shape[0] if one_of_them else 1)
-    return total
-
-
-def _writes_raw(path: Path) -> bool:
-    """Of a leaf that is d wide: whether it enters the stream, centred at run time, rather than follow it."""
-    entering = ("patch_embedding", "out", "down")
-    return len(path) == 1 or (path[-2] in entering and path[0] != "pool")
-
-
-def rank_choices(readers: Callable[[], Iterator[np.ndarray]], squares: np.ndarray) -> list[Choice]:
-    """The choices by their error: of readers (n, d) each, gone through twice, and mean squares (d,) of the stream."""
-    d = len(squares)
-    norms, along_sum, sum_norm = np.zeros(d), np.zeros(d), 0.0
-    for reader in readers():
-        total = reader.sum(1)
-        norms += (reader**2).sum(0)
-        along_sum += total @ reader
-        sum_norm += float(total @ total)
-    tried = sorted({*np.argsort(norms)[:CANDIDATES], *np.argsort(squares)[:CANDIDATES], d - 1})
-    gram = sum(reader[:, tried].T @ reader for reader in readers())  # (tried, d)
-    of_rms, root = float(squares @ norms), np.sqrt(d)
+def leaks(sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """L of a drop and of a reflection of each entry: (2, d); of `reader_sums` and mean squares (d,) of the stream."""
+    norms, along_sum, along_sized, sum_norm = sums
+    d, root = len(squares), np.sqrt(len(squares))
+    of_rms, whole = squares @ norms, squares.sum()
+    if of_rms == 0:
+        return np.ones((2, d))  # nothing is read
+    dropped = of_rms - 2 * along_sized + whole * norms
     one, own = 1 / (d + root), 1 / root - 1 / (d + root)  # Wc = one ΣW + own W_p
-    choices = []
-    for along_p, p in zip(gram, map(int, tried), strict=True):
-        others = np.arange(d) != p
-        dropped = norms - 2 * along_p + norms[p]
-        center_norm = one**2 * sum_norm + 2 * one * own * along_sum[p] + own**2 * norms[p]
-        reflected = norms - 2 * (one * along_sum + own * along_p) + center_norm
-        for kind, leak, share in (("drop", dropped, 0.0), ("reflect", reflected, 1 / (root + 1))):
-            error = ((squares + share**2 * squares[p]) * leak)[others].sum() / of_rms
-            choices.append(Choice(kind, p, float(np.sqrt(max(error, 0)))))
+    of_center = one**2 * sum_norm + 2 * one * own * along_sum + own**2 * norms
+    share = squares / (root + 1) ** 2
+    reflected = of_rms - 2 * (one * (squares @ along_sum) + own * along_sized) + whole * of_center
+    reflected += share * (norms.sum() - 2 * (one * sum_norm + own * along_sum) + d * of_center)
+    reflected -= (squares + share) * (norms - 2 * (one * along_sum + own * norms) + of_center)  # the entry itself
+    return np.maximum(np.stack([dropped, reflected]) / of_rms, 0)
+
+
+def rank_choices(leak: np.ndarray) -> list[Choice]:
+    """The choices by their error, of L of a drop and of a reflection of each entry: (2, d)."""
+    choices = [
+        Choice(kind, entry, float(error))
+        for kind, errors in zip(KINDS, np.sqrt((leak + ELSEWHERE) / (1 + ELSEWHERE)), strict=True)
+        for entry, error in enumerate(errors)
+    ]
     return sorted(choices, key=lambda choice: choice.error)
 
 

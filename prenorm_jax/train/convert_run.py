@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.errors import PrenormError, check_choice
 from prenorm_jax.base.files import write_json
 from prenorm_jax.base.trees import count
-from prenorm_jax.equivalence.choice import Choice, stored_choices, with_choice
+from prenorm_jax.equivalence.choice import stored_choices, with_choice
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import Readable, convert_stored
 from prenorm_jax.models.abstract import param_shapes
@@ -143,11 +143,10 @@ def with_coordinates(stored: Readable, model: ModelConfig, asked: str | None) ->
         kind, _, entry = asked.partition(":")
         if entry and not (entry.isdecimal() and int(entry) <= last):
             raise PrenormError(f"--coordinates={asked}: name an entry from 0 to {last}, as in {kind}:{last}")
-        wanted = kind, int(entry or last)
-        best = next((choice for choice in choices if choice[:2] == wanted), Choice(*wanted, None))
+        best = next(choice for choice in choices if choice[:2] == (kind, int(entry or last)))
     papers = next(choice.error for choice in choices if choice[:2] == ("drop", last))
-    error = "not estimated" if best.error is None else f"{best.error:.2f} times rmsnorm's"
-    print(f"coordinates: {best.kind} entry {best.entry}; rounding predicted: {error}, dropping the last {papers:.2f}")
+    error = f"{best.error:.2f} times rmsnorm's, dropping the last {papers:.2f}"
+    print(f"coordinates: {best.kind} entry {best.entry}; rounding predicted: {error}")
     return with_choice(model, best), {"coordinates": best._asdict()}
 
 

@@ -1,0 +1,167 @@
+"""How large the entries of the residual stream are, as the weights let one expect; nothing is run.
+
+As if numbers were independent, those before an activation normal, and attention looked at one token.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from prenorm_jax.base.trees import Path
+from prenorm_jax.equivalence.roles import parameter_roles
+from prenorm_jax.equivalence.rules import fold_layer_scales, fold_norms
+from prenorm_jax.equivalence.stored import Readable, read_parts
+from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.coordinates import center
+from prenorm_jax.models.positions import sincos2d_table, sinusoidal_table
+from prenorm_jax.models.stacking import LAYER, STACKED
+from prenorm_jax.models.transformer import activate
+
+PART_SIZE = 2**20  # entries of a part, of which there are some copies in float64
+BRANCHES = ("attention", "mlp")
+NODES, _often = np.polynomial.hermite_e.hermegauss(32)  # values of a normal number, and how often each comes
+NODE_WEIGHTS = _often / _often.sum()
+
+
+class Sites(NamedTuple):
+    """Where the stream is read: before the branches of each block, in order, and by the head.
+
+    Attributes:
+      squares: (sites, d) mean squares of the stream's entries under rmsnorm.
+      weights: (sites,) what the square of an error there counts for in the logits'.
+    """
+
+    squares: np.ndarray
+    weights: np.ndarray
+
+
+def estimate_sites(stored: Readable, source: ModelConfig) -> Sites:
+    """From the weights alone: block by block, what the branches make of the stream and add to it."""
+    found = _Statistics(stored, source)
+    x, squares, updates = found.embedding, [], []
+    for block in range(source.depth):
+        before = x
+        for branch in BRANCHES:
+            squares.append(before if source.parallel else x)
+            n = squares[-1] / (squares[-1].mean() + source.epsilon)
+            updates.append(found.update(source, block, branch, n))
+            x = x + updates[-1]
+    head = found.head if found.head.any() else np.ones(source.d_model)  # of a classifier that begins as zero
+    shares = [float(update @ head) / max(float(x @ head), np.finfo(float).tiny) for update in updates]
+    return Sites(np.stack([*squares, x]), np.array([*shares, 1.0]))
+
+
+class _Statistics:
+    """Sums of squares of the weights.
+
+    Attributes:
+      readers: by (block, module) [‖W_k‖² (d,), ‖b‖², outputs].
+      writers: by (block, module) [what an input of size 1 adds to each entry (d,), what the bias does].
+      embedding: of the stream's entries before the first block (d,).
+      head: ‖W_k‖² of what reads the stream after the last (d,).
+    """
+
+    def __init__(self, stored: Readable, source: ModelConfig):
+        self.readers: dict[Any, list[Any]] = {}
+        self.writers: dict[Any, list[Any]] = {}
+        roles, leaves, scale = parameter_roles(source), abstract_params(source), _tied_scale(stored, source)
+        biases = {role.bias for role in roles.values() if role.bias is not None}
+        for block, path, leaf in _folded(stored, source):
+            key = block, path[-2] if len(path) > 1 else path[0]
+            reader = _reader(source, path, leaf, scale)
+            if reader is not None:
+                _add(self.readers, key, (reader**2).sum(0), 0.0, len(reader))
+            elif path in biases:
+                _add(self.readers, key, 0.0, float((leaf**2).sum()), 0)
+            names = leaves[path].names if path in leaves else ()
+            axis = next((i - len(names) for i, name in enumerate(names) if name in ("write", "raw")), None)
+            if axis is None or (names[axis] == "raw" and not _writes_raw(path)):
+                continue
+            added = (center(np.moveaxis(leaf, axis, -1)).reshape(-1, source.d_model) ** 2).sum(0)
+            if names[0] in ("vocab", "position"):  # a token adds one row of a table
+                added /= leaves[path].value.shape[0]
+            _add(self.writers, key, *((0.0, added) if path[-1] == "bias" else (added, 0.0)))
+        embedding = sum(sum(of) for (block, _), of in self.writers.items() if block is None)
+        embedding = np.broadcast_to(embedding + _constant_positions(source), (source.d_model,))
+        if source.embed_norm:
+            affine = {path[1]: stored.read(path) ** 2 for path in leaves if path[0] == "embedding_norm"}
+            embedding = embedding / embedding.mean() * affine.get("scale", 1.0) + affine.get("bias", 0.0)
+        self.embedding = embedding
+        self.head = sum(of[0] for (block, _), of in self.readers.items() if block is None)
+
+    def output(self, block: int, module: str, n: np.ndarray) -> float:
+        """The mean square of what a reader makes of a stream of mean squares n (d,)."""
+        norms, bias, outputs = self.readers[block, module]
+        return float((norms @ n + bias) / outputs)
+
+    def update(self, source: ModelConfig, block: int, branch: str, n: np.ndarray) -> np.ndarray:
+        """The mean squares (d,) of what a branch makes of it and adds to the stream."""
+        if branch == "attention":
+            of_kernel, of_bias = self.writers[block, "out"]
+            return self.output(block, "value", n) * of_kernel + of_bias
+        of_kernel, of_bias = self.writers[block, "down"]
+        h = NODES * np.sqrt(self.output(block, "gate" if source.gated_mlp else "up", n))
+        activated = float(np.asarray(activate(source, jnp.asarray(h)), np.float64) ** 2 @ NODE_WEIGHTS)
+        return activated * (self.output(block, "up", n) if source.gated_mlp else 1.0) * of_kernel + of_bias
+
+
+def _add(to: dict[Any, list[Any]], key: Any, *values: Any) -> None:
+    to[key] = [a + b for a, b in zip(to.get(key, [0.0] * len(values)), values, strict=True)]
+
+
+def _constant_positions(source: ModelConfig) -> Any:
+    """(d,) mean squares of a computed position table, 0 if the model has none."""
+    if source.positions == "sinusoidal":
+        table = sinusoidal_table(source.max_len, source.d_model)
+    elif source.positions == "sincos2d":
+        table = sincos2d_table(source.image_size // source.patch_size, source.d_model)
+    else:
+        return 0.0
+    return (center(table) ** 2).mean(0)
+
+
+def _writes_raw(path: Path) -> bool:
+    """Of a leaf that is d wide: whether it enters the stream, centred at run time, rather than follow it."""
+    entering = ("patch_embedding", "out", "down")
+    return len(path) == 1 or (path[-2] in entering and path[0] != "pool")
+
+
+def _folded(stored: Readable, source: ModelConfig) -> Iterator[tuple[int | None, Path, np.ndarray]]:
+    """(block, path, leaf) in parts, in float64, with norms and LayerScales folded. The block is None outside of any."""
+    roles, leaves = parameter_roles(source), abstract_params(source)
+    for tile, flat in read_parts(stored, source, PART_SIZE):
+        wide = {path: leaf.astype(np.float64) for path, leaf in flat.items()}
+        for path, leaf in fold_norms(fold_layer_scales(wide, roles), roles).items():
+            undivided = [tile[name] for name in tile if path in leaves and name not in leaves[path].names]
+            if any(part.start for part in undivided):
+                continue  # a bias that came whole with the first part of its kernel, too
+            if path[0] == STACKED:
+                first = tile[LAYER].start if LAYER in tile else 0
+                yield from ((first + i, path, own) for i, own in enumerate(leaf))
+            else:
+                yield int(path[0].split("_")[1]) if path[0].startswith("block_") else None, path, leaf
+
+
+def _reader(source: ModelConfig, path: Path, leaf: np.ndarray, tied_scale: Any) -> np.ndarray | None:
+    """(outputs, d) of a leaf that reads the stream, as a tied table does by way of its affine; of others None."""
+    role = parameter_roles(source).get(path)
+    if role is not None and role.reads is not None:
+        return np.moveaxis(leaf, role.reads, -1).reshape(-1, source.d_model)
+    return leaf * tied_scale if path == ("token_embedding",) and source.tie_embeddings else None
+
+
+def _tied_scale(stored: Readable, source: ModelConfig) -> Any:
+    scale = ("head_affine", "scale")
+    return stored.read(scale).astype(np.float64) if scale in parameter_roles(source) else 1.0
+
+
+def readers_of(stored: Readable, source: ModelConfig) -> Iterator[tuple[int, np.ndarray]]:
+    """(site, (outputs, d)) of all that reads the stream."""
+    scale = _tied_scale(stored, source)
+    for block, path, leaf in _folded(stored, source):
+        reader = _reader(source, path, leaf, scale)
+        if reader is not None:
+            yield (2 * source.depth if block is None else 2 * block + BRANCHES.index(path[1])), reader
