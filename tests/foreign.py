@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prenorm_jax.interop.safetensors import Entry, Header, create_file
+from prenorm_jax.interop.safetensors import NAMES, Entry, Header, create_file
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 11, "n_positions": 7, "n_embd": 12, "n_layer": 1, "n_head": 3}
 
@@ -28,19 +28,21 @@ def gpt2_shapes(d: int = 12, vocabulary: int = 11, positions: int = 7, depth: in
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """float32, of activations of size 1."""
+    """float32, of activations of size 1; masks are of bytes, as they are."""
     rng = np.random.default_rng(seed)
     return {
-        name: rng.normal(size=shape).astype(np.float32) / np.float32(shape[0] ** 0.5 if len(shape) == 2 else 1)
+        name: np.tril(np.ones(shape, np.uint8))
+        if len(shape) == 4
+        else rng.normal(size=shape).astype(np.float32) / np.float32(shape[0] ** 0.5 if len(shape) == 2 else 1)
         for name, shape in shapes.items()
     }
 
 
-def write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], dtype: str = "F32") -> Path:
+def write(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Path:
     """A folder with config.json and model.safetensors; the path of the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    header = Header({name: Entry(dtype, array.shape) for name, array in tensors.items()}, {"format": "pt"})
+    header = Header({name: Entry(NAMES[array.dtype], array.shape) for name, array in tensors.items()}, {"format": "pt"})
     for name, place in create_file(folder / "model.safetensors", header).items():
         place[...] = tensors[name]
     return folder / "model.safetensors"

@@ -13,12 +13,12 @@ from prenorm_jax.base.errors import PrenormError, check_choice
 from prenorm_jax.base.files import read_json, write_json
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.fit import model_differences
-from prenorm_jax.equivalence.stored import Part, convert_stored, copy_stored
+from prenorm_jax.equivalence.stored import Part, Readable, convert_stored, copy_stored
 from prenorm_jax.interop.families import family_of, llama
 from prenorm_jax.interop.family import Family
 from prenorm_jax.interop.importing import ABOUT, REST
 from prenorm_jax.interop.leaves import ForeignLeaves
-from prenorm_jax.interop.safetensors import NAMES, Entry, Header, create_file, map_file
+from prenorm_jax.interop.safetensors import DTYPES, FLOATS, NAMES, Entry, Header, create_file, map_file
 from prenorm_jax.interop.views import axis_sizes, read_table, tensor_shape
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import EXECUTION, ModelConfig
@@ -82,29 +82,15 @@ def export_checkpoint(
 
         def write(step: int) -> None:
             stored = checkpoints.model(step)
-            unchanged = about["unchanged"] == checkpoints.metadata(step)["digests"]["params"]
             tree = stored if stored.norm == to else convert_config(stored, to, keep_affine=True)
             made = FORMATS[form][1](Path(workdir), about, tree)
+            unchanged = about["unchanged"] == checkpoints.metadata(step)["digests"]["params"]
             if not (unchanged or dtype == "keep"):
                 made = _in_dtype(made, tree.param_dtype)
             defaults = _defaults(made, tree)
-            with in_the_making(target) as folder:
-                tensors = _create(Path(workdir), folder, made)
-                leaves = ForeignLeaves(made.family, made.config, made.model, tensors)
-                for path, value in defaults.items():
-                    leaves.write(path, (), np.full(param_shapes(made.model)[path].shape, value))
-                new = _Exported(leaves, center_table=made.family is llama.FAMILY)
-                with checkpoints.leaves(step) as old:
-                    if stored.norm == to:
-                        copy_stored(old, new, param_shapes(stored))
-                    else:
-                        convert_stored(old, new, stored, to, keep_affine=True)
-                record = {
-                    "source": about["imported_from"],
-                    "workdir": str(workdir),
-                    "step": step,
-                    "stored": stored.norm,
-                }
+            with in_the_making(target) as folder, checkpoints.leaves(step) as leaves:
+                _write(Path(workdir), folder, made, defaults, leaves, stored)
+                record = {"source": about["imported_from"], "workdir": str(workdir), "step": step, "norm": stored.norm}
                 write_json(folder / RECORD, record | {"to": to, "format": form})
             for place, model in ((f"{workdir} at step {step}", stored), (target, made.model)):
                 print(f"{place}: {model.norm}, {trees.count(param_shapes(model)):,} parameters, {model.param_dtype}")
@@ -152,8 +138,12 @@ FORMATS: dict[str, tuple[str, Callable[[Path, dict[str, Any], ModelConfig], Form
 def _in_dtype(made: Format, dtype: str) -> Format:
     """The format with all floating-point numbers in this dtype."""
     named = NAMES[np.dtype(dtype)]
+
+    def changed(entry: Entry) -> Entry:
+        return entry._replace(dtype=named) if DTYPES[entry.dtype] in FLOATS else entry
+
     headers = {
-        file: header._replace(tensors={name: entry._replace(dtype=named) for name, entry in header.tensors.items()})
+        file: header._replace(tensors={name: changed(entry) for name, entry in header.tensors.items()})
         for file, header in made.headers.items()
     }
     config = made.config | {key: dtype for key in ("dtype", "torch_dtype") if key in made.config}
@@ -175,6 +165,25 @@ def _defaults(made: Format, tree: ModelConfig) -> dict[trees.Path, float]:
             "folded: convert the source with --keep-affine, under which they keep theirs"
         )
     return {path: float(path[-1].endswith("scale")) for path in wanted if path not in there}
+
+
+def _write(
+    workdir: Path,
+    folder: Path,
+    made: Format,
+    defaults: dict[trees.Path, float],
+    leaves: Readable,
+    stored: ModelConfig,
+) -> None:
+    """Writes the stored leaves, of a model `stored`, and the defaults of others in a format's files."""
+    places = ForeignLeaves(made.family, made.config, made.model, _create(workdir, folder, made))
+    for path, value in defaults.items():
+        places.write(path, (), np.full(param_shapes(made.model)[path].shape, value))
+    new = _Exported(places, center_table=made.family is llama.FAMILY)
+    if stored.norm == made.model.norm:
+        copy_stored(leaves, new, param_shapes(stored))
+    else:
+        convert_stored(leaves, new, stored, made.model.norm, keep_affine=True)
 
 
 def _create(workdir: Path, folder: Path, made: Format) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import Path
 from prenorm_jax.equivalence.stored import Part
 from prenorm_jax.interop.family import Family
+from prenorm_jax.interop.safetensors import FLOATS
 from prenorm_jax.interop.views import NOTHING, Place, View, axis_sizes, read_table, tensor_shape
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
@@ -17,7 +18,6 @@ from prenorm_jax.models.config import ModelConfig
 _SHOWN = 8  # names of a kind that an error lists
 _HEAD, _TABLE = ("head", "kernel"), ("token_embedding",)
 _OPTIMIZER = re.compile(r"exp_avg|momentum|optimizer|adam|master_weight", re.IGNORECASE)
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class ForeignLeaves:
@@ -119,7 +119,7 @@ def _compare(
             found["ignored" if family.ignores(name) else "surplus"].append(own)
             continue
         tensor, shape = tensors[own], tensor_shape(wanted[name], sizes)
-        if tensor.dtype.name not in _FLOATS:
+        if tensor.dtype.type not in FLOATS:
             found["dtype"].append(f"{own} ({tensor.dtype.name})")
         elif tensor.shape != shape:
             found["shape"].append(f"{own} {list(tensor.shape)}, not {list(shape)}")

@@ -35,6 +35,7 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)  # those that are not quantised
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 10**8  # bytes, as the format's own reader has it
 _POINTER = b"version https://git-lfs"
