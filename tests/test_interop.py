@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from commands import error_of, here
+from commands import ROOT, command, error_of, here
 from common import logits, relative
 from flax.traverse_util import flatten_dict
 from foreign import GPT2, gpt2_shapes, random_tensors, write, write_sharded
@@ -391,3 +391,13 @@ def test_an_export_that_fails_leaves_nothing(imported, tmp_path, monkeypatch):
     flags = ("--to=layernorm", "--format=source")
     assert "No space left" in error_of("-m", "prenorm_jax.convert", imported / "rmsnorm", tmp_path / "out", *flags)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    size = ("--depth=2", "--d_model=1024", "--vocab=32000")
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    done = command("tests/measure_import.py", tmp_path, "--to=crmsnorm", *size, PYTHONPATH=paths)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["source_mb"] > 360
+    assert result["peak_mb"] - result["before_mb"] < 250, result

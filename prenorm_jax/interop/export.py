@@ -16,7 +16,7 @@ from prenorm_jax.equivalence.fit import model_differences
 from prenorm_jax.equivalence.stored import Part, Readable, convert_stored, copy_stored
 from prenorm_jax.interop.families import family_of, llama
 from prenorm_jax.interop.family import Family
-from prenorm_jax.interop.importing import ABOUT, REST
+from prenorm_jax.interop.importing import ABOUT, PART_SIZE, REST
 from prenorm_jax.interop.leaves import ForeignLeaves
 from prenorm_jax.interop.safetensors import DTYPES, FLOATS, NAMES, Entry, Header, create_file, map_file
 from prenorm_jax.interop.views import axis_sizes, read_table, tensor_shape
@@ -181,9 +181,9 @@ def _write(
         places.write(path, (), np.full(param_shapes(made.model)[path].shape, value))
     new = _Exported(places, center_table=made.family is llama.FAMILY)
     if stored.norm == made.model.norm:
-        copy_stored(leaves, new, param_shapes(stored))
+        copy_stored(leaves, new, param_shapes(stored), PART_SIZE)
     else:
-        convert_stored(leaves, new, stored, made.model.norm, keep_affine=True)
+        convert_stored(leaves, new, stored, made.model.norm, PART_SIZE, keep_affine=True)
 
 
 def _create(workdir: Path, folder: Path, made: Format) -> dict[str, np.ndarray]:
