@@ -249,13 +249,12 @@ def test_help_has_a_line_for_every_key_with_its_value_and_what_it_means(name, fl
     assert "configs/gpt_stdlib.py" in printed and "--config FILE" in printed
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "compare", "benchmark", "demo"])
+@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "compare", "benchmark", "numerics", "demo"])
 def test_help_of_the_other_commands_needs_nothing_and_misspelt_flags_are_named(name):
     assert f"python -m prenorm_jax.{name}" in here(f"prenorm_jax.{name}", "--help").stdout
     needed = {"evaluate": ["--workdir=x"], "generate": ["x"], "convert": ["x", "y", "--to=z"], "compare": ["x"]}
-    flag = {"evaluate": "--norm", "generate": "--prompt", "convert": "--step", "compare": "--title"}.get(
-        name, "--quick"
-    )
+    flags = {"evaluate": "--norm", "generate": "--prompt", "convert": "--step", "compare": "--title"}
+    flag = (flags | {"numerics": "--dtypes"}).get(name, "--quick")
     message = error_of(f"prenorm_jax.{name}", *needed.get(name, []), f"{flag}s=3")
     if name not in ("evaluate", "generate"):  # which first look into the run
         assert f"no such flag: {flag}s; did you mean {flag}?" in message
@@ -445,7 +444,7 @@ def test_the_installed_library_needs_no_clone(tmp_path):
 
 def test_no_command_waits_for_jax_before_it_speaks_nor_for_the_datas_libraries_without_data_nor_for_pytorch(tmp_path):
     script = "import sys, train, eval\n"
-    for name in ("aot", "benchmark", "compare", "convert", "demo", "evaluate", "generate"):
+    for name in ("aot", "benchmark", "compare", "convert", "demo", "evaluate", "generate", "numerics"):
         script += f"import prenorm_jax.{name}; assert 'jax' not in sys.modules, '{name}'\n"
     for name in ("train.convert_run", "train.evaluation", "bench.compiled", "bench.tasks", "bench.timing"):
         script += f"import prenorm_jax.{name}; assert 'datasets' not in sys.modules, '{name}'\n"

@@ -192,6 +192,7 @@ def test_arrays_may_lie_in_another_order_than_their_axes(text, tmp_path, monkeyp
     train(more, tmp_path / "more")
 
 
+@pytest.mark.slow
 @alone
 def test_coordinates_may_change_at_a_resume_of_a_pre_ln_run_and_not_of_a_native_one(saved, text, tmp_path):
     config = small_run(text, steps=6, dropout=0.1, norm="crmsnorm")

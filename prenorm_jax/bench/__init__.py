@@ -1,4 +1,4 @@
-"""What `benchmark` and `aot` measure: contenders, tasks, timing, and programs compiled for TPUs that are not there.
+"""What `benchmark`, `numerics` and `aot` measure: contenders, tasks, timing, rounding, programs compiled for TPUs.
 
-It imports everything but the commands. Start with `contenders.py` and `tasks.py`.
+It imports everything but the commands. Start with `contenders.py` and `tasks.py`, or `numerics.py`.
 """

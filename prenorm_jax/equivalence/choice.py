@@ -13,7 +13,7 @@ of all norms' L, that before the head of weight 1, that before a branch of the s
     s = Σ_k u_k² ‖H_k‖²  /  Σ_k σ_k² ‖H_k‖²           u_k: what it adds to entry k; σ, H: stream and readers at the head
 
 What is rounded elsewhere (attention, activations, float32 sums, the logits) is the same in all coordinates: a squared
-error of q times what rmsnorm rounds in them. The error relative to rmsnorm's is √((L + q)/(1 + q)), with q = 1/2 as
+error of q times what rmsnorm rounds in them. The error relative to rmsnorm's is √((L + q)/(1 + q)), with q = .6 as
 measured (docs/coordinates.md, with what this cannot predict).
 
 σ is measured on a calibration batch, or estimated from the weights as u is (`stream_sizes.py`).
@@ -35,7 +35,7 @@ from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import KINDS
 from prenorm_jax.models.registry import model_config
 
-ELSEWHERE = 0.5  # q above
+ELSEWHERE = 0.6  # q above
 
 
 class Choice(NamedTuple):

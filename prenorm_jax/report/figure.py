@@ -1,7 +1,7 @@
 """The common look of figures: size, type, colours, and how they become a PNG. No window is opened (no pyplot)."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -21,14 +21,29 @@ def new_figure(
     heights: Sequence[float], margin: float, grid: str = "both", width: float = WIDTH
 ) -> tuple[Figure, list[Axes]]:
     """A figure of axes above each other, of these heights in inches and with one x axis. `grid`: both, x or y."""
-    drawing = Figure(figsize=(width, sum(heights) + margin), dpi=DPI, facecolor="white", layout="constrained")
-    axes = list(drawing.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
+    drawing = _new(width, sum(heights) + margin)
+    axes = drawing.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    return drawing, _dressed(axes, grid)
+
+
+def new_row(count: int, height: float, grid: str = "both", width: float = WIDTH) -> tuple[Figure, list[Axes]]:
+    """A figure of this height in inches, of so many axes beside each other with one y axis."""
+    drawing = _new(width, height)
+    return drawing, _dressed(drawing.subplots(1, count, sharey=True, squeeze=False)[0], grid)
+
+
+def _new(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+
+
+def _dressed(axes: Iterable[Axes], grid: str) -> list[Axes]:
+    axes = list(axes)
     for ax in axes:
         ax.tick_params(labelsize=FONT, color=GREY)
         ax.grid(axis=grid, color=GRID, linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    return drawing, axes
+    return axes
 
 
 def png(drawing: Figure) -> bytes:
