@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
 
-.PHONY: demo demo-quick demo-switch test test-all test-wide lint format lock clean
+.PHONY: demo demo-quick demo-switch test test-all test-references test-wide lint format lock clean
 
 demo: $(VENV)/.ready        ## train the three variants, convert, evaluate, compare: runs/demo/report/report.html
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo
@@ -21,7 +21,10 @@ test: $(VENV)/.ready        ## the tests, but for the long ones
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not wide and not reference" $(TESTS)
 
 test-all: $(VENV)/.ready    ## the long ones too
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not wide" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not wide and not reference" $(TESTS)
+
+test-references: .venv-references/.ready  ## beside other libraries, PyTorch and transformers among them
+	.venv-references/bin/python -m pytest -n $(WORKERS) -m reference tests/references
 
 test-wide: $(VENV)/.ready   ## searches for examples that nobody thought of: hours; after a change to what they search
 	$(BIN)/python -m pytest -n $(WORKERS) -m wide $(TESTS)
@@ -43,6 +46,16 @@ lock: $(VENV)/.ready        ## new exact pins from the ranges in requirements*.t
 
 clean:                      ## everything that make made but runs/
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+# PyTorch by pip itself and by its exact version: pip takes a wheel for CPUs where it is given one, and of a range the
+# largest, which is CUDA's, of gigabytes.
+.venv-references/.ready: requirements.lock requirements-references.txt $(VENV)/.ready
+	@echo "setting up .venv-references (some minutes)"
+	@$(BIN)/python -m venv --clear .venv-references
+	@.venv-references/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/uv pip install --quiet --python .venv-references/bin/python \
+	    -r requirements.lock -r requirements-references.txt
+	@touch $@
 
 # A marker file rather than the folder: a set-up that was interrupted is done again.
 $(VENV)/.ready: requirements.lock

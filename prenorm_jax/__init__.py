@@ -7,15 +7,17 @@ if TYPE_CHECKING:
     from prenorm_jax.base.errors import PrenormError
     from prenorm_jax.equivalence.choice import choose_coordinates
     from prenorm_jax.equivalence.convert import convert_config, convert_params
+    from prenorm_jax.interop.checkpoint import load
     from prenorm_jax.models.registry import build_model
 
-__all__ = ["PrenormError", "build_model", "choose_coordinates", "convert_config", "convert_params"]
+__all__ = ["PrenormError", "build_model", "choose_coordinates", "convert_config", "convert_params", "load"]
 
 _HOMES = {
     "build_model": "models.registry",
     "choose_coordinates": "equivalence.choice",
     "convert_config": "equivalence.convert",
     "convert_params": "equivalence.convert",
+    "load": "interop.checkpoint",
     "PrenormError": "base.errors",
 }
 

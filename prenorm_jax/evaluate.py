@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = parser.parse_known_args(argv)
 
     from prenorm_jax.config import load_data  # here, as all that takes seconds
-    from prenorm_jax.train.checks import check_config
+    from prenorm_jax.train.checks import check_config, check_has_data
     from prenorm_jax.train.evaluation import evaluate, load_as, mesh_for
     from prenorm_jax.train.flags import override
     from prenorm_jax.train.restore import check_data, check_vocabulary
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         override(config, rest, parser, PLACES)
         configure_jax(config)
         check_config(config)
+        check_has_data(args.workdir, config)
         mesh, norm, data = mesh_for(config), args.norm or config.model.norm, load_data(config)
         data.check_model(config)
     check_same("the norm or the data", (norm, data.digest))

@@ -38,14 +38,16 @@ from prenorm_jax.models.coordinates import KINDS, Coordinates, coordinates, coor
 from prenorm_jax.models.registry import model_config, model_defaults
 
 
-def convert_config(config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str) -> Any:
-    """The model config that describes `convert_params(params, config, to)`; same type as `config`.
+def convert_config(config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str, keep_affine: bool = False) -> Any:
+    """The model config that describes `convert_params(params, config, to, keep_affine)`; same type as `config`.
 
     Raises PrenormError if `to` is no norm or is the config's own, or if the network has no equivalent of that norm.
     """
     source = model_config(config)
     _check_norm(source.norm, to)
     _check_convertible(source)
+    if keep_affine and to == "crmsnorm":
+        raise PrenormError("crmsnorm has no affine to keep: it is folded; only rmsnorm and layernorm can keep theirs")
     shift = source.norm_affine and source.norm_bias  # a norm's bias becomes one of its readers
     changes: dict[str, Any] = {
         "norm": to,
@@ -57,7 +59,9 @@ def convert_config(config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str
         "head_bias": source.head_bias,
         "layer_scale": None,
     }
-    if source.final_norm and source.final_norm_affine and source.norm_bias and source.final_norm_bias is not None:
+    if keep_affine:
+        changes = {"norm": to, "layer_scale": None}
+    elif source.final_norm and source.final_norm_affine and source.norm_bias and source.final_norm_bias is not None:
         changes[source.final_norm_bias] = True
     if isinstance(config, ModelConfig):
         return dataclasses.replace(source, **changes)
@@ -96,7 +100,7 @@ def _check_convertible(config: ModelConfig) -> None:
 
 
 def convert_params(
-    params: Mapping[str, Any], config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str
+    params: Mapping[str, Any], config: ConfigDict | Mapping[str, Any] | ModelConfig, to: str, keep_affine: bool = False
 ) -> dict[str, Any]:
     """The parameter tree of the equivalent network with norm `to`.
 
@@ -105,25 +109,25 @@ def convert_params(
       config: the model config that describes it; its keys `coordinates` and `coordinates_entry` are those of crmsnorm,
         whether the tree is of that norm or is to be.
       to: layernorm, rmsnorm or crmsnorm.
+      keep_affine: not to crmsnorm: whether the norms keep their scales and biases, instead of their being folded.
 
     Returns:
-      The tree of `build_model(convert_config(config, to))`, each leaf with the dtype it had (a new bias: its
-      kernel's); leaves that stay the same are the same objects. Concrete arrays are converted in float64 on the host
-      and rounded once. Under `jax.jit` or `jax.grad` the same formulas run in the leaves' own dtype, float32 at least;
-      the values are then unknown, so that the zero mean of an rmsnorm tree cannot be checked.
+      The tree of `build_model(convert_config(config, to, keep_affine))`, each leaf with the dtype it had (a new bias:
+      its kernel's); leaves that stay the same are the same objects. Concrete arrays are converted in float64 on the
+      host and rounded once. Under `jax.jit` or `jax.grad` the same formulas run in the leaves' own dtype, float32 at
+      least; the values are then unknown, so that the zero mean of an rmsnorm tree cannot be checked.
 
     Raises:
       PrenormError: what `convert_config` raises; leaves that are unknown, missing or of another shape; and, from
         rmsnorm, a writer that is not zero-mean: such a network has no Pre-LN or Pre-CRMSNorm equivalent.
     """
     source = model_config(config)
-    expected = param_shapes(convert_config(source, to))  # which raises before the tree is looked at
+    expected = param_shapes(convert_config(source, to, keep_affine))  # which raises before the tree is looked at
     params = nn.unbox(flax.core.unfreeze(params) if isinstance(params, flax.core.FrozenDict) else params)
     flat = check_tree(params, source)
     target = dataclasses.replace(source, norm=to)
-    return _nested(
-        flat, convert_leaves(flat, parameter_roles(source), coordinates(source), coordinates(target), expected)
-    )
+    both = coordinates(source), coordinates(target)
+    return _nested(flat, convert_leaves(flat, parameter_roles(source), *both, expected, keep_affine))
 
 
 def convert_tree(
@@ -158,7 +162,12 @@ def _nested(flat: Flat, converted: Flat) -> dict[str, Any]:
 
 
 def convert_leaves(
-    flat: Flat, roles: Roles, source: Coordinates, target: Coordinates, biases: Collection[Path] = ()
+    flat: Flat,
+    roles: Roles,
+    source: Coordinates,
+    target: Coordinates,
+    biases: Collection[Path] = (),
+    keep_affine: bool = False,
 ) -> Flat:
     """The conversion of those leaves of the converted tree that `flat` determines, by path.
 
@@ -170,7 +179,8 @@ def convert_leaves(
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in flat.values())
     if not traced:
         check_zero_mean(flat, roles, source.of, target.of)
-    changed = fold_norms(fold_layer_scales(_widened(flat, roles, traced), roles), roles)
+    changed = fold_layer_scales(_widened(flat, roles, traced), roles)
+    changed = changed if keep_affine else fold_norms(changed, roles)
     changed = change_coordinates(changed, with_biases(roles), source, target)
     if source.of == "layernorm":
         changed = center_heads(changed, with_biases(roles))

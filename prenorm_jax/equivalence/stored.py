@@ -38,18 +38,34 @@ class Writable(Protocol):
 Tile = dict[str, slice]
 
 
-def convert_stored(stored: Readable, new: Writable, source: ModelConfig, to: str, part_size: int = PART) -> None:
+def convert_stored(
+    stored: Readable,
+    new: Writable,
+    source: ModelConfig,
+    to: str,
+    part_size: int = PART,
+    keep_affine: bool = False,
+) -> None:
     """Writes `convert_params` of the stored tree, of a model `source`, to `new`, reading each leaf once.
 
     A QK-norm's means that have to be zero are measured by the largest heads of a part. Raises what `convert_params`
     does of the leaves' values, and what reading and writing raise.
     """
-    target, roles = convert_config(source, to), parameter_roles(source)
+    target, roles = convert_config(source, to, keep_affine), parameter_roles(source)
     both = coordinates(source), coordinates(target)
     new_axes = {path: leaf.names for path, leaf in abstract_params(target).items()}
     for tile, flat in read_parts(stored, source, part_size):
-        for path, leaf in convert_leaves(flat, roles, *both, new_axes).items():
+        for path, leaf in convert_leaves(flat, roles, *both, new_axes, keep_affine).items():
             new.write(path, part(new_axes[path], tile), leaf)
+
+
+def copy_stored(stored: Readable, new: Writable, leaves: Flat, part_size: int = PART) -> None:
+    """Writes the stored leaves of these shapes to `new` as they are."""
+    for path, leaf in leaves.items():
+        names = tuple(map(str, range(len(leaf.shape))))
+        for tile in tiles({path: list(zip(names, leaf.shape, strict=True))}, 1, part_size):
+            index = part(names, tile)
+            new.write(path, index, stored.read(path, index))
 
 
 def read_parts(stored: Readable, source: ModelConfig, part_size: int = PART) -> Iterator[tuple[Tile, Flat]]:

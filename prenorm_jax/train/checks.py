@@ -10,7 +10,7 @@ from prenorm_jax.config import data_kind
 from prenorm_jax.train.checkpoint import check_place, complete_steps
 from prenorm_jax.train.optim import make_optimizer
 from prenorm_jax.train.tracing import parse_steps
-from prenorm_jax.train.workdir import RunRecord, config_differences, literal_config, load_config
+from prenorm_jax.train.workdir import SOURCE, RunRecord, config_differences, literal_config, load_config
 
 _INT32 = 2**31  # what steps and sizes are counted in
 
@@ -36,8 +36,18 @@ def check_config(config: ConfigDict) -> None:
     make_optimizer(config)
 
 
+def check_has_data(workdir: str | Path, config: ConfigDict) -> None:
+    """Raises PrenormError for an imported checkpoint, which comes without data, unless some are named."""
+    if (Path(workdir) / SOURCE).is_dir() and not (config.data.path or config.data.hub):
+        raise PrenormError(
+            f"{workdir} was imported, and what it was trained on is not known: name data to train and evaluate on with "
+            "--config.data.path=FILE --config.data.eval_path=FILE"
+        )
+
+
 def check_workdir(workdir: Path, config: ConfigDict, record: RunRecord) -> bool:
     """Raises PrenormError unless `workdir` is new or holds this very run; whether it has no checkpoint yet."""
+    check_has_data(workdir, config)
     checkpoints = complete_steps(workdir / "checkpoints")
     if workdir.exists() and not workdir.is_dir():
         raise PrenormError(f"--workdir={workdir} is a file: name a folder")

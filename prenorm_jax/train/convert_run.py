@@ -6,7 +6,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from prenorm_jax.base.files import write_json
 from prenorm_jax.base.trees import count
 from prenorm_jax.equivalence.choice import stored_choices, with_choice
 from prenorm_jax.equivalence.convert import convert_config
-from prenorm_jax.equivalence.stored import convert_stored
+from prenorm_jax.equivalence.stored import Readable, convert_stored
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.coordinates import KINDS
 from prenorm_jax.models.registry import build_model
 from prenorm_jax.train.checkpoint import Checkpoints, check_place
-from prenorm_jax.train.workdir import configure_jax, load_config
+from prenorm_jax.train.workdir import SOURCE, configure_jax, load_config
 
 COMPARED_BYTES = 2**29  # the parameters of two models and their logits, computed in one process
 
@@ -38,6 +38,7 @@ def convert(
     materialize: bool = False,
     reset_optimizer: bool = False,
     coordinates: str | None = None,
+    keep_affine: bool = False,
 ) -> None:
     """Writes folder `target` with the checkpoint of run `source` as the parameters of norm `to`; prints what it did.
 
@@ -47,24 +48,16 @@ def convert(
     they may be larger than memory.
 
     The coordinates of crmsnorm's stream are those that round the least with these weights (`equivalence/choice.py`), or
-    `coordinates`: drop or reflect, with a colon and an entry or not, as reflect:7.
+    `coordinates`: drop or reflect, with a colon and an entry or not, as reflect:7. With `keep_affine` the norms keep
+    their scales and biases, where otherwise these are folded into what the norms feed; not under crmsnorm.
 
     The optimizer state is carried over, exactly, where the stored tree is: a pre_ln run to layernorm. Elsewhere its
     moments, being those of other parameters, have no exact equivalent: the optimizer starts anew, which for a native
     run has to be asked for with `reset_optimizer`. Raises PrenormError; `target` is then not made.
     """
     target = Path(target)
-    check_choice("--to", to, NORMS)
-    if coordinates is not None:
-        check_choice("--coordinates", coordinates.partition(":")[0], KINDS)
-        if to != "crmsnorm":
-            raise PrenormError(f"--coordinates says something of --to=crmsnorm alone: leave it out for {to}")
+    check_asked(source, target, to, coordinates)
     config = load_config(source)
-    if target.exists():
-        raise PrenormError(f"{target} exists: name a new folder")
-    if target.resolve().is_relative_to(Path(source).resolve()):
-        raise PrenormError(f"{target} lies in {source}, the run that is converted: name a folder beside it")
-    check_place(target)
     configure_jax(config)
 
     with Checkpoints(source, read_only=True) as checkpoints:
@@ -75,11 +68,13 @@ def convert(
             _check_wanted(source, config, model.norm, to, materialize, would_lose)
             chosen = {}
             if to == "crmsnorm" and model.norm != to:
-                model, chosen = _with_coordinates(checkpoints, step, model, coordinates)
-            new_model = model if to == model.norm else convert_config(model, to)
-            with _in_the_making(target) as folder:
-                _write(source, checkpoints, step, folder, target, model, new_model)
-                _write_about(folder, config, new_model, {"converted_from": str(source), "sessions": []} | chosen)
+                with checkpoints.leaves(step) as stored:
+                    model, chosen = with_coordinates(stored, model, coordinates)
+            new_model = model if to == model.norm else convert_config(model, to, keep_affine)
+            with in_the_making(target) as folder:
+                _write(source, checkpoints, step, folder, target, model, new_model, keep_affine)
+                take_source_along(Path(source), folder, target, config)
+                write_about(folder, config, new_model, {"converted_from": str(source), "sessions": []} | chosen)
             return step
 
         step = checkpoints.of(step, write)
@@ -88,13 +83,40 @@ def convert(
     print(f"train on: python train.py --workdir={made} --config.steps=N   (now at step {step} of {config.steps})")
 
 
-def _write_about(folder: Path, config: ConfigDict, model: ModelConfig, made: dict[str, Any]) -> None:
+def check_asked(source: str | Path, target: Path, to: str, coordinates: str | None) -> None:
+    """Raises PrenormError for what cannot be meant, whatever the source is."""
+    check_choice("--to", to, NORMS)
+    if coordinates is not None:
+        check_choice("--coordinates", coordinates.partition(":")[0], KINDS)
+        if to != "crmsnorm":
+            raise PrenormError(f"--coordinates says something of --to=crmsnorm alone: leave it out for {to}")
+    if target.exists():
+        raise PrenormError(f"{target} exists: name a new folder")
+    if target.resolve().is_relative_to(Path(source).resolve()):
+        raise PrenormError(f"{target} lies in {source}, the run that is converted: name a folder beside it")
+    check_place(target)
+
+
+def write_about(folder: Path, config: ConfigDict, model: ModelConfig, made: dict[str, Any]) -> None:
     """Writes config.json and run.json of the converted run; `made`: what the second says of how it was made."""
     parameterization = "pre_ln" if model.norm == "layernorm" else "native"
     changed = {"model": dataclasses.asdict(model), "parameterization": parameterization}
     write_json(folder / "config.json", config.to_dict() | changed)
     counts = dict.fromkeys(("trained", "computed"), count(param_shapes(model)))
     write_json(folder / "run.json", {"norm": model.norm, "parameters": counts} | made)
+
+
+def take_source_along(workdir: Path, folder: Path, target: Path, config: ConfigDict) -> None:
+    """Copies what an imported checkpoint came with, for its export, and names the tokenizer's new place.
+
+    `folder` will be `target`.
+    """
+    if not (workdir / SOURCE).is_dir():
+        return
+    shutil.copytree(workdir / SOURCE, folder / SOURCE)
+    tokenizer = Path(config.data.tokenizer)
+    if "tokenizer" in config.data and tokenizer.is_relative_to(workdir.absolute() / SOURCE):
+        config.data.tokenizer = str(target.absolute() / tokenizer.relative_to(workdir.absolute()))
 
 
 def _check_wanted(
@@ -113,12 +135,9 @@ def _check_wanted(
         )
 
 
-def _with_coordinates(
-    checkpoints: Checkpoints, step: int, model: ModelConfig, asked: str | None
-) -> tuple[ModelConfig, dict[str, Any]]:
+def with_coordinates(stored: Readable, model: ModelConfig, asked: str | None) -> tuple[ModelConfig, dict[str, Any]]:
     """The model with the coordinates that its conversion is to have, and what run.json says of them."""
-    with checkpoints.leaves(step) as stored:
-        choices = stored_choices(stored, model)
+    choices = stored_choices(stored, model)
     best, last = choices[0], model.d_model - 1
     if asked is not None:
         kind, _, entry = asked.partition(":")
@@ -139,6 +158,7 @@ def _write(
     target: Path,
     model: ModelConfig,
     new_model: ModelConfig,
+    keep_affine: bool,
 ) -> None:
     """Writes the checkpoint into `folder`, which will be `target`, and prints what it did."""
     metadata, shapes = checkpoints.metadata(step), param_shapes(new_model)
@@ -152,31 +172,32 @@ def _write(
         made.save_leaves(step, shapes, new_model, *known) as new,
         checkpoints.leaves(step) as stored,
     ):
-        convert_stored(stored, new, model, new_model.norm)
+        convert_stored(stored, new, model, new_model.norm, keep_affine=keep_affine)
     print(f"{source} at step {step}: {model.norm}, {count(param_shapes(model)):,} parameters")
     print(f"{target}: {new_model.norm}, {count(shapes):,} parameters")
-    _compare(checkpoints, folder, step)
+    with Checkpoints(folder, read_only=True) as made:
+        compare(model, lambda: (checkpoints.params(step), made.params(step)))
     if "optimizer" in metadata["digests"]:
         print("the optimizer state is not carried over: its moments are the old parameters' and start anew")
 
 
-def _compare(source: Checkpoints, target: Path, step: int) -> None:
-    """Prints how far the logits of two checkpoints are apart, if they are small enough to be held in memory."""
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in param_shapes(source.model(step)).values())
+def compare(model: ModelConfig, both: Callable[[], Iterable[tuple[ModelConfig, Any]]]) -> None:
+    """Prints how far the logits of two trees are apart, if these are small enough to be held in memory.
+
+    `both` gives the config and the tree of each; `model` is the first's config.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in param_shapes(model).values())
     if size > COMPARED_BYTES:
         print(f"their logits are not compared, for that takes all of the {size / 1e9:.1f} GB at once: eval.py does")
         return
-    with Checkpoints(target, read_only=True) as converted:
-        both = source.params(step), converted.params(step)
-    model = both[0][0]
     inputs = build_model(model).example(batch=2, seed=0)
-    old, new = (jax.jit(build_model(config).apply)({"params": params}, inputs) for config, params in both)
+    old, new = (jax.jit(build_model(config).apply)({"params": params}, inputs) for config, params in both())
     difference = float(jnp.abs(old - new).max() / jnp.abs(old).max())
     print(f"largest difference of their logits on random inputs: {difference:.1e} of the largest ({model.dtype})")
 
 
 @contextlib.contextmanager
-def _in_the_making(target: Path) -> Iterator[Path]:
+def in_the_making(target: Path) -> Iterator[Path]:
     """A folder beside `target`, moved there on leaving, or removed after an error: it is never seen half-written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     place = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True)

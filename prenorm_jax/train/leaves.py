@@ -76,7 +76,7 @@ class NewLeaves(_Leaves):
         if not self._take(path, shape, part, array):
             return
         spec = {
-            "metadata": {"shape": shape, "chunks": array.shape, "compressor": {"id": "zstd", "level": 1}},
+            "metadata": {"shape": shape, "chunks": array.shape, "compressor": None},
             "dtype": array.dtype.name,
             "store_data_equal_to_fill_value": True,  # to Orbax a chunk that is not there is damage
         }

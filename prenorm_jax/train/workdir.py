@@ -7,6 +7,7 @@ lock             held by the process that trains here
 metrics.jsonl    one object a line: {step, loss, grad_norm, param_norm, learning_rate, tokens_per_s or images_per_s,
                  model_flops_per_s, mfu (where the device's peak is known)} or {step, eval_loss, ...}
 tensorboard/     the same as event files
+source/          of an imported checkpoint: what it came with beside its weights (`interop/importing.py`)
 profile/         what `config.profile` traced; of many processes, a folder for each
 """
 
@@ -30,6 +31,7 @@ from prenorm_jax.models.config import EXECUTION, OF_CRMSNORM, ModelConfig
 from prenorm_jax.models.registry import model_config
 from prenorm_jax.train.run import Run
 
+SOURCE = "source"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 # What may differ when a run goes on: none of it changes which run it is. Under pre_ln, neither does the norm. Where the

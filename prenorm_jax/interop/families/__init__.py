@@ -1,0 +1,34 @@
+"""The families of checkpoints that are known. A further one is a file beside `gpt2.py`, and a line in FAMILIES."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.interop.families import falcon, gpt2, gpt_bigcode, gpt_neox, olmo, opt, starcoder2
+from prenorm_jax.interop.family import Family
+
+_ALL = (gpt2, gpt_bigcode, opt, gpt_neox, olmo, starcoder2, falcon)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
+
+# Those that no table could bring here, and why.
+_RMSNORM = "its norms are RMSNorms, which keep the stream's mean: it is no Pre-LN network, and has no equivalent of one"
+_POST_LN = "it is Post-LN: each norm's affine puts a mean back into the stream, and nothing would be gained"
+_REFUSED = dict.fromkeys(
+    ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "t5"), _RMSNORM
+)
+_REFUSED |= dict.fromkeys(("bert", "roberta", "distilbert", "electra", "albert", "openai-gpt", "bart"), _POST_LN)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises PrenormError for one that is unknown, or cannot be converted."""
+    name = config["model_type"]
+    if name in _REFUSED:
+        raise PrenormError(f"config.json: model_type={name!r}: {_REFUSED[name]}")
+    if name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise PrenormError(f"config.json: model_type={name!r} is no family that has a table here; those are {known}")
+    if "quantization_config" in config:
+        raise PrenormError(
+            "config.json: quantization_config: quantised weights are not read: save the model dequantised"
+        )
+    return FAMILIES[name]

@@ -1,0 +1,50 @@
+"""GPT-2 (transformers' `gpt2`). Its linear layers are Conv1D, (in, out) as ours are."""
+
+from typing import Any
+
+from prenorm_jax.interop.family import Family, Given
+
+
+def _config(given: Given) -> dict[str, Any]:
+    given.only("add_cross_attention", False)
+    given.only("scale_attn_weights", True)
+    given.only("scale_attn_by_inverse_layer_idx", False)
+    return {
+        "vocab_size": given("vocab_size", default=50257),
+        "max_len": given("n_positions", "n_ctx", default=1024),
+        "d_model": given("n_embd", default=768),
+        "depth": given("n_layer", default=12),
+        "heads": given("n_head", default=12),
+        "mlp_dim": given("n_inner", default=None),
+        "activation": given.activation("activation_function", default="gelu_new"),
+        "epsilon": given("layer_norm_epsilon", default=1e-5),
+        "tie_embeddings": given("tie_word_embeddings", default=True),
+        "embed_dropout": given("embd_pdrop", default=0.1),
+        "branch_dropout": given("resid_pdrop", default=0.1),
+        "attention_dropout": given("attn_pdrop", default=0.1),
+    }
+
+
+FAMILY = Family(
+    "gpt2",
+    _config,
+    table="""
+    wte.weight                  v d        token_embedding
+    wpe.weight                  n d        position_embedding
+    h.{i}.ln_1.{weight,bias}    d          block_{i}/attention_norm/{scale,bias}
+    h.{i}.attn.c_attn.weight    d (p h k)  block_{i}/attention/{query,key,value}/kernel  d (h k)
+    h.{i}.attn.c_attn.bias      (p h k)    block_{i}/attention/{query,key,value}/bias    (h k)
+    h.{i}.attn.c_proj.weight    (h k) d    block_{i}/attention/out/kernel
+    h.{i}.attn.c_proj.bias      d          block_{i}/attention/out/bias
+    h.{i}.ln_2.{weight,bias}    d          block_{i}/mlp_norm/{scale,bias}
+    h.{i}.mlp.c_fc.weight       d f        block_{i}/mlp/up/kernel
+    h.{i}.mlp.c_fc.bias         f          block_{i}/mlp/up/bias
+    h.{i}.mlp.c_proj.weight     f d        block_{i}/mlp/down/kernel
+    h.{i}.mlp.c_proj.bias       d          block_{i}/mlp/down/bias
+    ln_f.{weight,bias}          d          head_affine/{scale,bias}                      # under a tied head
+    ln_f.{weight,bias}          d          head_norm/{scale,bias}                        # else, and:
+    lm_head.weight              v d        head/kernel                                   d v
+    """,
+    prefixes=("transformer.",),
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+)

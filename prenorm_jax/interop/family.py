@@ -1,0 +1,116 @@
+"""What a family of checkpoints is: how to read its config.json, and a table of what lies where."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.registry import model_config
+
+# Foreign names of activations. "gelu_fast" and others, which are nearly one of these, are refused.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+class Given:
+    """A config.json, of which a family's config function asks key by key: `given("n_layer", default=12)`."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+
+    def __call__(self, *keys: str, default: Any) -> Any:
+        """The value of the first of these keys, which versions call differently; the family's default where none is.
+
+        Raises PrenormError for one of another type than the default has.
+        """
+        key = next((key for key in keys if self.values.get(key) is not None), None)
+        value = default if key is None else self.values[key]
+        wanted = (int, float) if type(default) is float else type(default)
+        if default is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
+            raise PrenormError(f"config.json: {key}={value!r} must be of type {type(default).__name__}")
+        return value
+
+    def only(self, key: str, *values: Any, why: str = "no model here computes it") -> None:
+        """Raises PrenormError, naming the key, unless it has one of these values; the first is the family's default."""
+        value = self(key, default=values[0])
+        if value not in values:
+            supported = " or ".join(map(repr, values))
+            raise PrenormError(
+                f"config.json: {key}={value!r} changes the function and is not supported: {why} (known: {supported})"
+            )
+
+    def activation(self, key: str, default: str) -> str:
+        """Our name of an activation. Raises PrenormError for one that is not known."""
+        self.only(key, default, *ACTIVATIONS, why="of activations these are known")
+        return ACTIVATIONS[self(key, default=default)]
+
+    def rotary(self, width: int, heads: int, share: float = 1.0) -> dict[str, Any]:
+        """The keys of our rotary positions, in the old spelling or the new; `share`, of a head, where none is given."""
+        rope = {**(self("rope_parameters", default={})), **(self("rope_scaling", default={}))}
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise PrenormError(f"config.json: rope_type={kind!r} changes the function and is not supported: default is")
+        base = rope.get("rope_theta") or self("rope_theta", "rotary_emb_base", default=10000.0)
+        share = rope.get("partial_rotary_factor") or self("partial_rotary_factor", "rotary_pct", default=share)
+        head_dim = width // max(heads, 1)
+        turned = int(head_dim * share)
+        return {
+            "positions": "rotary",
+            "rotary_base": float(base),
+            "rotary_dim": None if turned == head_dim else turned,
+        }
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of another library's checkpoints.
+
+    Attributes:
+      model_type: what its config.json calls it.
+      config: its config.json -> the keys of our `config.model`; raises PrenormError for what no model of ours computes.
+      table: what lies where, in the language of `views.py`; or a function of the config.json, where that decides it.
+        Lines for leaves that the model has not are left out.
+      prefixes: what the names of tensors may begin with, beside nothing; the first that fits is taken off.
+      ignored: patterns of names, without prefix, of tensors that say nothing new, such as masks.
+      aliases: (pattern, replacement) of other versions' names.
+      sizes: the axes of its own that its table names.
+    """
+
+    model_type: str
+    config: Callable[[Given], dict[str, Any]]
+    table: str | Callable[[Given], str]
+    prefixes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    sizes: Callable[[ModelConfig], dict[str, int]] = lambda model: {}
+
+    def model(self, config: Mapping[str, Any], **changes: Any) -> ModelConfig:
+        """The network that a config.json describes, with these keys changed. Raises PrenormError."""
+        values = {"family": "gpt"} | self.config(Given(config)) | changes
+        return model_config({key: value for key, value in values.items() if value is not None})
+
+    def name(self, tensor: str) -> str:
+        """What the table calls a tensor of this name."""
+        name = tensor.removeprefix(next((prefix for prefix in self.prefixes if tensor.startswith(prefix)), ""))
+        for pattern, replacement in self.aliases:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor that the table calls so says nothing new."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+
+    def lines(self, config: Mapping[str, Any]) -> str:
+        """The table of a config.json."""
+        return self.table if isinstance(self.table, str) else self.table(Given(config))

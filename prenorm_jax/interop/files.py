@@ -1,0 +1,177 @@
+"""Where a foreign checkpoint lies: a folder, one of its files or a name on the hub; what is in it, mapped, not read."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prenorm_jax.base.errors import PrenormError, first_line
+from prenorm_jax.base.files import read_json
+from prenorm_jax.interop.safetensors import NAMES, Entry, Header, map_file
+
+# Of a folder, the first of these that is there.
+_WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_SMALL = (".json", ".txt", ".md", ".model", ".jinja", ".tiktoken")  # what goes along: config, tokenizer, model card
+_ALSO = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+_LARGEST_SMALL = 2**26  # bytes
+_TORCH = {f"torch.{dtype.name}": dtype for dtype in NAMES}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A foreign checkpoint.
+
+    Attributes:
+      name: as it was asked for.
+      folder: where its small files lie.
+      config: its config.json.
+      headers: its files of weights, by name, each with what is in it; PyTorch's have the name that safetensors' have.
+      tensors: those of all its files, mapped.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    headers: dict[str, Header]
+    tensors: dict[str, np.ndarray]
+
+    def small_files(self) -> Iterator[Path]:
+        """Its config, index, tokenizer, licence and model card: all that an export takes along."""
+        for path in sorted(self.folder.iterdir()):
+            known = path.suffix in _SMALL or path.stem.upper() in _ALSO
+            if known and path.is_file() and path.stat().st_size <= _LARGEST_SMALL:
+                yield path
+
+
+def is_workdir(place: str | Path) -> bool:
+    """Whether it is a folder of a run of ours, or of a converted checkpoint."""
+    folder = Path(place)
+    return (folder / "checkpoints").is_dir()
+
+
+def is_foreign(place: str | Path) -> bool:
+    """Whether it looks like another library's checkpoint: a folder of one, a file, or a name on the hub."""
+    folder = Path(place)
+    if not folder.is_dir():
+        return folder.is_file() or not folder.is_absolute()
+    if is_workdir(folder):
+        return False
+    if any(next(folder.glob(f"*{suffix}"), None) for suffix in (".safetensors", ".bin")):
+        return True
+    with contextlib.suppress(PrenormError, OSError):
+        return "model_type" in read_json(folder / "config.json")
+    return False
+
+
+def open_source(name: str | Path) -> Source:
+    """The checkpoint in a folder, of a file in it, or of a name on the Hugging Face hub.
+
+    Raises PrenormError if there is none, or if it is not whole.
+    """
+    place = Path(name)
+    if not place.exists():
+        place = _from_hub(str(name))
+    folder, file = (place, None) if place.is_dir() else (place.parent, place.name)
+    if not (folder / "config.json").is_file():
+        raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise PrenormError(
+            f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "
+            "no model_type): name a folder that is one"
+        )
+    headers: dict[str, Header] = {}
+    tensors: dict[str, np.ndarray] = {}
+    for path in _files(folder, file):
+        header, mapped = map_file(path) if path.suffix == ".safetensors" else _map_torch(path)
+        if twice := sorted(tensors.keys() & mapped.keys()):
+            raise PrenormError(f"{folder} holds {twice[0]} twice, the second time in {path.name}: remove one file")
+        headers[f"{path.stem.replace('pytorch_model', 'model')}.safetensors"] = header
+        tensors |= mapped
+    return Source(str(name), folder, config, headers, tensors)
+
+
+def _files(folder: Path, file: str | None) -> list[Path]:
+    """The files of weights: that one, if it is none of an index, or all of the folder's. Raises PrenormError."""
+    others = [path.name for path in folder.glob("*.safetensors")]
+    found = file or next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None and len(others) == 1:
+        found = others[0]
+    if found is None:
+        what = f"several ({', '.join(sorted(others)[:3])}): name one" if others else "none: safetensors files are read"
+        raise PrenormError(f"{folder} should hold one file of weights, or an index of some, and holds {what}")
+    if not found.endswith(".index.json"):
+        return [folder / found]
+    try:
+        names = sorted(set(read_json(folder / found)["weight_map"].values()))
+        paths = [folder / name for name in names]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise PrenormError(f"{folder / found} is no index of files of weights: download it again") from error
+    if outside := [name for name, path in zip(names, paths, strict=True) if path.parent != folder]:
+        raise PrenormError(f"{folder / found} names {outside[0]}, which lies elsewhere: files of the folder are read")
+    if absent := [path.name for path in paths if not path.is_file()]:
+        raise PrenormError(f"{folder / found} names {', '.join(absent[:3])}, not in the folder: download all its files")
+    return paths
+
+
+def _map_torch(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
+    """The state dict in a file of PyTorch's own format. No code in it is run. Raises PrenormError."""
+    if path.suffix not in (".bin", ".pt", ".pth"):
+        raise PrenormError(f"{path.name} is of no known format: .safetensors files are read, or PyTorch's .bin")
+    try:
+        import torch
+    except ImportError as error:
+        raise PrenormError(
+            f"{path} is of PyTorch's own format, which PyTorch alone reads: install it (pip install torch), or save "
+            "the model as safetensors"
+        ) from error
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            state = torch.load(path, mmap=True, **options)
+        except RuntimeError:  # of before 2020: such a file cannot be mapped
+            state = torch.load(path, **options)
+    except Exception as error:
+        raise PrenormError(f"{path} cannot be read ({first_line(error)}): save the model as safetensors") from error
+    others = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise PrenormError(
+            f"{path} holds {', '.join(others[:4])} beside tensors, as a training state does: save the model's "
+            "state_dict() by itself"
+        )
+
+    def array(tensor: torch.Tensor) -> np.ndarray:
+        dtype = _TORCH.get(str(tensor.dtype))
+        if dtype is None:
+            raise PrenormError(f"{path} holds numbers of {tensor.dtype}: save the model in floating-point numbers")
+        bits = {1: torch.uint8, 2: torch.uint16}.get(dtype.itemsize, tensor.dtype)  # NumPy knows no bfloat16
+        return tensor.detach().view(bits).numpy().view(dtype)
+
+    tensors = {name: array(tensor) for name, tensor in state.items()}
+    entries = {name: Entry(NAMES[x.dtype], x.shape) for name, x in tensors.items()}
+    return Header(entries, {"format": "pt"}), tensors
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of the cache with the files of a model on the hub. Raises PrenormError."""
+    if name[:1] in (".", "/", "~") or name.count("/") > 1 or name.endswith((".safetensors", ".bin")):
+        raise PrenormError(f"{name} does not exist: give a workdir, a model's folder or file, or a name on the hub")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise PrenormError(f"{name} does not exist, and names on the hub need pip install huggingface_hub") from error
+    small = [f"*{suffix}" for suffix in _SMALL] + [f"{stem}*" for stem in _ALSO]
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            folder = Path(snapshot_download(name, allow_patterns=[*small, weights], ignore_patterns=["*/*"]))
+            if list(folder.glob(weights)):
+                break
+    except Exception as error:  # of the network, of the hub's, or a name that is none
+        raise PrenormError(
+            f"{name} is no folder, and the hub gives no such model ({first_line(error)}): name a folder, or see to the "
+            "network"
+        ) from error
+    return folder

@@ -1,0 +1,144 @@
+"""A foreign checkpoint as a workdir, of whatever norm, that the commands accept.
+
+Beside what every workdir has, it keeps in `source/` what an export takes along: config.json, tokenizer, licence and
+model card as they came, and
+
+    checkpoint.json      where it came from, the headers of its files, and the digest of the parameters as they were
+    rest.safetensors     what of its tensors is in no leaf of ours: rows (`n@2`), and small ones that say nothing new
+"""
+
+import dataclasses
+import shlex
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
+
+from prenorm_jax.base.files import write_json
+from prenorm_jax.base.trees import count
+from prenorm_jax.config import base_config
+from prenorm_jax.equivalence.convert import convert_config
+from prenorm_jax.equivalence.stored import convert_stored, copy_stored
+from prenorm_jax.interop.checkpoint import ForeignCheckpoint, dtype_of, foreign
+from prenorm_jax.interop.files import Source, open_source
+from prenorm_jax.interop.safetensors import NAMES, Entry, Header, create_file
+from prenorm_jax.models.abstract import param_shapes
+from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.train.checkpoint import Checkpoints
+from prenorm_jax.train.convert_run import check_asked, compare, in_the_making, with_coordinates, write_about
+from prenorm_jax.train.workdir import SOURCE, configure_jax
+
+ABOUT, REST = "checkpoint.json", "rest.safetensors"
+PART_SIZE = 2**21  # entries of a part: twice as many take .63 GB for .40, and the time is no less
+KEPT_BYTES = 2**16  # of a tensor that says nothing new: masks are larger
+
+
+def import_checkpoint(
+    name: str | Path,
+    target: str | Path,
+    to: str,
+    dtype: str | None = None,
+    keep_dropout: bool = False,
+    keep_affine: bool = False,
+    coordinates: str | None = None,
+) -> None:
+    """Writes folder `target` with the checkpoint `name`, of another library, as parameters of norm `to`.
+
+    Tensors are read, converted and written in parts, so that they may be larger than memory. Prints what it did.
+    `name`, `dtype` and `keep_dropout` as of `checkpoint.load`, the others as of `train.convert_run.convert`. Raises
+    PrenormError; `target` is then not made.
+    """
+    target = Path(target)
+    check_asked(name, target, to, coordinates)
+    source = open_source(name)
+    configure_jax(ConfigDict({"model": {"dtype": dtype_of(source, dtype)}}))
+    found = foreign(source, dtype, keep_dropout)
+    model, made = found.model, {"imported_from": str(name), "sessions": []}
+    if to == "crmsnorm":
+        model, chosen = with_coordinates(found.leaves, model, coordinates)
+        made |= chosen
+    new_model = model if to == model.norm else convert_config(model, to, keep_affine)
+    config = run_config(source, new_model, target)
+    with in_the_making(target) as folder:
+        _write(found, folder, model, new_model, keep_affine)
+        write_about(folder, config, new_model, made)
+        print(f"{name}: {found.family.model_type}, {count(param_shapes(model)):,} parameters, {found.dtype}")
+        print(f"{target}: {new_model.norm}, {count(param_shapes(new_model)):,} parameters, {new_model.param_dtype}")
+        if to != model.norm:
+            with Checkpoints(folder, read_only=True) as new:
+                compare(model, lambda: ((model, _params(found)), new.params(0)))
+    _say_what_is_left(found, target, keep_dropout)
+
+
+def run_config(source: Source, model: ModelConfig, target: Path) -> ConfigDict:
+    """The configuration of a run of this model: the source's tokenizer if it has one of `tokenizers`, and no data."""
+    config = base_config(model.family)
+    config.model.update(dataclasses.asdict(model))
+    if "tokenizer" in config.data and (source.folder / "tokenizer.json").is_file():
+        config.data.tokenizer = str(target.absolute() / SOURCE / "tokenizer.json")
+    return config
+
+
+def _params(found: ForeignCheckpoint) -> dict[str, Any]:
+    return unflatten_dict({path: found.leaves.read(path) for path in param_shapes(found.model)})
+
+
+def _write(
+    found: ForeignCheckpoint, folder: Path, model: ModelConfig, new_model: ModelConfig, keep_affine: bool
+) -> None:
+    """Writes the checkpoint, and `source/`, into a workdir."""
+    with Checkpoints(folder) as made:
+        with made.save_leaves(0, param_shapes(new_model), new_model) as new:
+            if new_model.norm == model.norm:
+                copy_stored(found.leaves, new, param_shapes(model), PART_SIZE)
+            else:
+                convert_stored(found.leaves, new, model, new_model.norm, PART_SIZE, keep_affine)
+        digest = made.metadata(0)["digests"]["params"]
+    (folder / SOURCE).mkdir()
+    for path in found.source.small_files():
+        shutil.copyfile(path, folder / SOURCE / path.name)
+    _write_rest(found, folder / SOURCE)
+    headers = {file: header._asdict() for file, header in _kept(found).items()}
+    known = {"imported_from": found.source.name, "family": found.family.model_type, "dtype": found.dtype}
+    known["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    unchanged = digest if new_model.norm == model.norm else None
+    write_json(folder / SOURCE / ABOUT, known | {"unchanged": unchanged, "headers": headers})
+
+
+def _kept(found: ForeignCheckpoint) -> dict[str, Header]:
+    """The headers of the source's files without what is not worth keeping: large tensors that say nothing new."""
+
+    def keep(name: str) -> bool:
+        return name not in found.leaves.ignored or found.source.tensors[name].nbytes <= KEPT_BYTES
+
+    return {
+        file: header._replace(tensors={name: entry for name, entry in header.tensors.items() if keep(name)})
+        for file, header in found.source.headers.items()
+    }
+
+
+def _write_rest(found: ForeignCheckpoint, folder: Path) -> None:
+    """Writes what of the source is in no leaf of ours, for an export to have it."""
+    tensors, leaves = found.source.tensors, found.leaves
+    rest = {
+        name: tensors[name] for header in _kept(found).values() for name in header.tensors if name in leaves.ignored
+    }
+    rest |= {name: tensors[name][:rows] for name, rows in leaves.skipped.items()}
+    header = Header({name: Entry(NAMES[array.dtype], array.shape) for name, array in rest.items()}, {})
+    for name, place in create_file(folder / REST, header).items():
+        place[...] = rest[name]
+
+
+def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool) -> None:
+    if found.dropout and not keep_dropout:
+        rates = ", ".join(f"{key} {value:g}" for key, value in found.dropout.items())
+        print(f"dropout is left out, as nothing is recentred under it ({rates}): --dropout=keep keeps it")
+    made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
+    print("it has no data and no optimizer: name data, and the optimizer starts anew")
+    print(f"evaluate: python eval.py --workdir={made} {data}")
+    print(f"train on: python train.py --workdir={made} {data} --config.steps=N")
+    if not (found.source.folder / "tokenizer.json").is_file():
+        print("it has no tokenizer.json: name its tokenizer with --config.data.tokenizer=FILE, too")

@@ -1,0 +1,108 @@
+"""Imported, converted and exported checkpoints beside the families' own library, in float64."""
+
+import checkpoints as theirs
+import numpy as np
+import pytest
+from common import changed, logits, relative
+
+import prenorm_jax
+from prenorm_jax import convert_config, convert_params
+from prenorm_jax.interop.export import export_checkpoint
+from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.interop.safetensors import map_file
+
+pytestmark = pytest.mark.reference
+
+V, T, D, H = 13, 9, 24, 3
+GPT2 = {"vocab_size": V, "n_positions": T, "n_embd": D, "n_layer": 2, "n_head": H, "layer_norm_epsilon": 3e-4}
+LATER = {"vocab_size": V, "max_position_embeddings": T, "hidden_size": D, "num_hidden_layers": 2}
+LATER |= {"num_attention_heads": H}
+OPT = LATER | {"ffn_dim": 40, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+NEOX = LATER | {"intermediate_size": 40, "layer_norm_eps": 3e-4}
+OLMO = LATER | {"intermediate_size": 40, "pad_token_id": None, "eos_token_id": None}
+STARCODER2 = LATER | {"intermediate_size": 40, "norm_epsilon": 3e-4, "num_key_value_heads": 1}
+FALCON = LATER | {"layer_norm_epsilon": 3e-4}
+NEW_FALCON = FALCON | {"new_decoder_architecture": True, "num_attention_heads": 6, "num_kv_heads": 2}
+
+# name -> (model_type, config.json, whether all that is folded has a bias to go to in the format)
+CASES = {
+    "gpt2": ("gpt2", GPT2, True),
+    "gpt2-untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "n_inner": 20}, False),
+    "bigcode-one-key": ("gpt_bigcode", GPT2, True),
+    "bigcode-own-keys": ("gpt_bigcode", GPT2 | {"multi_query": False}, True),
+    "opt": ("opt", OPT, True),
+    "opt-bare": ("opt", OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}, True),
+    "neox": ("gpt_neox", NEOX, False),
+    "neox-in-turn": ("gpt_neox", NEOX | {"use_parallel_residual": False, "attention_bias": False}, False),
+    "neox-all-turned": (
+        "gpt_neox",
+        NEOX | {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 1.0}},
+        False,
+    ),
+    "olmo": ("olmo", OLMO | {"clip_qkv": 0.7}, True),
+    "olmo-tied": ("olmo", OLMO | {"tie_word_embeddings": True, "num_key_value_heads": 1}, True),
+    "starcoder2": ("starcoder2", STARCODER2 | {"sliding_window": 4}, True),
+    "falcon-7b": ("falcon", FALCON, False),
+    "falcon-11b": ("falcon", NEW_FALCON | {"num_ln_in_parallel_attn": 1}, False),
+    "falcon-40b": ("falcon", NEW_FALCON | {"bias": True}, True),
+    "falcon-in-turn": ("falcon", FALCON | {"parallel_attn": False, "multi_query": False, "bias": True}, True),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A folder that the library wrote, the logits of its tokens, and whether it folds."""
+    model_type, config, folds = CASES[request.param]
+    model = theirs.make(model_type, **config)
+    folder = tmp_path_factory.mktemp(request.param) / "source"
+    model.save_pretrained(folder)
+    tokens = np.random.default_rng(1).integers(V, size=(2, T))
+    return folder, tokens, theirs.logits(model, tokens), folds
+
+
+def test_an_import_is_the_librarys_function_under_every_norm(case):
+    folder, tokens, expected, _ = case
+    config, params = prenorm_jax.load(folder)
+    assert relative(logits(config, params, tokens), expected) < 1e-9
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert relative(logits(convert_config(config, to), converted, tokens), expected) < 1e-9, to
+    naive = changed(config, norm="rmsnorm")
+    assert relative(logits(naive, params, tokens), expected) > 1e-2
+
+
+def test_an_import_comes_back_bit_for_bit(case, tmp_path):
+    folder, *_ = case
+    import_checkpoint(folder, tmp_path / "run", "layernorm")
+    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    source, back = (map_file(place / "model.safetensors")[1] for place in (folder, tmp_path / "back"))
+    assert source.keys() == back.keys()
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(tensor, back[name], strict=True, err_msg=name)
+
+
+@pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
+def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
+    folder, tokens, expected, folds = case
+    keep = to == "rmsnorm" and not folds
+    import_checkpoint(folder, tmp_path / "run", to, keep_affine=keep)
+    if to == "crmsnorm" and not folds:
+        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
+            export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+        return
+    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    assert relative(theirs.logits(theirs.load(tmp_path / "back"), tokens), expected) < 1e-9
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_recentred_olmo_is_a_stock_llama(tmp_path, tied):
+    model = theirs.make("olmo", **OLMO | {"tie_word_embeddings": tied, "num_key_value_heads": 1})
+    model.save_pretrained(tmp_path / "source")
+    tokens = np.random.default_rng(1).integers(V, size=(2, T))
+    import_checkpoint(tmp_path / "source", tmp_path / "run", "crmsnorm")
+    export_checkpoint(tmp_path / "run", tmp_path / "llama", "rmsnorm", form="llama")
+    llama = theirs.load(tmp_path / "llama")
+    assert type(llama).__name__ == "LlamaForCausalLM"
+    assert relative(theirs.logits(llama, tokens), theirs.logits(model, tokens)) < 1e-9
+    llama.load_state_dict(model.state_dict(), strict=False)  # OLMo's own weights, under norms that keep their mean
+    assert relative(theirs.logits(llama, tokens), theirs.logits(model, tokens)) > 1e-2
