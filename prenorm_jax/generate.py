@@ -21,6 +21,7 @@ from prenorm_jax.base.flags import Parser, place
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from prenorm_jax.interop.tokens import Ends
     from prenorm_jax.models.continuation import Convention
     from prenorm_jax.models.decoding import generate
 
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
 
-    from prenorm_jax.models.continuation import write_texts  # here, as all that takes seconds
+    from prenorm_jax.interop.tokens import ends_of  # here, as all that takes seconds
+    from prenorm_jax.models.continuation import write_texts
     from prenorm_jax.models.decoding import as_read
     from prenorm_jax.models.registry import build_model, family
     from prenorm_jax.models.sampling import Sampling
@@ -62,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     norm = args.norm or config.model.norm
     metadata, model, params = load_as(args.workdir, norm, args.step)
     step, params = metadata["step"], as_read(params, model)
-    convention = _convention(args, config, metadata)
+    ends = ends_of(args.workdir)
+    convention = _convention(args, config, metadata, ends)
 
     streamed = len(prompts) == 1 and not args.json
     show = functools.partial(print, end="", flush=True) if streamed else lambda text: None
@@ -79,16 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if full:
         which = f" (prompt {', '.join(full)})" if len(prompts) > 1 else ""
         say(f"stopped where model.max_len={model.max_len} is full{which}")
+    if ends and ends.otherwise:
+        say(f"its source would also heed {', '.join(ends.otherwise)} (generation_config.json), which is left out here")
 
 
-def _convention(args: argparse.Namespace, config: ConfigDict, metadata: dict[str, Any]) -> Convention:
-    """How the run's texts begin and end: as in training, or as its source has it. Raises PrenormError."""
+def _convention(
+    args: argparse.Namespace, config: ConfigDict, metadata: dict[str, Any], ends: Ends | None
+) -> Convention:
+    """How the run's texts begin and end: as in training, or as its source has it (`ends`). Raises PrenormError."""
     from prenorm_jax.data.tokenizer import check_vocab_size, load_tokenizer
-    from prenorm_jax.interop.tokens import ends_of
     from prenorm_jax.models.continuation import of_documents, of_ids, of_tokenizer
     from prenorm_jax.train.restore import check_vocabulary
 
-    ends = ends_of(args.workdir)
     if ends and args.prompt_ids:
         found = of_ids(ends.end)
     else:
@@ -98,8 +103,6 @@ def _convention(args: argparse.Namespace, config: ConfigDict, metadata: dict[str
         found = of_tokenizer(tokenizer, ends.begin, ends.end) if ends else of_documents(tokenizer)
         if args.prompt_ids:
             found = of_ids(found.ends)
-    if ends and ends.otherwise:
-        say(f"its source would also heed {', '.join(ends.otherwise)} (generation_config.json), which is left out here")
     return dataclasses.replace(found, ends=()) if args.ignore_eos else found
 
 
