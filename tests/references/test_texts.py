@@ -1,17 +1,14 @@
 """What follows a prompt, beside transformers' own tokenizers and `generate`, in float64."""
 
 import json
-import os
-from pathlib import Path
 
 import checkpoints as theirs
-import numpy as np
 import pytest
 from commands import here
 from tiny_tokenizer import TEXT, tiny_tokenizer, write_slow
 
 from prenorm_jax.interop.importing import import_checkpoint
-from prenorm_jax.interop.tokens import SourceTexts, ends_of
+from prenorm_jax.interop.tokens import SourceTexts
 from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
@@ -105,19 +102,3 @@ def test_where_files_disagree_the_ends_are_the_librarys(tmp_path, config, genera
     end = library.eos_token_id
     assert found.begin == library.bos_token_id
     assert found.end == tuple([] if end is None else end if isinstance(end, list) else [end])
-
-
-TRAINED = "PRENORM_JAX_TRAINED_GPT2"  # a folder with the GPT-2 that microformer_mgm 0.5.8 carries (docs/checkpoints.md)
-
-
-@pytest.mark.skipif(TRAINED not in os.environ, reason=f"{TRAINED} names no folder")
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "crmsnorm"])
-def test_480_tokens_of_a_trained_gpt2_are_the_librarys(tmp_path, norm):
-    folder, rng = Path(os.environ[TRAINED]), np.random.default_rng(0)
-    import_checkpoint(folder, tmp_path / "run", norm, dtype="float64")
-    assert ends_of(tmp_path / "run").end == (3,)
-    ids = rng.integers(4, 9669, size=12).tolist()
-    expected = theirs.generate(theirs.load(folder), ids, 480, eos_token_id=None)
-    flags = (f"--prompt-ids={','.join(map(str, ids))}", "--tokens=480", "--ignore-eos", "--json")
-    [found] = json.loads(here("-m", "prenorm_jax.generate", tmp_path / "run", *flags, x64=True).stdout)["texts"]
-    assert [int(each) for each in found["text"].split(",") if each] == expected
