@@ -23,5 +23,7 @@ def get_config(workdir: str = "") -> ConfigDict:
         raise PrenormError("name the run to start from after a colon, as in configs/finetune.py:runs/gpt2")
     config = load_config(workdir)
     config.init_from = workdir
-    config.data.path = config.data.hub = config.data.eval_path = config.data.eval_split = None
+    for key in ("path", "hub", "eval_path", "eval_split"):
+        if key in config.data:
+            config.data[key] = None
     return config

@@ -1,8 +1,8 @@
 """An imported GPT-2 beside transformers: the same greedy tokens, and what forward and decoding take.
 
-    PYTHONPATH=. python tests/measure_imported_gpt2.py trained               # the GPT-2 of microformer_mgm 0.5.8, by pip
-    PYTHONPATH=. python tests/measure_imported_gpt2.py path/to/gpt2          # any GPT-2 in a folder
-    PYTHONPATH=. python tests/measure_imported_gpt2.py small                 # GPT-2 Small's shape, at random
+    PYTHONPATH=. python tests/measure_imported_gpt2.py trained        # the GPT-2 of microformer_mgm 0.5.8, by pip
+    PYTHONPATH=. python tests/measure_imported_gpt2.py path/to/gpt2   # any GPT-2 in a folder
+    PYTHONPATH=. python tests/measure_imported_gpt2.py small          # GPT-2 Small's shape, at random
 
 Needs torch and transformers. First, in float64 and under each norm, 480 tokens (or as many as there are positions for)
 after a prompt of 12 ids, end-of-text ignored: the exit status is 1 unless they are the library's. Then, in float32,

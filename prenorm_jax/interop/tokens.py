@@ -122,7 +122,7 @@ def source_tokenizer(folder: Path, config: Mapping[str, Any], vocab_size: int) -
     """
     options = {**_json(folder / "tokenizer_config.json")}
     named = options.get("tokenizer_class") or config.get("tokenizer_class") or _BY_FAMILY.get(config["model_type"], "")
-    kind = named.removesuffix("Fast")
+    kind = str(named).removesuffix("Fast")
     try:
         if (folder / TOKENIZER).is_file():
             tokenizer = Tokenizer.from_str(json.dumps(_adjusted(_json(folder / TOKENIZER), kind, options)))

@@ -22,19 +22,26 @@ SLOW = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
 SLOW |= dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "</s>")
 
 # name -> model_type, config.json, tokenizer, tokenizer_config.json (None: no such file), whether vocab.json and
-# merges.txt stand for tokenizer.json
+# merges.txt stand for tokenizer.json, and the norm that it is imported to
 CASES = {
-    "gpt2": ("gpt2", GPT2, tiny_tokenizer(), {"tokenizer_class": "GPT2Tokenizer"}, False),
-    "neox": ("gpt_neox", LATER | {"intermediate_size": 40}, tiny_tokenizer(), None, False),
-    "opt": ("opt", LATER | {"ffn_dim": 40, "pad_token_id": 0}, tiny_tokenizer("</s>"), SLOW, True),
-    "falcon": ("falcon", LATER, tiny_tokenizer(begins=True), {"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+    "gpt2": ("gpt2", GPT2, tiny_tokenizer(), {"tokenizer_class": "GPT2Tokenizer"}, False, "crmsnorm"),
+    "neox": ("gpt_neox", LATER | {"intermediate_size": 40}, tiny_tokenizer(), None, False, "rmsnorm"),
+    "opt": ("opt", LATER | {"ffn_dim": 40, "pad_token_id": 0}, tiny_tokenizer("</s>"), SLOW, True, "crmsnorm"),
+    "falcon": (
+        "falcon",
+        LATER,
+        tiny_tokenizer(begins=True),
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        False,
+        "layernorm",
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    """A folder that the library wrote, its model, and two tokens that end its texts."""
-    model_type, config, tokenizer, options, slow = CASES[request.param]
+    """A folder that the library wrote, its model, two tokens that end its texts, and a norm."""
+    model_type, config, tokenizer, options, slow, norm = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "source"
     # OPT's padding row must be zero in the library, and is drawn at random here: 0 never follows.
     model = theirs.make(model_type, **{"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None} | config)
@@ -45,12 +52,11 @@ def case(request, tmp_path_factory):
     write_slow(tokenizer, folder) if slow else tokenizer.save(str(folder / "tokenizer.json"))
     if options is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(options))
-    return folder, theirs.load(folder), ends
+    return folder, theirs.load(folder), ends, norm
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "crmsnorm"])
-def test_the_command_adds_what_the_library_adds_token_for_token(case, tmp_path, monkeypatch, norm):
-    folder, model, ends = case
+def test_the_command_adds_what_the_library_adds_token_for_token(case, tmp_path, monkeypatch):
+    folder, model, ends, norm = case
     monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
     run, library = tmp_path / "run", theirs.transformers().AutoTokenizer.from_pretrained(folder)
     import_checkpoint(folder, run, norm)
