@@ -94,6 +94,8 @@ def test_what_follows_a_prompt_is_what_its_source_adds(imported, greedy, norm):
     following = greedy(ids, 8)
     assert following != greedy([0, *ids], 8), "what would follow behind an end-of-text token, as in runs of ours"
     run = imported(norm)
+    named = read_json(run / "config.json")["data"]["tokenizer"]
+    assert named == str(run / "tokenizer.json") and Path(named).is_file(), "of another run, which may go away"
     [found] = json.loads(here(*GENERATE, run, f"--prompt={PROMPT}", "--tokens=8", "--json").stdout)["texts"]
     assert (found["text"], found["tokens"]) == (tiny_tokenizer().decode(following), 8)
     given = ",".join(map(str, ids))
