@@ -125,7 +125,7 @@ def _text() -> dict[str, Any]:
     data.eval_path = config_dict.placeholder(str)  # like path; None: hold documents out
     data.holdout = 0.02  # fraction of documents held out where no evaluation data are named
     data.separate_documents = True  # end each document with the tokenizer's end-of-text token
-    data.tokenizer = "bytes"  # bytes, a tokenizers .json file, or a hub name such as gpt2
+    data.tokenizer = "bytes"  # bytes, a tokenizers .json file, or a hub name such as gpt2; none: to be named
     data.eot_token = config_dict.placeholder(str)  # None: the first usual one that the tokenizer knows
     data.seq_len = 128  # tokens a training example predicts
     return {"data": data}

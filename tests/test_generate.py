@@ -19,7 +19,7 @@ from prenorm_jax import PrenormError, build_model, convert_config, convert_param
 from prenorm_jax.data.tokenizer import load_tokenizer
 from prenorm_jax.models import continuation
 from prenorm_jax.models.config import NORMS
-from prenorm_jax.models.continuation import TextStream, write_texts
+from prenorm_jax.models.continuation import TextStream, of_documents, write_texts
 from prenorm_jax.models.decoding import NO_TOKEN, decode_step, generate, prefill
 from prenorm_jax.models.sampling import Sampling, choice_logits, choose
 from prenorm_jax.train import evaluation, workdir
@@ -304,7 +304,8 @@ def test_texts_end_where_they_should():
 
     def write(prompts, likely, show=None):
         biased = params | {"head_bias": params["head_bias"].at[likely].add(1e4)}
-        return write_texts(model, biased, tokenizer, prompts, 5, Sampling(), 0, *([show] if show else []))
+        convention = of_documents(tokenizer)
+        return write_texts(model, biased, convention, prompts, 5, Sampling(), 0, *([show] if show else []))
 
     prompts = ["é", "0123456789abcd", ""]
     results = write(prompts, ord("x"), shown.append)

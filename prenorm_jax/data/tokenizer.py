@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 from prenorm_jax.base.errors import PrenormError, first_line
 
+NONE = "none"  # the name of no tokenizer
 EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
 
 
@@ -21,11 +23,13 @@ EOT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
 class TextTokenizer:
     """Text to ids without special tokens: `encode` gives each text a 1-D array of unsigned integers.
 
-    `decode` is the way back. Bytes that are no UTF-8 become U+FFFD, so the last one may stand for a character whose end
-    is still to come; special and unknown ids become nothing.
+    `framed` is the same with the special tokens that the tokenizer itself puts around a text. `decode` is the way back.
+    Bytes that are no UTF-8 become U+FFFD, so the last one may stand for a character whose end is still to come; special
+    and unknown ids become nothing.
     """
 
     encode: Callable[[list[str]], list[np.ndarray]]
+    framed: Callable[[list[str]], list[np.ndarray]]
     decode: Callable[[Sequence[int]], str]
     vocab_size: int
     eot: int
@@ -58,20 +62,27 @@ def _refusing(what: str, remedy: str) -> Iterator[None]:
 def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     """The tokenizer `name`: "bytes" (end-of-text is 256), a `tokenizers` .json file, or a name on the hub.
 
-    Raises PrenormError if it cannot be loaded or does not know `eot_token` (None: any of EOT_TOKENS); so do its
-    functions where it fails, as where its unknown token is none of its tokens.
+    Raises PrenormError if it is "none", cannot be loaded or does not know `eot_token` (None: any of EOT_TOKENS); so do
+    its functions where it fails, as where its unknown token is none of its tokens.
     """
     if name == "bytes":
         if eot_token:
             raise PrenormError("data.eot_token has no use with data.tokenizer='bytes': unset it")
+
+        def utf8(texts: list[str]) -> list[np.ndarray]:
+            return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
         return TextTokenizer(
-            encode=lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts],
+            encode=utf8,
+            framed=utf8,
             decode=lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace"),
             vocab_size=257,
             eot=256,
             digest="bytes",
             vocabulary="bytes",
         )
+    if name == NONE:
+        raise PrenormError("the run came without a tokenizer: name one with --config.data.tokenizer=FILE")
     path = Path(os.path.expanduser(name))
     local = path.is_file() or path.suffix == ".json" or name[:1] in (".", "/", "~")
     remedy = "give a valid" if local else "it needs network access, or give a local"
@@ -92,9 +103,9 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
     vocab_size = max(ids.values()) + 1  # not their count: ids may have gaps
     dtype = np.min_scalar_type(vocab_size - 1)
 
-    def encode(texts: list[str]) -> list[np.ndarray]:
+    def encode(texts: list[str], special: bool = False) -> list[np.ndarray]:
         with _refusing(f"data.tokenizer={name!r} cannot encode a text", "mend its file or give another"):
-            return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            return [np.array(e.ids, dtype) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
     def decode(ids: Sequence[int]) -> str:
         with _refusing(f"data.tokenizer={name!r} cannot decode tokens", "mend its file or give another"):
@@ -102,4 +113,5 @@ def load_tokenizer(name: str, eot_token: str | None = None) -> TextTokenizer:
 
     digest = xxhash.xxh3_128_hexdigest(f"{eots[0]} {tokenizer.to_str()}".encode())
     vocabulary = xxhash.xxh3_128_hexdigest(json.dumps([eots[0], ids], sort_keys=True).encode())
-    return TextTokenizer(encode, decode, vocab_size, eots[0], digest, vocabulary)
+    framed = functools.partial(encode, special=True)
+    return TextTokenizer(encode, framed, decode, vocab_size, eots[0], digest, vocabulary)

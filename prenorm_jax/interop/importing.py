@@ -1,9 +1,10 @@
 """A foreign checkpoint as a workdir, of whatever norm, that the commands accept.
 
-Beside what every workdir has, it keeps in `source/` what an export takes along: config.json, tokenizer, licence and
-model card as they came, and
+Beside what every workdir has, it keeps the source's tokenizer (`tokens.py`), and in `source/` what an export takes
+along: config.json, tokenizer, licence and model card as they came, and
 
-    checkpoint.json      where it came from, the headers of its files, and the digest of the parameters as they were
+    checkpoint.json      where it came from, the headers of its files, the digest of the parameters as they were, and of
+                         a language model how its source begins and ends texts
     rest.safetensors     what of its tensors is in no leaf of ours: rows (`n@2`), and small ones that say nothing new
 """
 
@@ -20,18 +21,20 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.files import write_json
 from prenorm_jax.base.trees import count
 from prenorm_jax.config import base_config
+from prenorm_jax.data.tokenizer import NONE
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import convert_stored, copy_stored
 from prenorm_jax.interop.checkpoint import ForeignCheckpoint, dtype_of, foreign
-from prenorm_jax.interop.files import Source, open_source
+from prenorm_jax.interop.files import open_source
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, create_file
+from prenorm_jax.interop.tokens import ABOUT, TOKENIZER, SourceTexts
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.train.checkpoint import Checkpoints
 from prenorm_jax.train.convert_run import check_asked, compare, in_the_making, with_coordinates, write_about
 from prenorm_jax.train.workdir import SOURCE, configure_jax
 
-ABOUT, REST = "checkpoint.json", "rest.safetensors"
+REST = "rest.safetensors"
 PART_SIZE = 2**21  # entries of a part: twice as many take .63 GB for .40, and the time is no less
 KEPT_BYTES = 2**16  # of a tensor that says nothing new: masks are larger
 
@@ -61,24 +64,29 @@ def import_checkpoint(
         model, chosen = with_coordinates(found.leaves, model, coordinates)
         made |= chosen
     new_model = model if to == model.norm else convert_config(model, to, keep_affine)
-    config = run_config(source, new_model, target)
+    texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.decodes else None
+    config = run_config(new_model, target, texts)
     with in_the_making(target) as folder:
-        _write(found, folder, model, new_model, keep_affine)
+        _write(found, folder, model, new_model, keep_affine, texts)
         write_about(folder, config, new_model, made)
         print(f"{name}: {found.family.model_type}, {count(param_shapes(model)):,} parameters, {found.dtype}")
         print(f"{target}: {new_model.norm}, {count(param_shapes(new_model)):,} parameters, {new_model.param_dtype}")
         if to != model.norm:
             with Checkpoints(folder, read_only=True) as new:
                 compare(model, lambda: ((model, _params(found)), new.params(0)))
-    _say_what_is_left(found, target, keep_dropout)
+    _say_what_is_left(found, target, keep_dropout, config)
 
 
-def run_config(source: Source, model: ModelConfig, target: Path) -> ConfigDict:
-    """The configuration of a run of this model: the source's tokenizer if it has one of `tokenizers`, and no data."""
+def run_config(model: ModelConfig, target: Path, texts: SourceTexts | None) -> ConfigDict:
+    """The configuration of a run of this model, without data: what `configs/finetune.py` starts from."""
     config = base_config(model.family)
     config.model.update(dataclasses.asdict(model))
-    if "tokenizer" in config.data and (source.folder / "tokenizer.json").is_file():
-        config.data.tokenizer = str(target.absolute() / SOURCE / "tokenizer.json")
+    if texts is not None:
+        config.data.tokenizer = str(target.absolute() / TOKENIZER) if texts.tokenizer else NONE
+        config.data.eot_token = texts.eot_token
+        config.data.seq_len = min(model.max_len, 1024)
+        config.batch_size = 4  # of which the logits of 50,000 tokens take less than a GB
+        config.optimizer.learning_rate = 5e-5  # the model is trained already
     return config
 
 
@@ -87,9 +95,14 @@ def _params(found: ForeignCheckpoint) -> dict[str, Any]:
 
 
 def _write(
-    found: ForeignCheckpoint, folder: Path, model: ModelConfig, new_model: ModelConfig, keep_affine: bool
+    found: ForeignCheckpoint,
+    folder: Path,
+    model: ModelConfig,
+    new_model: ModelConfig,
+    keep_affine: bool,
+    texts: SourceTexts | None,
 ) -> None:
-    """Writes the checkpoint, and `source/`, into a workdir."""
+    """Writes the checkpoint, the tokenizer and `source/` into a workdir."""
     with Checkpoints(folder) as made:
         with made.save_leaves(0, param_shapes(new_model), new_model) as new:
             if new_model.norm == model.norm:
@@ -104,6 +117,10 @@ def _write(
     headers = {file: header._asdict() for file, header in _kept(found).items()}
     known = {"imported_from": found.source.name, "family": found.family.model_type, "dtype": found.dtype}
     known["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if texts is not None:
+        known["texts"] = texts.ends._asdict()
+        if texts.tokenizer:
+            texts.tokenizer.save(str(folder / TOKENIZER))
     unchanged = digest if new_model.norm == model.norm else None
     write_json(folder / SOURCE / ABOUT, known | {"unchanged": unchanged, "headers": headers})
 
@@ -132,13 +149,14 @@ def _write_rest(found: ForeignCheckpoint, folder: Path) -> None:
         place[...] = rest[name]
 
 
-def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool) -> None:
+def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool, config: ConfigDict) -> None:
     if found.dropout and not keep_dropout:
         rates = ", ".join(f"{key} {value:g}" for key, value in found.dropout.items())
         print(f"dropout is left out, as nothing is recentred under it ({rates}): --dropout=keep keeps it")
     made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
     print("it has no data and no optimizer: name data, and the optimizer starts anew")
     print(f"evaluate: python eval.py --workdir={made} {data}")
-    print(f"train on: python train.py --workdir={made} {data} --config.steps=N")
-    if not (found.source.folder / "tokenizer.json").is_file():
-        print("it has no tokenizer.json: name its tokenizer with --config.data.tokenizer=FILE, too")
+    finetune = shlex.quote(f"--config=configs/finetune.py:{target}")
+    print(f"train on: python train.py {finetune} --workdir=NEW {data} --config.steps=N")
+    if found.model.decodes and config.data.tokenizer == NONE:
+        print("it came without a tokenizer that can be read: name one, too, with --config.data.tokenizer=FILE")

@@ -66,19 +66,20 @@ def generate(
     tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008
     seed: int = 0,
-    end: int | None = None,
+    end: int | Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues all prompts as one batch: an iterator of the next token of each, (B,) int32.
 
-    NO_TOKEN stands where a longer prompt is not yet used up, or where an example has ended: with token `end`, which is
-    given, after `tokens` new ones, or when what the model has read fills its max_len. A token is a function of the
-    prompt, its place in the batch and the seed, up to rounding; the other prompts do not matter. It is the quicker if
-    `params` are `as_read` already.
+    NO_TOKEN stands where a longer prompt is not yet used up, or where an example has ended: with token `end`, or any of
+    several, which is given, after `tokens` new ones, or when what the model has read fills its max_len. A token is a
+    function of the prompt, its place in the batch and the seed, up to rounding; the other prompts do not matter. It is
+    the quicker if `params` are `as_read` already.
 
     Raises PrenormError, before the iterator is made, if a prompt is empty, too long or holds other tokens than the
     model's, or if `tokens` or `seed` make no sense.
     """
-    for key, value in (("tokens", tokens), ("seed", seed), ("end", end)):
+    ends = tuple(end) if isinstance(end, Sequence) else () if end is None else (end,)
+    for key, value in (("tokens", tokens), ("seed", seed), *(("end", each) for each in ends)):
         check_integer(key, value)
     check_range("tokens", tokens, at_least=1)
     check_range("seed", seed, at_least=0, below=2**32)
@@ -95,7 +96,7 @@ def generate(
         row_T[: len(prompt)] = prompt
     ends_B = np.minimum(lengths_B + min(tokens, max_len), max_len + 1)  # the last token is never read
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
-    return _generate(model, params, prompts_BxT, lengths_B, ends_B, sampling, keys_B, end)
+    return _generate(model, params, prompts_BxT, lengths_B, ends_B, sampling, keys_B, ends)
 
 
 def _generate(
@@ -106,7 +107,7 @@ def _generate(
     ends_B: np.ndarray,
     sampling: Sampling,
     keys_B: jax.Array,
-    end: int | None,
+    ends: tuple[int, ...],
 ) -> Iterator[np.ndarray]:
     """The loop of `generate`, for prompts of `lengths_B` tokens; with what was chosen, at most `ends_B`."""
     # What all prompts have, at once; then token by token, where a longer prompt gets its own. So none is padded.
@@ -118,7 +119,7 @@ def _generate(
         given_B = position < lengths_B
         next_B = np.where(given_B, prompts_BxT[:, min(position, longest - 1)], chosen_B).astype(np.int32)
         yield np.where(going_B & ~given_B, next_B, NO_TOKEN)
-        going_B &= (given_B | (next_B != end)) & (position + 1 < ends_B)
+        going_B &= (given_B | ~np.isin(next_B, ends)) & (position + 1 < ends_B)
         if not going_B.any():
             return
         chosen_B, cache = decode_step(model, params, cache, next_B, position, keys_B, sampling)

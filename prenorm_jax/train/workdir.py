@@ -7,6 +7,7 @@ lock             held by the process that trains here
 metrics.jsonl    one object a line: {step, loss, grad_norm, param_norm, learning_rate, tokens_per_s or images_per_s,
                  model_flops_per_s, mfu (where the device's peak is known)} or {step, eval_loss, ...}
 tensorboard/     the same as event files
+tokenizer.json   of an imported checkpoint: its source's tokenizer
 source/          of an imported checkpoint: what it came with beside its weights (`interop/importing.py`)
 profile/         what `config.profile` traced; of many processes, a folder for each
 """

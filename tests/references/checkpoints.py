@@ -65,3 +65,18 @@ def load(folder: Path) -> Any:
     left = {kind: names for kind, names in said.items() if names}
     assert not left, left
     return model.eval()
+
+
+def generate(model: Any, ids: list[int], tokens: int, **options: Any) -> list[int]:
+    """The likeliest tokens that the library's own `generate` adds, its end-of-text token included."""
+    import torch
+
+    given = torch.tensor([ids], dtype=torch.long)
+    options = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0} | options
+    found = model.generate(given, attention_mask=torch.ones_like(given), **options)
+    return found[0, len(ids) :].tolist()
+
+
+def tokens_of(folder: Path, text: str) -> list[int]:
+    """What the library's own tokenizer for the folder makes of a text, whatever it puts around it included."""
+    return transformers().AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
