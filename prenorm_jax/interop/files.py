@@ -157,7 +157,8 @@ def _map_torch(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
 
 def _from_hub(name: str) -> Path:
     """The folder of the cache with the files of a model on the hub. Raises PrenormError."""
-    if name[:1] in (".", "/", "~") or name.count("/") > 1 or name.endswith((".safetensors", ".bin")):
+    is_local = name.count("/") != 1 or Path(name).parent.is_dir()  # its owner's name is a folder here
+    if name[:1] in (".", "/", "~") or (is_local and "/" in name) or name.endswith((".safetensors", ".bin")):
         raise PrenormError(f"{name} does not exist: give a workdir, a model's folder or file, or a name on the hub")
     try:
         from huggingface_hub import snapshot_download
