@@ -60,6 +60,34 @@ def test_matches_it_where_conversion_is_refused(changes):
         convert_config(tiny_vit(**changes, norm_affine=False), "rmsnorm")
 
 
+HEADLESS = {
+    "class": {"pooling": "class"},
+    "mean": {"pooling": "mean"},
+    "mean, then the norm": {"pooling": "mean", "norm_after_pooling": True},
+    "attention": {"pooling": "attention"},
+    "tokens": {"pooling": "none"},
+    "without an affine": {"pooling": "class", "final_norm_affine": False},
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_without_a_head_the_features_are_the_same_under_every_norm(name):
+    """The final norm keeps its affine where nothing reads it; that of a pooling by attention is folded into that."""
+    config = tiny_vit(depth=1, classes=0, registers=2, **HEADLESS[name])
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    expected = numpy_vit(config, params, images)
+    assert expected.shape[-1] == config.d_model
+    assert relative(logits(config, params, images), expected) < 1e-11
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert ("head_affine" in converted) == (name not in ("attention", "without an affine"))
+        assert relative(logits(convert_config(config, to), converted, images), expected) < 1e-10, to
+    with pytest.raises(
+        PrenormError, match=r"model.final_norm=False with model.classes=0: the output is the raw stream"
+    ):
+        convert_config(tiny_vit(classes=0, final_norm=False), "rmsnorm")
+
+
 def test_the_patch_embedding_is_a_convolution():
     config = tiny_vit(patch_size=3)
     images = random_inputs(config)
@@ -166,7 +194,9 @@ def test_22b_has_its_parameters():
     ("changes", "message"),
     [
         ({"patch_size": 5}, "model.patch_size=5 does not divide model.image_size=224"),
-        ({"pooling": "max"}, "model.pooling='max' is not one of class, mean, class_mean, attention"),
+        ({"pooling": "max"}, "model.pooling='max' is not one of class, mean, class_mean, attention, none"),
+        ({"pooling": "none"}, "model.pooling='none' gives all tokens, which no head reads: set model.classes=0"),
+        ({"pooling": "class_mean", "classes": 0}, "model.classes=0 gives one vector"),
         ({"class_token": False}, "model.pooling='class' needs model.class_token=True"),
         ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, none"),
         ({"positions": "sincos2d", "d_model": 6, "heads": 2}, "needs a model.d_model divisible by 4, not 6"),
