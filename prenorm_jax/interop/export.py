@@ -110,13 +110,14 @@ def _source_format(workdir: Path, about: dict[str, Any], tree: ModelConfig) -> F
     config = read_json(workdir / SOURCE / "config.json")
     family = family_of(config)
     rates = dict.fromkeys(tree.rates, 0.0)
-    model = family.model(config, dtype=tree.dtype, param_dtype=tree.param_dtype, **rates)
     headers = {
         file: Header(
             {name: Entry(dtype, tuple(shape)) for name, (dtype, shape) in header["tensors"].items()}, header["metadata"]
         )
         for file, header in about["headers"].items()
     }
+    shapes = {name: entry.shape for header in headers.values() for name, entry in header.tensors.items()}
+    model = family.model(config, shapes, dtype=tree.dtype, param_dtype=tree.param_dtype, **rates)
     return Format(family, config, model, headers)
 
 
@@ -161,7 +162,7 @@ def _defaults(made: Format, tree: ModelConfig) -> dict[trees.Path, float]:
     there, wanted = param_shapes(dataclasses.replace(tree, scan=False)), param_shapes(made.model)
     if homeless := ["/".join(path) for path in there if path not in wanted]:
         raise PrenormError(
-            f"the {made.config['model_type']} format has no place for {', '.join(homeless[:4])}, into which norms were "
+            f"the {made.family.model_type} format has no place for {', '.join(homeless[:4])}, into which norms were "
             "folded: convert the source with --keep-affine, under which they keep theirs"
         )
     return {path: float(path[-1].endswith("scale")) for path in wanted if path not in there}

@@ -4,7 +4,8 @@ Beside what every workdir has, it keeps in `source/` what an export takes along:
 model card as they came, and
 
     checkpoint.json      where it came from, the headers of its files, and the digest of the parameters as they were
-    rest.safetensors     what of its tensors is in no leaf of ours: rows (`n@2`), and small ones that say nothing new
+    rest.safetensors     what of its tensors is in no leaf of ours: rows (`n@2`), small ones that say nothing new, and
+                         what the family takes along
 """
 
 import dataclasses
@@ -110,9 +111,12 @@ def _write(
 
 def _kept(found: ForeignCheckpoint) -> dict[str, Header]:
     """The headers of the source's files without what is not worth keeping: large tensors that say nothing new."""
+    family = found.family
 
     def keep(name: str) -> bool:
-        return name not in found.leaves.ignored or found.source.tensors[name].nbytes <= KEPT_BYTES
+        if name not in found.leaves.ignored or family.takes_along(family.name(name)):
+            return True
+        return found.source.tensors[name].nbytes <= KEPT_BYTES
 
     return {
         file: header._replace(tensors={name: entry for name, entry in header.tensors.items() if keep(name)})

@@ -4,11 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.interop.families import falcon, gpt2, gpt_bigcode, gpt_neox, olmo, opt, starcoder2
+from prenorm_jax.interop.families import (
+    clip,
+    dinov2,
+    falcon,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    olmo,
+    opt,
+    starcoder2,
+    vit,
+)
 from prenorm_jax.interop.family import Family
 
-_ALL = (gpt2, gpt_bigcode, opt, gpt_neox, olmo, starcoder2, falcon)
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
+_TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
+_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_IMAGES)}
 
 # Those that no table could bring here, and why.
 _RMSNORM = "its norms are RMSNorms, which keep the stream's mean: it is no Pre-LN network, and has no equivalent of one"

@@ -1,0 +1,92 @@
+"""Imported, converted and exported image models beside the families' own libraries, in float64."""
+
+import checkpoints as theirs
+import numpy as np
+import pytest
+from common import changed, logits, relative
+
+import prenorm_jax
+from prenorm_jax import convert_config, convert_params
+from prenorm_jax.interop.export import export_checkpoint
+from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.interop.safetensors import map_file
+from prenorm_jax.train import convert_run
+
+pytestmark = pytest.mark.reference
+
+SIDE, D = 9, 24
+VIT = {"image_size": SIDE, "patch_size": 3, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3}
+VIT |= {"layer_norm_eps": 3e-4}
+LABELS = {"id2label": {i: f"label {i}" for i in range(5)}, "label2id": {f"label {i}": i for i in range(5)}}
+REGISTERS = VIT | {"num_register_tokens": 2}
+TEXT = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3}
+CLIP = {"vision_config": VIT | {"intermediate_size": 40, "projection_dim": 7}, "projection_dim": 7}
+CLIP |= {"text_config": TEXT | {"projection_dim": 7, "max_position_embeddings": 6}}
+
+# name -> (class, its configuration's, config.json, which of its outputs)
+CASES = {
+    "vit": ("ViTForImageClassification", VIT | LABELS | {"intermediate_size": 40}, "logits"),
+    "vit-tokens": ("ViTModel", VIT | {"intermediate_size": 40, "qkv_bias": False}, "last_hidden_state"),
+    "dinov2": ("Dinov2ForImageClassification", VIT | LABELS, "logits"),
+    "dinov2-gated": ("Dinov2Model", VIT | {"use_swiglu_ffn": True}, "last_hidden_state"),
+    "registers": ("Dinov2WithRegistersForImageClassification", REGISTERS | LABELS, "logits"),
+    "clip-vision": ("CLIPVisionModel", CLIP["vision_config"], "pooler_output"),
+    "clip-projected": ("CLIPVisionModelWithProjection", CLIP["vision_config"] | {"hidden_act": "gelu"}, None),
+    "clip": ("CLIPModel", CLIP, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compared(monkeypatch):
+    """The command's own comparison of logits would compile both networks at each call."""
+    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A folder that the library wrote, images, what the library makes of them, and which output that is."""
+    name, config, output = CASES[request.param]
+    kind = getattr(theirs.transformers(), name)
+    model = theirs.awkward(kind(kind.config_class(**config)))
+    folder = tmp_path_factory.mktemp(request.param) / "source"
+    model.save_pretrained(folder)
+    images = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)) + 1
+    return folder, images, theirs.features(model, images, output), output
+
+
+def test_an_import_is_the_librarys_function_under_every_norm(case):
+    folder, images, expected, _ = case
+    config, params = prenorm_jax.load(folder)
+    assert relative(logits(config, params, images), expected) < 1e-9
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert relative(logits(convert_config(config, to), converted, images), expected) < 1e-9, to
+    naive = changed(config, norm="rmsnorm")
+    assert relative(logits(naive, params, images), expected) > 1e-2
+
+
+def test_an_import_comes_back_bit_for_bit(case, tmp_path):
+    folder, *_ = case
+    import_checkpoint(folder, tmp_path / "run", "layernorm")
+    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    source, back = (map_file(place / "model.safetensors")[1] for place in (folder, tmp_path / "back"))
+    assert source.keys() == back.keys()
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(tensor, back[name], strict=True, err_msg=name)
+
+
+@pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
+def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
+    folder, images, expected, output = case
+    folds = prenorm_jax.load(folder)[0].qkv_bias
+    import_checkpoint(folder, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not folds)
+    if to == "crmsnorm" and not folds:
+        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
+            export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+        return
+    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    exported = theirs.load(tmp_path / "back")
+    assert relative(theirs.features(exported, images, output), expected) < 1e-9
+    if output is None:  # text tower and projections came along
+        embeds = (theirs.embeds(model, images) for model in (exported, theirs.load(folder)))
+        assert relative(*embeds) < 1e-9
