@@ -10,6 +10,7 @@ import numpy as np
 
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.files import read_json
+from prenorm_jax.interop.families import model_type
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, map_file
 
 # Of a folder, the first of these that is there.
@@ -62,7 +63,7 @@ def is_foreign(place: str | Path) -> bool:
     if any(next(folder.glob(f"*{suffix}"), None) for suffix in (".safetensors", ".bin")):
         return True
     with contextlib.suppress(PrenormError, OSError):
-        return "model_type" in read_json(folder / "config.json")
+        return model_type(read_json(folder / "config.json")) is not None
     return False
 
 
@@ -78,7 +79,7 @@ def open_source(name: str | Path) -> Source:
     if not (folder / "config.json").is_file():
         raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
     config = read_json(folder / "config.json")
-    if "model_type" not in config:
+    if model_type(config) is None:
         raise PrenormError(
             f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "
             "no model_type): name a folder that is one"

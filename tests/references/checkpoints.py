@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.machinery
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +28,47 @@ def transformers() -> ModuleType:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+@functools.cache
+def timm() -> ModuleType:
+    """The library. Its ViTs need nothing of torchvision, for whose builds it is a matter of luck to fit torch's.
+
+    So what it imports of that for reading images and for other networks is made up while it is imported.
+    """
+    transformers()  # which would else believe in a torchvision
+
+    class Named(type):
+        def __getattr__(cls, name: str) -> str:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return name
+
+    class MadeUp(ModuleType):
+        __path__ = ()
+
+        def __getattr__(self, name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Named(name, (), {})
+
+    class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+            return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] == "torchvision" else None
+
+        def create_module(self, spec: Any) -> ModuleType:
+            return MadeUp(spec.name)
+
+        def exec_module(self, module: ModuleType) -> None:
+            pass
+
+    sys.meta_path.insert(0, finder := Finder())
+    import timm
+
+    sys.meta_path.remove(finder)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    return timm
 
 
 def make(model_type: str, seed: int = 0, **config: Any) -> Any:
@@ -69,6 +113,8 @@ def load(folder: Path) -> Any:
     import torch
 
     library = transformers()
+    if "architecture" in (folder / "config.json").read_text().replace("architectures", ""):
+        return timm().create_model(f"local-dir:{folder}", pretrained=True).to(torch.float64).eval()
     kind = getattr(library, json.loads((folder / "config.json").read_text())["architectures"][0])
     model, said = kind.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
     left = {kind: names for kind, names in said.items() if names}
@@ -77,10 +123,12 @@ def load(folder: Path) -> Any:
 
 
 def features(model: Any, images: np.ndarray, output: str | None) -> np.ndarray:
-    """(B, H, W, C) -> one of the outputs; None: the pooled one of the image tower in it."""
+    """(B, H, W, C) -> one of the outputs; "": the only one; None: the pooled one of the image tower in it."""
     import torch
 
     with torch.no_grad():
+        if output == "":
+            return model(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
         tower = model if output else model.vision_model
         return tower(pixel_values=torch.tensor(images).permute(0, 3, 1, 2))[output or "pooler_output"].numpy()
 

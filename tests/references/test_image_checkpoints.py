@@ -4,10 +4,13 @@ import checkpoints as theirs
 import numpy as np
 import pytest
 from common import changed, logits, relative
+from oracle import ACTIVATE
 
 import prenorm_jax
 from prenorm_jax import convert_config, convert_params
 from prenorm_jax.interop.export import export_checkpoint
+from prenorm_jax.interop.families.timm import FAMILY, _heads
+from prenorm_jax.interop.family import Given
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.safetensors import map_file
 from prenorm_jax.train import convert_run
@@ -36,21 +39,41 @@ CASES = {
 }
 
 
+TIMM = {"img_size": 12, "patch_size": 4, "embed_dim": 24, "depth": 2}
+TIMM_CASES = {
+    "vit_tiny_patch16_224": {"num_classes": 5},
+    "deit3_small_patch16_224": {"num_classes": 5, "in_chans": 1},
+    "vit_giant_patch14_reg4_dinov2": {"num_heads": 4},
+    "vit_medium_patch16_reg4_gap_256": {"num_classes": 5},
+    "vit_medium_patch16_gap_240": {"num_classes": 5, "qk_norm": True},
+    "vit_base_patch16_siglip_224": {},
+    "vit_base_patch16_clip_quickgelu_224": {"num_classes": 5},
+}
+
+
 @pytest.fixture(autouse=True)
 def nothing_compared(monkeypatch):
     """The command's own comparison of logits would compile both networks at each call."""
     monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, *TIMM_CASES])
 def case(request, tmp_path_factory):
     """A folder that the library wrote, images, what the library makes of them, and which output that is."""
+    rng = np.random.default_rng(1)
+    if request.param in TIMM_CASES:
+        library = theirs.timm()
+        model = theirs.awkward(library.create_model(request.param, **(TIMM | TIMM_CASES[request.param])))
+        folder = tmp_path_factory.mktemp(request.param) / "source"
+        library.models.save_for_hf(model, folder, safe_serialization=True)
+        images = rng.normal(size=(2, 12, 12, TIMM_CASES[request.param].get("in_chans", 3))) + 1
+        return folder, images, theirs.features(model, images, ""), ""
     name, config, output = CASES[request.param]
     kind = getattr(theirs.transformers(), name)
     model = theirs.awkward(kind(kind.config_class(**config)))
     folder = tmp_path_factory.mktemp(request.param) / "source"
     model.save_pretrained(folder)
-    images = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)) + 1
+    images = rng.normal(size=(2, SIDE, SIDE, 3)) + 1
     return folder, images, theirs.features(model, images, output), output
 
 
@@ -90,3 +113,28 @@ def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case
     if output is None:  # text tower and projections came along
         embeds = (theirs.embeds(model, images) for model in (exported, theirs.load(folder)))
         assert relative(*embeds) < 1e-9
+
+
+def test_every_name_of_timms_that_is_known_has_its_heads_activation_and_epsilon():
+    """Which no tensor shows. One block, whose parameters are never made."""
+    import torch
+
+    library, known = theirs.timm(), 0
+    for name in library.list_models(["vit_*", "deit*"]):
+        config = {"architecture": name, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+        try:
+            _heads(name, {})
+        except prenorm_jax.PrenormError:
+            continue
+        with torch.device("meta"):
+            model = library.create_model(name, depth=1)
+        config["global_pool"] = model.global_pool
+        shapes = {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
+        ours = FAMILY.config(Given(config, shapes))
+        block, known = model.blocks[0], known + 1
+        assert type(block).__name__ == "Block", name
+        assert (ours["heads"], ours["epsilon"]) == (block.attn.num_heads, block.norm1.eps), name
+        x = np.linspace(-3, 3, 99)
+        same = ACTIVATE[ours["activation"]](x)
+        np.testing.assert_allclose(same, block.mlp.act(torch.tensor(x)).numpy(), atol=1e-12, err_msg=name)
+    assert known > 80

@@ -14,12 +14,13 @@ from prenorm_jax.interop.families import (
     olmo,
     opt,
     starcoder2,
+    timm,
     vit,
 )
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
-_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY)
+_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_IMAGES)}
 
 # Those that no table could bring here, and why.
@@ -31,9 +32,14 @@ _REFUSED = dict.fromkeys(
 _REFUSED |= dict.fromkeys(("bert", "roberta", "distilbert", "electra", "albert", "openai-gpt", "bart"), _POST_LN)
 
 
+def model_type(config: Mapping[str, Any]) -> str | None:
+    """What a config.json says that its network is, if it is one of a network: timm's name an architecture alone."""
+    return config.get("model_type", timm.FAMILY.model_type if "architecture" in config else None)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises PrenormError for one that is unknown, or cannot be converted."""
-    name = config["model_type"]
+    name = model_type(config)
     if name in _REFUSED:
         raise PrenormError(f"config.json: model_type={name!r}: {_REFUSED[name]}")
     if name not in FAMILIES:
