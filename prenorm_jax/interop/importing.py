@@ -104,6 +104,7 @@ def _write(
     _write_rest(found, folder / SOURCE)
     headers = {file: header._asdict() for file, header in _kept(found).items()}
     known = {"imported_from": found.source.name, "family": found.family.model_type, "dtype": found.dtype}
+    known["config"] = found.source.config
     known["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     unchanged = digest if new_model.norm == model.norm else None
     write_json(folder / SOURCE / ABOUT, known | {"unchanged": unchanged, "headers": headers})

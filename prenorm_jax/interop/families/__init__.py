@@ -16,11 +16,12 @@ from prenorm_jax.interop.families import (
     starcoder2,
     timm,
     vit,
+    vit_npz,
 )
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
-_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY)
+_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_IMAGES)}
 
 # Those that no table could bring here, and why.
