@@ -14,9 +14,7 @@ import numpy as np
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header
 
-_LOCAL = struct.Struct(
-    "<4s22xHH"
-)  # of a member's own header: the signature, the lengths of its name and its extra field
+_LOCAL = struct.Struct("<4s22xHH")  # of a member's own header: the signature, the lengths of name and extra field
 _BFLOAT16 = np.dtype("V2")  # as NumPy, which does not know it, writes it
 
 
@@ -25,12 +23,10 @@ def map_file(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
     try:
         with zipfile.ZipFile(path) as archive:
             content = np.memmap(path, np.uint8, "r")
-            names = [info.filename for info in archive.infolist()]
-            if len(set(names)) < len(names) or not all(name.endswith(".npy") for name in names):
-                raise PrenormError(f"{path} is no file of arrays: a name is there twice, or none of an array")
-            tensors = {
-                info.filename.removesuffix(".npy"): _array(archive, info, content) for info in archive.infolist()
-            }
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if len(members) < len(archive.infolist()) or set(members) & set(archive.namelist()):
+                raise ValueError("a name is there twice, or is none of an array")
+            tensors = {name: _array(archive, info, content) for name, info in members.items()}
     except (OSError, EOFError, ValueError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise PrenormError(
             f"{path} is damaged, or no .npz of arrays ({first_line(error)}): copy or download it again"
