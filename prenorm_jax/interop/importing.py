@@ -25,6 +25,7 @@ from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import convert_stored, copy_stored
 from prenorm_jax.interop.checkpoint import ForeignCheckpoint, dtype_of, foreign
 from prenorm_jax.interop.files import Source, open_source
+from prenorm_jax.interop.preprocessing import preprocessing, said
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, create_file
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
@@ -75,9 +76,16 @@ def import_checkpoint(
 
 
 def run_config(source: Source, model: ModelConfig, target: Path) -> ConfigDict:
-    """The configuration of a run of this model: the source's tokenizer if it has one of `tokenizers`, and no data."""
+    """The configuration of a run of this model, without data.
+
+    With the source's tokenizer, if it has one of `tokenizers`; of images, with what `preprocessing` finds.
+    """
     config = base_config(model.family)
     config.model.update(dataclasses.asdict(model))
+    if model.inputs == "images" and (found := preprocessing(source, model.image_size)):
+        config.data.update({"mean": found.mean, "std": found.std})
+        if found.edge != model.image_size:
+            config.data.image_size = found.edge
     if "tokenizer" in config.data and (source.folder / "tokenizer.json").is_file():
         config.data.tokenizer = str(target.absolute() / SOURCE / "tokenizer.json")
     return config
@@ -142,8 +150,15 @@ def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool
         rates = ", ".join(f"{key} {value:g}" for key, value in found.dropout.items())
         print(f"dropout is left out, as nothing is recentred under it ({rates}): --dropout=keep keeps it")
     made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
+    if found.model.inputs == "images":
+        data = "--config.data.path=FOLDER"
+        for line in said(preprocessing(found.source, found.model.image_size), target / SOURCE):
+            print(line)
+        if not found.model.classes:
+            print(f"it has no classifier, so that it gives features (model.pooling={found.model.pooling})")
+            return
     print("it has no data and no optimizer: name data, and the optimizer starts anew")
     print(f"evaluate: python eval.py --workdir={made} {data}")
     print(f"train on: python train.py --workdir={made} {data} --config.steps=N")
-    if not (found.source.folder / "tokenizer.json").is_file():
+    if found.model.inputs == "text" and not (found.source.folder / "tokenizer.json").is_file():
         print("it has no tokenizer.json: name its tokenizer with --config.data.tokenizer=FILE, too")
