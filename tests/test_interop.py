@@ -115,6 +115,7 @@ def test_a_table_counts_blocks_in_a_foreign_axis_where_only_our_name_has_them():
 def test_a_familys_table_has_one_line_for_each_leaf_of_its_defaults(name):
     """With every size at the family's own default, none of which config.json gives: no array is made."""
     family, small = FAMILIES[name], dict.fromkeys(("n_layer", "num_hidden_layers"), 1)
+    small |= {"vision_config": dict(small)}  # of CLIP
     model = family.model(small)
     sizes = axis_sizes(model) | family.sizes(model)
     shapes = param_shapes(model)
