@@ -108,7 +108,10 @@ def test_an_imported_classifier_has_the_sources_normalisation_and_says_the_rest(
 
 
 def test_without_a_word_of_images_that_is_said():
-    assert "does not say how images are prepared" in said(None, Path("source"))[0]
+    model = FAMILIES["vit"].model(VIT)
+    lines = said(None, model, Path("run"))
+    assert "does not say how images are prepared" in lines[0]
+    assert lines[-1] == "it has no classifier, so that it gives features (model.pooling=none)"
 
 
 # --- Refused, in one line. ---

@@ -64,6 +64,8 @@ def import_checkpoint(
         made |= chosen
     new_model = model if to == model.norm else convert_config(model, to, keep_affine)
     config = run_config(source, new_model, target)
+    if model.inputs == "images" and (images := preprocessing(source, model.image_size)):
+        images.set(config)
     with in_the_making(target) as folder:
         _write(found, folder, model, new_model, keep_affine)
         write_about(folder, config, new_model, made)
@@ -76,16 +78,9 @@ def import_checkpoint(
 
 
 def run_config(source: Source, model: ModelConfig, target: Path) -> ConfigDict:
-    """The configuration of a run of this model, without data.
-
-    With the source's tokenizer, if it has one of `tokenizers`; of images, with what `preprocessing` finds.
-    """
+    """The configuration of a run of this model: the source's tokenizer if it has one of `tokenizers`, and no data."""
     config = base_config(model.family)
     config.model.update(dataclasses.asdict(model))
-    if model.inputs == "images" and (found := preprocessing(source, model.image_size)):
-        config.data.update({"mean": found.mean, "std": found.std})
-        if found.edge != model.image_size:
-            config.data.image_size = found.edge
     if "tokenizer" in config.data and (source.folder / "tokenizer.json").is_file():
         config.data.tokenizer = str(target.absolute() / SOURCE / "tokenizer.json")
     return config
@@ -149,16 +144,12 @@ def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool
     if found.dropout and not keep_dropout:
         rates = ", ".join(f"{key} {value:g}" for key, value in found.dropout.items())
         print(f"dropout is left out, as nothing is recentred under it ({rates}): --dropout=keep keeps it")
-    made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
     if found.model.inputs == "images":
-        data = "--config.data.path=FOLDER"
-        for line in said(preprocessing(found.source, found.model.image_size), target / SOURCE):
-            print(line)
-        if not found.model.classes:
-            print(f"it has no classifier, so that it gives features (model.pooling={found.model.pooling})")
-            return
+        print(*said(preprocessing(found.source, found.model.image_size), found.model, target), sep="\n")
+        return
+    made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
     print("it has no data and no optimizer: name data, and the optimizer starts anew")
     print(f"evaluate: python eval.py --workdir={made} {data}")
     print(f"train on: python train.py --workdir={made} {data} --config.steps=N")
-    if found.model.inputs == "text" and not (found.source.folder / "tokenizer.json").is_file():
+    if not (found.source.folder / "tokenizer.json").is_file():
         print("it has no tokenizer.json: name its tokenizer with --config.data.tokenizer=FILE, too")

@@ -5,13 +5,18 @@ file's central square is resized, bicubically, to `data.image_size`, its middle 
 """
 
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.files import read_json
 from prenorm_jax.interop.files import Source
+from prenorm_jax.models.vit import ViTConfig
+from prenorm_jax.train.workdir import SOURCE
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
 _FILES = ("preprocessor_config.json", "processor_config.json")
@@ -32,6 +37,12 @@ class Preprocessing(NamedTuple):
     std: tuple[float, ...]
     labels: int
     others: list[str]
+
+    def set(self, config: ConfigDict) -> None:
+        """Makes it that of a run's configuration."""
+        config.data.update({"mean": self.mean, "std": self.std})
+        if self.edge != config.model.image_size:
+            config.data.image_size = self.edge
 
 
 def preprocessing(source: Source, size: int) -> Preprocessing | None:
@@ -99,14 +110,18 @@ def _numbers(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in (values if isinstance(values, list | tuple) else [values]))
 
 
-def said(found: Preprocessing | None, folder: Path) -> list[str]:
-    """Lines about it. `folder`: where what came with the weights is kept."""
-    if found is None:
-        return ["it does not say how images are prepared: data.mean and data.std are 0.5, as for pixels from -1 to 1"]
-    lines = [f"images: shorter edge {found.edge}, mean {found.mean}, std {found.std} (config.data)"]
-    lines += [f"not applied of how the source prepares images: {'; '.join(found.others)}"] if found.others else []
-    if found.labels:
-        lines.append(
-            f"labels: names of {found.labels} in {folder}; classes of a data set are numbered by their folders' names"
-        )
-    return lines
+def said(found: Preprocessing | None, model: ViTConfig, workdir: Path) -> list[str]:
+    """Lines about it, and about what a workdir that was imported lacks."""
+    lines = ["it does not say how images are prepared: data.mean and data.std are 0.5, as for pixels from -1 to 1"]
+    if found:
+        lines = [f"images: shorter edge {found.edge}, mean {found.mean}, std {found.std} (config.data)"]
+        if found.others:
+            lines.append(f"not applied of how the source prepares images: {'; '.join(found.others)}")
+        if found.labels:
+            kept = f"names of {found.labels} in {workdir / SOURCE / 'config.json'}"
+            lines.append(f"labels: {kept}; classes of a data set are numbered by their folders' names")
+    if not model.classes:
+        return [*lines, f"it has no classifier, so that it gives features (model.pooling={model.pooling})"]
+    lines.append("it has no data and no optimizer: name data, and the optimizer starts anew")
+    made = f"--workdir={shlex.quote(str(workdir))} --config.data.path=FOLDER"
+    return [*lines, f"evaluate: python eval.py {made}", f"train on: python train.py {made} --config.steps=N"]

@@ -114,8 +114,8 @@ def take_source_along(workdir: Path, folder: Path, target: Path, config: ConfigD
     if not (workdir / SOURCE).is_dir():
         return
     shutil.copytree(workdir / SOURCE, folder / SOURCE)
-    tokenizer = Path(config.data.tokenizer)
-    if "tokenizer" in config.data and tokenizer.is_relative_to(workdir.absolute() / SOURCE):
+    tokenizer = Path(config.data.tokenizer) if "tokenizer" in config.data else workdir
+    if tokenizer.is_relative_to(workdir.absolute() / SOURCE):
         config.data.tokenizer = str(target.absolute() / tokenizer.relative_to(workdir.absolute()))
 
 

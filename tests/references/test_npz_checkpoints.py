@@ -127,6 +127,17 @@ def test_an_import_comes_back_bit_for_bit_and_a_converted_one_as_the_same_functi
     assert relative(logits(config, params, images), expected) < 1e-9
 
 
+@pytest.mark.parametrize("case", ["big_vision"], indirect=True)
+def test_an_imported_workdir_is_converted_on_and_exported(case, tmp_path):
+    file, _, images, expected = case
+    import_checkpoint(file, tmp_path / "rms", "rmsnorm")
+    convert_run.convert(tmp_path / "rms", tmp_path / "crms", "crmsnorm")
+    export_checkpoint(tmp_path / "crms", tmp_path / "back", "layernorm")
+    config, params = prenorm_jax.load(tmp_path / "back")
+    assert relative(logits(config, params, images), expected) < 1e-9
+
+
+@pytest.mark.parametrize("case", ["vision_transformer", "stacked"], indirect=True)
 def test_bfloat16_and_compressed_arrays_are_read_as_they_are(case, tmp_path):
     _, arrays, _, _ = case
     narrow = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
