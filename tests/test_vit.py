@@ -21,6 +21,7 @@ from oracle import numpy_vit
 
 from prenorm_jax import PrenormError, build_model, convert_config, sizes
 from prenorm_jax.config import base_config
+from prenorm_jax.equivalence.choice import coordinate_choices
 from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
@@ -86,6 +87,17 @@ def test_without_a_head_the_features_are_the_same_under_every_norm(name):
         PrenormError, match=r"model.final_norm=False with model.classes=0: the output is the raw stream"
     ):
         convert_config(tiny_vit(classes=0, final_norm=False), "rmsnorm")
+
+
+def test_without_a_head_coordinates_are_chosen_as_for_one_that_is_the_identity():
+    config = tiny_vit(depth=1, classes=0, pooling="none")
+    params = random_params(config, 1)
+    headed = tiny_vit(depth=1, classes=config.d_model, head_bias=False)
+    with_head = {name: leaf for name, leaf in params.items() if name != "head_affine"}
+    with_head |= {"head_norm": params["head_affine"], "head": {"kernel": np.eye(config.d_model)}}
+    for own, expected in zip(coordinate_choices(params, config), coordinate_choices(with_head, headed), strict=True):
+        assert own[:2] == expected[:2]
+        assert own.error == pytest.approx(expected.error, rel=1e-12)
 
 
 def test_the_patch_embedding_is_a_convolution():
