@@ -3,7 +3,8 @@
 import checkpoints as theirs
 import numpy as np
 import pytest
-from common import changed, logits, relative
+import test_npz_checkpoints as npz
+from common import changed, logits, random_params, relative, tiny_vit
 from oracle import ACTIVATE
 
 import prenorm_jax
@@ -138,3 +139,27 @@ def test_every_name_of_timms_that_is_known_has_its_heads_activation_and_epsilon(
         same = ACTIVATE[ours["activation"]](x)
         np.testing.assert_allclose(same, block.mlp.act(torch.tensor(x)).numpy(), atol=1e-12, err_msg=name)
     assert known > 80
+
+
+# Case of the .npz -> timm's architecture and arguments.
+LOADED_BY_TIMM = {
+    "vision_transformer": ("vit_tiny_patch16_224", {"num_classes": 5}),
+    "big_vision": ("vit_tiny_patch16_224", {"num_classes": 5, "no_embed_class": True}),
+    "tower": ("vit_base_patch16_siglip_224", {}),
+}
+
+
+@pytest.mark.parametrize("name", LOADED_BY_TIMM)
+def test_an_npz_means_to_timms_own_loader_what_it_means_here(name, tmp_path):
+    """The names of its arrays are no invention of these tests, then."""
+    layout, prefix, stacked, changes = npz.CASES[name]
+    config = tiny_vit(**(npz.BASE | changes))
+    arrays = npz.arrays_of(config, random_params(config, 1, embedding_mean=3.0), layout, prefix, stacked)
+    np.savez(tmp_path / "ViT.npz", **arrays)
+    architecture, arguments = LOADED_BY_TIMM[name]
+    sizes = {"img_size": 6, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 20 / 12}
+    model = theirs.timm().create_model(architecture, act_layer="gelu_tanh", **sizes, **arguments).eval()
+    model.load_pretrained(str(tmp_path / "ViT.npz"))
+    images = np.random.default_rng(1).normal(size=(2, 6, 6, 3)) + 1
+    expected = theirs.features(model, images, "")
+    assert relative(logits(*prenorm_jax.load(tmp_path / "ViT.npz"), images), expected) < 1e-9
