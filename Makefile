@@ -48,13 +48,15 @@ clean:                      ## everything that make made but runs/
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 # PyTorch by pip itself and by its exact version: pip takes a wheel for CPUs where it is given one, and of a range the
-# largest, which is CUDA's, of gigabytes.
+# largest, which is CUDA's, of gigabytes. timm without what it asks for: PyPI's torchvision does not fit a PyTorch for
+# CPUs, and the tests do without it.
 .venv-references/.ready: requirements.lock requirements-references.txt $(VENV)/.ready
 	@echo "setting up .venv-references (some minutes)"
 	@$(BIN)/python -m venv --clear .venv-references
 	@.venv-references/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(BIN)/uv pip install --quiet --python .venv-references/bin/python \
 	    -r requirements.lock -r requirements-references.txt
+	@$(BIN)/uv pip install --quiet --python .venv-references/bin/python --no-deps timm==1.0.31
 	@touch $@
 
 # A marker file rather than the folder: a set-up that was interrupted is done again.

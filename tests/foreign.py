@@ -32,7 +32,7 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict
     rng = np.random.default_rng(seed)
     return {
         name: np.tril(np.ones(shape, np.uint8))
-        if len(shape) == 4
+        if len(shape) == 4 and name.endswith("attn.bias")
         else rng.normal(size=shape).astype(np.float32) / np.float32(shape[0] ** 0.5 if len(shape) == 2 else 1)
         for name, shape in shapes.items()
     }

@@ -170,11 +170,18 @@ def _logits_of(net: Transformer, image: np.ndarray) -> np.ndarray:
         x = net.linear(np.concatenate(heads), "pool/out")
         hidden = ACTIVATE[c.activation](net.linear(net.norm(x, "pool/mlp_norm"), "pool/up"))
         x = x + net.linear(hidden, "pool/down")
-        return net.linear(final(x, "pooled_norm") if c.norm_after_pooling else x, "head")
+        x = final(x, "pooled_norm") if c.norm_after_pooling else x
+        return net.linear(x, "head") if c.classes else x
+    if not c.classes:
+
+        def final(x, name="head_affine"):
+            return net.norm(x, name) if c.final_norm else x
+
+        if c.pooling == "none":
+            return np.array([final(x) for x in xs])
     patches = xs[len(xs) - side * side :]
     mean = final(np.mean(patches, axis=0)) if c.norm_after_pooling else np.mean([final(x) for x in patches], axis=0)
-    if c.pooling == "mean":
-        return net.linear(mean, "head")
-    if c.pooling == "class":
-        return net.linear(final(xs[0]), "head")
+    if c.pooling != "class_mean":
+        x = mean if c.pooling == "mean" else final(xs[0])
+        return net.linear(x, "head") if c.classes else x
     return net.linear(final(xs[0]), "head/class") + net.linear(mean, "head/mean")

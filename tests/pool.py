@@ -71,7 +71,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "class_token": FLAG,
         "class_position": FLAG,
         "registers": (0, 2),
-        "pooling": ViTConfig.choices["pooling"],
+        "pooling": ("class", "mean", "class_mean", "attention"),
         "norm_after_pooling": FLAG,
     },
 }

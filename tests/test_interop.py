@@ -80,6 +80,8 @@ LAYOUTS = {
     "unequal": ("(p=h*k,g*k,g*k) d", "d p", (1, 3), lambda x: x[24:32].T),
     "skipped": ("n@2 d", "n d", None, lambda x: x[2:]),
     "literal": ("1 n d", "d n", None, lambda x: x[0].T),
+    "one row": ("d", "1 d", None, lambda x: x[None]),
+    "one row of one": ("1 1 d", "1 d", None, lambda x: x[0]),
 }
 
 
@@ -109,10 +111,11 @@ def test_a_table_counts_blocks_in_a_foreign_axis_where_only_our_name_has_them():
     np.testing.assert_array_equal(View(tensor, places[1], {"d": 3}).read(), [3, 4, 5])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("timm", "vit_npz")])  # of them tensors tell
 def test_a_familys_table_has_one_line_for_each_leaf_of_its_defaults(name):
     """With every size at the family's own default, none of which config.json gives: no array is made."""
     family, small = FAMILIES[name], dict.fromkeys(("n_layer", "num_hidden_layers"), 1)
+    small |= {"vision_config": dict(small)}  # of CLIP
     model = family.model(small)
     sizes = axis_sizes(model) | family.sizes(model)
     shapes = param_shapes(model)

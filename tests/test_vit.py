@@ -21,6 +21,7 @@ from oracle import numpy_vit
 
 from prenorm_jax import PrenormError, build_model, convert_config, sizes
 from prenorm_jax.config import base_config
+from prenorm_jax.equivalence.choice import coordinate_choices
 from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
@@ -58,6 +59,45 @@ def test_matches_it_where_conversion_is_refused(changes):
     check_against_numpy(tiny_vit(**changes))
     with pytest.raises(PrenormError, match="converts only with" if "post_norm" in changes else "not convertible"):
         convert_config(tiny_vit(**changes, norm_affine=False), "rmsnorm")
+
+
+HEADLESS = {
+    "class": {"pooling": "class"},
+    "mean": {"pooling": "mean"},
+    "mean, then the norm": {"pooling": "mean", "norm_after_pooling": True},
+    "attention": {"pooling": "attention"},
+    "tokens": {"pooling": "none"},
+    "without an affine": {"pooling": "class", "final_norm_affine": False},
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_without_a_head_the_features_are_the_same_under_every_norm(name):
+    """The final norm keeps its affine where nothing reads it; that of a pooling by attention is folded into that."""
+    config = tiny_vit(depth=1, classes=0, registers=2, **HEADLESS[name])
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    expected = numpy_vit(config, params, images)
+    assert expected.shape[-1] == config.d_model
+    assert relative(logits(config, params, images), expected) < 1e-11
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert ("head_affine" in converted) == (name not in ("attention", "without an affine"))
+        assert relative(logits(convert_config(config, to), converted, images), expected) < 1e-10, to
+    with pytest.raises(
+        PrenormError, match=r"model.final_norm=False with model.classes=0: the output is the raw stream"
+    ):
+        convert_config(tiny_vit(classes=0, final_norm=False), "rmsnorm")
+
+
+def test_without_a_head_coordinates_are_chosen_as_for_one_that_is_the_identity():
+    config = tiny_vit(depth=1, classes=0, pooling="none")
+    params = random_params(config, 1)
+    headed = tiny_vit(depth=1, classes=config.d_model, head_bias=False)
+    with_head = {name: leaf for name, leaf in params.items() if name != "head_affine"}
+    with_head |= {"head_norm": params["head_affine"], "head": {"kernel": np.eye(config.d_model)}}
+    for own, expected in zip(coordinate_choices(params, config), coordinate_choices(with_head, headed), strict=True):
+        assert own[:2] == expected[:2]
+        assert own.error == pytest.approx(expected.error, rel=1e-12)
 
 
 def test_the_patch_embedding_is_a_convolution():
@@ -166,7 +206,9 @@ def test_22b_has_its_parameters():
     ("changes", "message"),
     [
         ({"patch_size": 5}, "model.patch_size=5 does not divide model.image_size=224"),
-        ({"pooling": "max"}, "model.pooling='max' is not one of class, mean, class_mean, attention"),
+        ({"pooling": "max"}, "model.pooling='max' is not one of class, mean, class_mean, attention, none"),
+        ({"pooling": "none"}, "model.pooling='none' gives all tokens, which no head reads: set model.classes=0"),
+        ({"pooling": "class_mean", "classes": 0}, "model.classes=0 gives one vector"),
         ({"class_token": False}, "model.pooling='class' needs model.class_token=True"),
         ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, none"),
         ({"positions": "sincos2d", "d_model": 6, "heads": 2}, "needs a model.d_model divisible by 4, not 6"),

@@ -61,7 +61,7 @@ class _Statistics:
       readers: by (block, module) [‖W_k‖² (d,), ‖b‖², outputs].
       writers: by (block, module) [what an input of size 1 adds to each entry (d,), what the bias does].
       embedding: of the stream's entries before the first block (d,).
-      head: ‖W_k‖² of what reads the stream after the last (d,).
+      head: ‖W_k‖² of what reads the stream after the last, or is the output (d,).
     """
 
     def __init__(self, stored: Readable, source: ModelConfig):
@@ -91,6 +91,8 @@ class _Statistics:
             embedding = embedding / embedding.mean() * affine.get("scale", 1.0) + affine.get("bias", 0.0)
         self.embedding = embedding
         self.head = sum(of[0] for (block, _), of in self.readers.items() if block is None)
+        if (output := _output_scale(stored, source)) is not None:
+            self.head = output**2
 
     def output(self, block: int, module: str, n: np.ndarray) -> float:
         """The mean square of what a reader makes of a stream of mean squares n (d,)."""
@@ -158,10 +160,19 @@ def _tied_scale(stored: Readable, source: ModelConfig) -> Any:
     return stored.read(scale).astype(np.float64) if scale in parameter_roles(source) else 1.0
 
 
+def _output_scale(stored: Readable, source: ModelConfig) -> np.ndarray | None:
+    """(d,) what multiplies the final norm's output where that is the network's; None: something reads it."""
+    if source.final_norm_bias is not None or source.tie_embeddings:
+        return None
+    return np.broadcast_to(_tied_scale(stored, source), (source.d_model,))
+
+
 def readers_of(stored: Readable, source: ModelConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """(site, (outputs, d)) of all that reads the stream."""
+    """(site, (outputs, d)) of all that reads the stream, or is the output."""
     scale = _tied_scale(stored, source)
     for block, path, leaf in _folded(stored, source):
         reader = _reader(source, path, leaf, scale)
         if reader is not None:
             yield (2 * source.depth if block is None else 2 * block + BRANCHES.index(path[1])), reader
+    if (output := _output_scale(stored, source)) is not None:
+        yield 2 * source.depth, np.diag(output)

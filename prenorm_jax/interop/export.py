@@ -14,6 +14,7 @@ from prenorm_jax.base.files import read_json, write_json
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.fit import model_differences
 from prenorm_jax.equivalence.stored import Part, Readable, convert_stored, copy_stored
+from prenorm_jax.interop import npz
 from prenorm_jax.interop.families import family_of, llama
 from prenorm_jax.interop.family import Family
 from prenorm_jax.interop.importing import ABOUT, PART_SIZE, REST
@@ -44,6 +45,11 @@ class Format(NamedTuple):
     config: dict[str, Any]
     model: ModelConfig
     headers: dict[str, Header]
+
+    @property
+    def is_npz(self) -> bool:
+        """Whether it is one file of NumPy's arrays, and nothing beside."""
+        return any(file.endswith(".npz") for file in self.headers)
 
 
 def export_checkpoint(
@@ -90,6 +96,7 @@ def export_checkpoint(
             defaults = _defaults(made, tree)
             with in_the_making(target) as folder, checkpoints.leaves(step) as leaves:
                 _write(Path(workdir), folder, made, defaults, leaves, stored)
+                _finish(folder, made)
                 record = {"source": about["imported_from"], "workdir": str(workdir), "step": step, "norm": stored.norm}
                 write_json(folder / RECORD, record | {"to": to, "format": form})
             for place, model in ((f"{workdir} at step {step}", stored), (target, made.model)):
@@ -107,21 +114,22 @@ def read_about(workdir: str | Path) -> dict[str, Any]:
 
 
 def _source_format(workdir: Path, about: dict[str, Any], tree: ModelConfig) -> Format:
-    config = read_json(workdir / SOURCE / "config.json")
+    config = about["config"]
     family = family_of(config)
     rates = dict.fromkeys(tree.rates, 0.0)
-    model = family.model(config, dtype=tree.dtype, param_dtype=tree.param_dtype, **rates)
     headers = {
         file: Header(
             {name: Entry(dtype, tuple(shape)) for name, (dtype, shape) in header["tensors"].items()}, header["metadata"]
         )
         for file, header in about["headers"].items()
     }
+    shapes = {name: entry.shape for header in headers.values() for name, entry in header.tensors.items()}
+    model = family.model(config, shapes, dtype=tree.dtype, param_dtype=tree.param_dtype, **rates)
     return Format(family, config, model, headers)
 
 
 def _llama_format(workdir: Path, about: dict[str, Any], tree: ModelConfig) -> Format:
-    family, config = llama.FAMILY, llama.config(tree, read_json(workdir / SOURCE / "config.json"))
+    family, config = llama.FAMILY, llama.config(tree, about["config"])
     model = dataclasses.replace(tree, norm_affine=True, norm_bias=False, final_norm_affine=True)
     sizes, shapes, dtype = axis_sizes(model), param_shapes(model), NAMES[np.dtype(model.param_dtype)]
     places = [place for place in read_table(family.lines(config), model.depth) if place.path in shapes]
@@ -161,7 +169,7 @@ def _defaults(made: Format, tree: ModelConfig) -> dict[trees.Path, float]:
     there, wanted = param_shapes(dataclasses.replace(tree, scan=False)), param_shapes(made.model)
     if homeless := ["/".join(path) for path in there if path not in wanted]:
         raise PrenormError(
-            f"the {made.config['model_type']} format has no place for {', '.join(homeless[:4])}, into which norms were "
+            f"the {made.family.model_type} format has no place for {', '.join(homeless[:4])}, into which norms were "
             "folded: convert the source with --keep-affine, under which they keep theirs"
         )
     return {path: float(path[-1].endswith("scale")) for path in wanted if path not in there}
@@ -191,11 +199,12 @@ def _create(workdir: Path, folder: Path, made: Format) -> dict[str, np.ndarray]:
     for path in sorted((workdir / SOURCE).iterdir()):
         if path.name not in (ABOUT, REST) and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
-    write_json(folder / "config.json", made.config)
     tensors: dict[str, np.ndarray] = {}
     for file, header in made.headers.items():
-        tensors |= create_file(folder / file, header)
-    if list(made.headers) != ["model.safetensors"]:
+        tensors |= create_file(_place(folder, file), header)
+    if not made.is_npz:
+        write_json(folder / "config.json", made.config)
+    if not made.is_npz and list(made.headers) != ["model.safetensors"]:
         weight_map = {name: file for file, header in made.headers.items() for name in header.tensors}
         write_json(
             folder / INDEX,
@@ -206,6 +215,18 @@ def _create(workdir: Path, folder: Path, made: Format) -> dict[str, np.ndarray]:
             place = tensors[name] if tensors[name].shape == rest.shape else tensors[name][: len(rest)]
             place[...] = rest
     return tensors
+
+
+def _place(folder: Path, file: str) -> Path:
+    """Where the tensors of a file of the format are written first."""
+    return folder / (f"{file}.safetensors" if file.endswith(".npz") else file)
+
+
+def _finish(folder: Path, made: Format) -> None:
+    """Brings what was written first into the format's own files."""
+    for file in made.headers if made.is_npz else ():
+        npz.write_file(folder / file, map_file(_place(folder, file))[1])
+        _place(folder, file).unlink()
 
 
 class _Exported:

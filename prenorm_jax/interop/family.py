@@ -24,11 +24,19 @@ ACTIVATIONS = {
 }
 
 
-class Given:
-    """A config.json, of which a family's config function asks key by key: `given("n_layer", default=12)`."""
+Shapes = Mapping[str, tuple[int, ...]]
 
-    def __init__(self, values: Mapping[str, Any]):
-        self.values = values
+
+class Given:
+    """A config.json, of which a family's config function asks key by key: `given("n_layer", default=12)`.
+
+    Attributes:
+      values: all of it.
+      shapes: of the tensors, by the table's names, where config.json leaves to them what there is.
+    """
+
+    def __init__(self, values: Mapping[str, Any], shapes: Shapes | None = None):
+        self.values, self.shapes = values, shapes or {}
 
     def __call__(self, *keys: str, default: Any) -> Any:
         """The value of the first of these keys, which versions call differently; the family's default where none is.
@@ -41,6 +49,23 @@ class Given:
         if default is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
             raise PrenormError(f"config.json: {key}={value!r} must be of type {type(default).__name__}")
         return value
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """A tensor's shape. Raises PrenormError if it is not there."""
+        if tensor not in self.shapes:
+            raise PrenormError(
+                f"the file has no tensor {tensor}, which says what the network is: it is of another kind"
+            )
+        return self.shapes[tensor]
+
+    def side(self, key: str, default: int) -> int:
+        """The side of a square. Raises PrenormError for another rectangle."""
+        value = self.values.get(key)
+        if isinstance(value, list | tuple) and len(value) == 2:
+            if value[0] != value[1]:
+                raise PrenormError(f"config.json: {key}={value!r} is no square, and the models here take squares alone")
+            value = value[0]
+        return Given({key: value})(key, default=default)
 
     def only(self, key: str, *values: Any, why: str = "no model here computes it") -> None:
         """Raises PrenormError, naming the key, unless it has one of these values; the first is the family's default."""
@@ -83,6 +108,8 @@ class Family:
         Lines for leaves that the model has not are left out.
       prefixes: what the names of tensors may begin with, beside nothing; the first that fits is taken off.
       ignored: patterns of names, without prefix, of tensors that say nothing new, such as masks.
+      along: the same of tensors that no model of ours has, but an export does, as they are: they stand beside the
+        network, or read its output.
       aliases: (pattern, replacement) of other versions' names.
       sizes: the axes of its own that its table names.
     """
@@ -92,12 +119,16 @@ class Family:
     table: str | Callable[[Given], str]
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    along: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     sizes: Callable[[ModelConfig], dict[str, int]] = lambda model: {}
 
-    def model(self, config: Mapping[str, Any], **changes: Any) -> ModelConfig:
-        """The network that a config.json describes, with these keys changed. Raises PrenormError."""
-        values = {"family": "gpt"} | self.config(Given(config)) | changes
+    def model(self, config: Mapping[str, Any], shapes: Shapes | None = None, **changes: Any) -> ModelConfig:
+        """The network that a config.json, and tensors of these shapes, describe, with these keys changed.
+
+        Raises PrenormError.
+        """
+        values = {"family": "gpt"} | self.config(self._given(config, shapes)) | changes
         return model_config({key: value for key, value in values.items() if value is not None})
 
     def name(self, tensor: str) -> str:
@@ -108,9 +139,16 @@ class Family:
         return name
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor that the table calls so says nothing new."""
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+        """Whether a tensor that the table calls so is none of the network."""
+        return self.takes_along(name) or any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
-    def lines(self, config: Mapping[str, Any]) -> str:
-        """The table of a config.json."""
-        return self.table if isinstance(self.table, str) else self.table(Given(config))
+    def takes_along(self, name: str) -> bool:
+        """Whether such a tensor belongs to an export all the same."""
+        return any(re.fullmatch(pattern, name) for pattern in self.along)
+
+    def lines(self, config: Mapping[str, Any], shapes: Shapes | None = None) -> str:
+        """The table of a config.json, and of tensors of these shapes."""
+        return self.table if isinstance(self.table, str) else self.table(self._given(config, shapes))
+
+    def _given(self, config: Mapping[str, Any], shapes: Shapes | None) -> Given:
+        return Given(config, {self.name(name): shape for name, shape in (shapes or {}).items()})

@@ -10,6 +10,8 @@ import numpy as np
 
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.files import read_json
+from prenorm_jax.interop import npz
+from prenorm_jax.interop.families import model_type, vit_npz
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, map_file
 
 # Of a folder, the first of these that is there.
@@ -27,7 +29,7 @@ class Source:
     Attributes:
       name: as it was asked for.
       folder: where its small files lie.
-      config: its config.json.
+      config: its config.json; of an .npz what takes its place.
       headers: its files of weights, by name, each with what is in it; PyTorch's have the name that safetensors' have.
       tensors: those of all its files, mapped.
     """
@@ -39,9 +41,14 @@ class Source:
     tensors: dict[str, np.ndarray]
 
     def small_files(self) -> Iterator[Path]:
-        """Its config, index, tokenizer, licence and model card: all that an export takes along."""
+        """Its config, index, tokenizer, licence and model card: all that an export takes along.
+
+        An .npz may lie among much else: of it that is what has its name.
+        """
+        alone = next((Path(file).stem for file in self.headers if file.endswith(".npz")), None)
         for path in sorted(self.folder.iterdir()):
-            known = path.suffix in _SMALL or path.stem.upper() in _ALSO
+            known = path.suffix in _SMALL and alone in (None, path.stem)
+            known = known or path.stem.upper() in _ALSO
             if known and path.is_file() and path.stat().st_size <= _LARGEST_SMALL:
                 yield path
 
@@ -59,10 +66,10 @@ def is_foreign(place: str | Path) -> bool:
         return folder.is_file() or not folder.is_absolute()
     if is_workdir(folder):
         return False
-    if any(next(folder.glob(f"*{suffix}"), None) for suffix in (".safetensors", ".bin")):
+    if any(next(folder.glob(f"*{suffix}"), None) for suffix in (".safetensors", ".bin", ".npz")):
         return True
     with contextlib.suppress(PrenormError, OSError):
-        return "model_type" in read_json(folder / "config.json")
+        return model_type(read_json(folder / "config.json")) is not None
     return False
 
 
@@ -75,10 +82,14 @@ def open_source(name: str | Path) -> Source:
     if not place.exists():
         place = _from_hub(str(name))
     folder, file = (place, None) if place.is_dir() else (place.parent, place.name)
+    if file is None and not (folder / "config.json").is_file() and len(arrays := [*folder.glob("*.npz")]) == 1:
+        file = arrays[0].name
+    if file is not None and file.endswith(".npz"):
+        return _open_npz(str(name), folder / file)
     if not (folder / "config.json").is_file():
         raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
     config = read_json(folder / "config.json")
-    if "model_type" not in config:
+    if model_type(config) is None:
         raise PrenormError(
             f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "
             "no model_type): name a folder that is one"
@@ -92,6 +103,14 @@ def open_source(name: str | Path) -> Source:
         headers[f"{path.stem.replace('pytorch_model', 'model')}.safetensors"] = header
         tensors |= mapped
     return Source(str(name), folder, config, headers, tensors)
+
+
+def _open_npz(name: str, path: Path) -> Source:
+    """The checkpoint in an .npz, whose arrays, and what a .json of its name says, are its description."""
+    header, tensors = npz.map_file(path)
+    beside = path.with_suffix(".json")
+    config = read_json(beside) if beside.is_file() else {}
+    return Source(name, path.parent, {"model_type": vit_npz.FAMILY.model_type} | config, {path.name: header}, tensors)
 
 
 def _files(folder: Path, file: str | None) -> list[Path]:

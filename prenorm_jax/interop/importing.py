@@ -5,7 +5,8 @@ along: config.json, tokenizer, licence and model card as they came, and
 
     checkpoint.json      where it came from, the headers of its files, the digest of the parameters as they were, and of
                          a language model how its source begins and ends texts
-    rest.safetensors     what of its tensors is in no leaf of ours: rows (`n@2`), and small ones that say nothing new
+    rest.safetensors     what of its tensors is in no leaf of ours: rows (`n@2`), small ones that say nothing new, and
+                         what the family takes along
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import convert_stored, copy_stored
 from prenorm_jax.interop.checkpoint import ForeignCheckpoint, dtype_of, foreign
 from prenorm_jax.interop.files import open_source
+from prenorm_jax.interop.preprocessing import preprocessing, said
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, create_file
 from prenorm_jax.interop.tokens import ABOUT, TOKENIZER, SourceTexts
 from prenorm_jax.models.abstract import param_shapes
@@ -66,6 +68,9 @@ def import_checkpoint(
     new_model = model if to == model.norm else convert_config(model, to, keep_affine)
     texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.decodes else None
     config = run_config(new_model, target, texts)
+    images = preprocessing(source, model.image_size) if model.inputs == "images" else None
+    if images:
+        images.set(config)
     with in_the_making(target) as folder:
         _write(found, folder, model, new_model, keep_affine, texts)
         write_about(folder, config, new_model, made)
@@ -116,6 +121,7 @@ def _write(
     _write_rest(found, folder / SOURCE)
     headers = {file: header._asdict() for file, header in _kept(found).items()}
     known = {"imported_from": found.source.name, "family": found.family.model_type, "dtype": found.dtype}
+    known["config"] = found.source.config
     known["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     if texts is not None:
         known["texts"] = texts.ends._asdict()
@@ -127,9 +133,12 @@ def _write(
 
 def _kept(found: ForeignCheckpoint) -> dict[str, Header]:
     """The headers of the source's files without what is not worth keeping: large tensors that say nothing new."""
+    family = found.family
 
     def keep(name: str) -> bool:
-        return name not in found.leaves.ignored or found.source.tensors[name].nbytes <= KEPT_BYTES
+        if name not in found.leaves.ignored or family.takes_along(family.name(name)):
+            return True
+        return found.source.tensors[name].nbytes <= KEPT_BYTES
 
     return {
         file: header._replace(tensors={name: entry for name, entry in header.tensors.items() if keep(name)})
@@ -153,6 +162,9 @@ def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool
     if found.dropout and not keep_dropout:
         rates = ", ".join(f"{key} {value:g}" for key, value in found.dropout.items())
         print(f"dropout is left out, as nothing is recentred under it ({rates}): --dropout=keep keeps it")
+    if found.model.inputs == "images":
+        print(*said(preprocessing(found.source, found.model.image_size), found.model, target), sep="\n")
+        return
     made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
     print("it has no data and no optimizer: name data, and the optimizer starts anew")
     print(f"evaluate: python eval.py --workdir={made} {data}")

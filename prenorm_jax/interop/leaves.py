@@ -25,7 +25,7 @@ class ForeignLeaves:
 
     Attributes:
       views: leaf -> where it lies; a tied table may lie in two places.
-      ignored: the names of tensors that the family says nothing new is in.
+      ignored: the names of tensors that are none of the network, as the family says.
       skipped: tensor -> so many of its first rows are no leaf's.
     """
 
@@ -39,7 +39,7 @@ class ForeignLeaves:
         """
         self._shapes = param_shapes(model)
         sizes, depth = axis_sizes(model) | family.sizes(model), model.depth
-        places = list(read_table(family.lines(config), depth))
+        places = list(read_table(family.lines(config, {name: x.shape for name, x in tensors.items()}), depth))
         names, twice = _our_names(family, tensors)
         wanted = {place.path: place for place in places if place.path in self._shapes}
         _check_table(family, places, wanted, self._shapes)
@@ -53,6 +53,9 @@ class ForeignLeaves:
             )
         skips = ((place.tensor, re.match(r"\w+@(\d+)", place.axes)) for place in wanted.values())
         self.skipped = {names[tensor]: int(found[1]) for tensor, found in skips if found}
+        summed = {place.tensor for place in wanted.values() if place.added}
+        self._added = {path for path, place in wanted.items() if place.added}
+        self._summed = {path for path, place in wanted.items() if place.tensor in summed}
         self.views = {
             path: [View(tensors[names[place.tensor]], place, sizes)]
             for path, place in wanted.items()
@@ -68,18 +71,21 @@ class ForeignLeaves:
     def read(self, path: Path, part: Part = ()) -> np.ndarray:
         """Part of a leaf (of (), all of it), in the model's dtype."""
         leaf = self._shapes[path]
-        if path not in self.views:
+        if path not in self.views or path in self._added:
             return np.zeros(leaf.shape, leaf.dtype)[part]
         return self.views[path][0].read(part).astype(leaf.dtype, copy=False)
 
     def write(self, path: Path, part: Part, array: np.ndarray) -> None:
-        """Assigns to part of a leaf; to each copy of it. Raises PrenormError for numbers that have no place."""
+        """Assigns to part of a leaf; to each copy of it. Leaves that are added up are so in a tensor of zeros.
+
+        Raises PrenormError for numbers that have no place.
+        """
         if path not in self.views:
             if np.any(array):
                 raise PrenormError(f"{'/'.join(path)} is not zero, and the format has no tensor for it")
             return
         for view in self.views[path]:
-            view.write(part, array)
+            view.write(part, view.read(part) + array if path in self._summed else array)
 
     def _check_equal(self, name: str, copy: View) -> None:
         """Raises PrenormError unless a tied head is its table, bit for bit."""

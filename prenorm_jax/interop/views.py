@@ -7,12 +7,14 @@ A line is two layouts over axes that have names, as einops writes them:
     h.{i}.ln_1.{weight,bias}    d              block_{i}/attention_norm/{scale,bias}
     embed_positions.weight      n@2 d          position_embedding
     -                           d              block_{i}/attention/out/bias
+    +classifier.bias            v              head/mean/bias
 
 Columns stand two spaces apart, and what follows # is a comment. Our axes are the foreign ones where they are left out.
 {i} is a block; where only our name has it, the foreign axis `l` counts the blocks. {a,b} on both sides are tensors side
 by side; on our side alone, the parts of the foreign axis `p`. Each part is 1 wide, and `p` can then be left out on our
 side, unless the sizes follow it, as in (g p=r,1,1 k). n@2 leaves out the first two rows. A number is an axis of that
-size. `-` is no tensor: zeros. How wide an axis is, the model says: `axis_sizes`.
+size; a 1 may stand on one side alone. `-` is no tensor: zeros. + is a tensor that another line has, too: read, it is
+zeros; written, added to the other. How wide an axis is, the model says: `axis_sizes`.
 
 Reading a view is import, and assigning to it export: the inverse of a line is the same line. No byte is read before
 that, so `convert_stored` streams foreign files as it does checkpoints.
@@ -30,14 +32,18 @@ from prenorm_jax.equivalence.stored import Part
 from prenorm_jax.models.config import ModelConfig
 
 NOTHING = "-"  # in place of a tensor's name
-_OF_MODEL = {"d": "d_model", "h": "heads", "g": "kv_heads", "k": "head_dim", "f": "mlp_dim"}
-_OF_MODEL |= {"v": "vocab_size", "n": "max_len"}
+ADDED = "+"  # before one
+_OF_MODEL = [("d", "d_model"), ("h", "heads"), ("g", "kv_heads"), ("k", "head_dim"), ("f", "mlp_dim")]
+_OF_MODEL += [("v", "vocab_size"), ("n", "max_len")]
+_OF_MODEL += [("v", "classes"), ("n", "position_rows"), ("t", "registers")]  # of a ViT, and of its patches:
+_OF_MODEL += [("y", "patch_size"), ("x", "patch_size"), ("c", "channels")]
 
 
 class Place(NamedTuple):
     """Where one leaf of ours lies: the foreign tensor, its layout, the leaf, its layout.
 
-    `part`: of an axis of parts, the number of the part that it is, and how many there are.
+    `part`: of an axis of parts, the number of the part that it is, and how many there are. `added`: whether the leaf is
+    added to what else lies there.
     """
 
     tensor: str
@@ -45,6 +51,7 @@ class Place(NamedTuple):
     path: Path
     layout: str
     part: dict[str, tuple[int, int]]
+    added: bool = False
 
 
 def read_table(table: str, depth: int) -> Iterator[Place]:
@@ -59,8 +66,9 @@ def read_table(table: str, depth: int) -> Iterator[Place]:
             for i in range(depth) if "{i}" in leaf else [0]:
                 if "{i}" in leaf and "{i}" not in tensor:
                     part["l"] = (i, depth)
-                named = (name.replace("{i}", str(i)) for name in (tensor, leaf))
-                yield Place(next(named), axes, tuple(next(named).split("/")), *(layout or [axes]), dict(part))
+                name, path = (name.replace("{i}", str(i)) for name in (tensor.removeprefix(ADDED), leaf))
+                added = tensor.startswith(ADDED)
+                yield Place(name, axes, tuple(path.split("/")), *(layout or [axes]), dict(part), added)
 
 
 def _options(name: str) -> list[str]:
@@ -71,7 +79,7 @@ def _options(name: str) -> list[str]:
 
 def axis_sizes(model: ModelConfig) -> dict[str, int]:
     """The axes that every table may name: those of `docs/checkpoints.md`, with their sizes."""
-    sizes = {axis: getattr(model, key) for axis, key in _OF_MODEL.items() if hasattr(model, key)}
+    sizes = {axis: getattr(model, key) for axis, key in _OF_MODEL if hasattr(model, key)}
     return sizes | {"r": model.heads // model.kv_heads}
 
 
@@ -122,9 +130,11 @@ class View:
         array = tensor.reshape([axis.size for axis in axes])[tuple(axis.own for axis in axes)]
         names, groups = [axis.name for axis in axes], _groups(place.layout)
         wanted = [re.split("[@=]", word)[0] for group in groups for word in group]
-        array = array.squeeze(tuple(i for i, name in enumerate(names) if name not in wanted))
-        names = [name for name in names if name in wanted]
-        self._array = array.transpose([names.index(name) for name in wanted])
+        left_out = [name == "1" or name not in wanted for name in names]
+        array = array.squeeze(tuple(i for i, out in enumerate(left_out) if out))
+        names = [name for name, out in zip(names, left_out, strict=True) if not out]
+        array = array.transpose([names.index(name) for name in wanted if name != "1"])
+        self._array = np.expand_dims(array, tuple(i for i, name in enumerate(wanted) if name == "1"))
         self._merged = [len(group) for group in groups]
 
     @property

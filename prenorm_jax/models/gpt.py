@@ -11,13 +11,19 @@ import numpy as np
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.attention import CacheUse
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.linear import matmul, reader
-from prenorm_jax.models.norms import Affine
 from prenorm_jax.models.parameters import annotated, spread
 from prenorm_jax.models.placement import fusion_barrier
 from prenorm_jax.models.positions import sinusoidal_table
-from prenorm_jax.models.transformer import StreamModel, blocks, constant_table, enter_stream, make_norm, table
+from prenorm_jax.models.transformer import (
+    StreamModel,
+    blocks,
+    constant_table,
+    enter_stream,
+    leave_stream,
+    make_norm,
+    table,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +155,8 @@ class GPT(StreamModel):
         return x_BxTxW
 
     def _tied_head(self, x_BxTxD: jax.Array, table_VxW: jax.Array, train: bool) -> jax.Array:
-        """Logits by the raw table: the stream goes back to d numbers, and γ, β, which cannot be folded, are applied."""
-        config = self.config
-        if config.final_norm:
-            x_BxTxD = make_norm(config, "head_norm", affine=False)(x_BxTxD)
-        x_BxTxW = coordinates(config).leave(x_BxTxD)
-        if config.final_norm and config.final_norm_affine:
-            affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
-            x_BxTxW = affine(x_BxTxW.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)
+        """Logits by the raw table."""
+        config, x_BxTxW = self.config, leave_stream(self.config, x_BxTxD)
         # For the transpose: the table's cotangent comes before those of the blocks, and frees the logits'.
         if train:
             x_BxTxW, table_VxW = fusion_barrier((x_BxTxW, table_VxW))

@@ -19,7 +19,7 @@ from prenorm_jax.models.attention import CacheUse, attend, attend_cached
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
-from prenorm_jax.models.norms import LayerNorm, Norm, Normed, RMSNorm, Statistics
+from prenorm_jax.models.norms import Affine, LayerNorm, Norm, Normed, RMSNorm, Statistics
 from prenorm_jax.models.parameters import NormSite, annotated
 from prenorm_jax.models.placement import constrain, fusion_barrier
 from prenorm_jax.models.positions import rotate
@@ -133,6 +133,20 @@ def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Ar
         x_BxTxW = kept_norm(config, "embedding_norm", LayerNorm, axis="raw")(x_BxTxW)
     x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
     return coordinates(config).enter(x_BxTxW) if config.raw_embedding else x_BxTxW
+
+
+def leave_stream(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """What the final norm gives, where a tied head or nothing reads it: (..., D) -> (..., W).
+
+    The stream goes back to d numbers, and γ, β, which no reader takes up, are applied to them.
+    """
+    if config.final_norm:
+        x = make_norm(config, "head_norm", affine=False)(x)
+    x = coordinates(config).leave(x)
+    if config.final_norm and config.final_norm_affine:
+        affine = Affine(True, config.norm_bias, config.param_dtype, axis="raw", name="head_affine")
+        x = affine(x.astype(jnp.promote_types(config.dtype, jnp.float32))).astype(config.dtype)
+    return x
 
 
 def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:

@@ -23,6 +23,7 @@ from prenorm_jax.models.transformer import (
     embedding_axis,
     enter_stream,
     kept_norm,
+    leave_stream,
     make_norm,
     table,
 )
@@ -30,7 +31,7 @@ from prenorm_jax.models.transformer import (
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(ModelConfig):
-    """A Vision Transformer that classifies square images."""
+    """A Vision Transformer of square images, which classifies them or, without a head, gives their features."""
 
     family: str = "vit"
     activation: str = "gelu"
@@ -41,23 +42,23 @@ class ViTConfig(ModelConfig):
     image_size: int = 224  # pixels, both ways
     patch_size: int = 16  # divides image_size
     channels: int = 3  # of an image
-    classes: int = 1000  # labels are below it
+    classes: int = 1000  # labels are below it; 0: no head, the output is what it would read
     patch_bias: bool = True  # of the patch embedding
     positions: str = "learned"  # learned | sincos2d | none
     class_token: bool = True  # a learned token before the patches
     class_position: bool = True  # a learned position table has a row for the class token too
     registers: int = 0  # further tokens without position or output (arXiv 2309.16588)
-    pooling: str = "class"  # class token | mean of the patches | class_mean: both, side by side | attention
+    pooling: str = "class"  # class token | mean of the patches | class_mean: both | attention | none: all, without head
     norm_after_pooling: bool = False  # the final norm takes what the pooling gives, not what it is given
 
     inputs: ClassVar[str] = "images"
     choices = ModelConfig.choices | {
         "positions": ("learned", "sincos2d", "none"),
-        "pooling": ("class", "mean", "class_mean", "attention"),
+        "pooling": ("class", "mean", "class_mean", "attention", "none"),
     }
     at_least = ModelConfig.at_least | {
-        **dict.fromkeys(("image_size", "patch_size", "channels", "classes"), 1),
-        "registers": 0,
+        **dict.fromkeys(("image_size", "patch_size", "channels"), 1),
+        **dict.fromkeys(("classes", "registers"), 0),
     }
 
     @property
@@ -81,19 +82,32 @@ class ViTConfig(ModelConfig):
             raise PrenormError(f"model.positions='sincos2d' needs a model.d_model divisible by 4, not {self.d_model}")
         if self.pooling.startswith("class") and not self.class_token:
             raise PrenormError(f"model.pooling={self.pooling!r} needs model.class_token=True")
+        if self.pooling == "none" and self.classes:
+            raise PrenormError("model.pooling='none' gives all tokens, which no head reads: set model.classes=0")
+        if self.pooling == "class_mean" and not self.classes:
+            raise PrenormError("model.classes=0 gives one vector: set model.pooling to another than 'class_mean'")
 
     @property
-    def final_norm_bias(self) -> str:
-        """That of what reads the final norm's output: the head, or the pooling's key and value."""
-        return "qkv_bias" if self.pooling == "attention" else "head_bias"
+    def final_norm_bias(self) -> str | None:
+        """That of what reads the final norm's output: the head, or the pooling's key and value. None: nothing does."""
+        if self.pooling == "attention":
+            return "qkv_bias"
+        return "head_bias" if self.classes else None
 
     @property
     def raw_reader(self) -> str | None:
         """As in ModelConfig; the norm behind an attention pooling is not on the stream."""
+        if not (self.final_norm or self.classes or self.pooling == "attention"):
+            return "model.final_norm=False with model.classes=0: the output is"
         if self.final_norm and self.pooling == "attention" and self.norm_after_pooling:
             keys = "model.pooling='attention' with model.norm_after_pooling=True"
             return f"{keys}: pool/key and pool/value read"
         return super().raw_reader
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of a learned position table."""
+        return self.patches + (self.class_token and self.class_position)
 
     def tokens(self, length: int = 0) -> int:
         """Tokens in the stream."""
@@ -180,6 +194,8 @@ def _mean(normed: Normed) -> Normed:
 class ViT(StreamModel):
     """An image classifier: (B, image_size, image_size, C) numbers -> (B, V) logits in `config.dtype`.
 
+    Without a head (`classes=0`) it gives what that would read: (B, W), or with `pooling="none"` all tokens, (B, T, W).
+
     Dropout and stochastic depth are active with `train=True` and need `rngs={"dropout": key}`; one key gives the three
     norms the same masks.
     """
@@ -194,7 +210,9 @@ class ViT(StreamModel):
         if images.shape[1:] != expected:
             raise PrenormError(f"images of shape {images.shape[1:]} do not fit the model's, {expected}")
         x_BxTxD = blocks(config, enter_stream(config, self._embed(images), train), train)
-        return self._attention_head(x_BxTxD) if config.pooling == "attention" else self._head(x_BxTxD)
+        if config.pooling == "attention":
+            return self._attention_head(x_BxTxD)
+        return self._head(x_BxTxD) if config.classes else self._features(x_BxTxD)
 
     def _attention_head(self, x_BxTxD: jax.Array) -> jax.Array:
         """The classifier behind attention pooling. What the pooling gives is not on the stream."""
@@ -204,7 +222,21 @@ class ViT(StreamModel):
         x_BxW = AttentionPool(config, name="pool")(normed)
         if config.final_norm and config.norm_after_pooling:
             x_BxW = kept_norm(config, "pooled_norm", LayerNorm, axis="raw")(x_BxW)
+        if not config.classes:
+            return x_BxW
         return Linear(config, config.classes, ("raw", "class"), config.head_bias, name="head")(x_BxW)
+
+    def _features(self, x_BxTxD: jax.Array) -> jax.Array:
+        """What a head would read: the class token, the patches' mean or all tokens, normalised and W wide."""
+        config = self.config
+        if config.pooling == "class":
+            return leave_stream(config, x_BxTxD[:, 0])
+        if config.pooling == "none":
+            return leave_stream(config, x_BxTxD)
+        patches_BxTxD = x_BxTxD[:, config.prefix :]
+        if config.norm_after_pooling:
+            return leave_stream(config, patches_BxTxD.mean(1))
+        return leave_stream(config, patches_BxTxD).mean(1)
 
     def _head(self, x_BxTxD: jax.Array) -> jax.Array:
         """The classifier of the class token, of the patches' mean, or of both."""
@@ -233,7 +265,7 @@ class ViT(StreamModel):
             before.append(table(self, config, "class_token", 1, "token"))
         if config.positions == "learned":
             on_class = config.class_token and config.class_position
-            positions_TxW = table(self, config, "position_embedding", on_class + config.patches, "position")
+            positions_TxW = table(self, config, "position_embedding", config.position_rows, "position")
             if on_class:
                 before[0] += positions_TxW[:1]
             x_BxTxW += spread(positions_TxW[int(on_class) :], x_BxTxW.shape, x_BxTxW.dtype)

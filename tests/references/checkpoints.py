@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.machinery
+import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,26 +30,74 @@ def transformers() -> ModuleType:
     return transformers
 
 
+@functools.cache
+def timm() -> ModuleType:
+    """The library. Its ViTs need nothing of torchvision, for whose builds it is a matter of luck to fit torch's.
+
+    So what it imports of that for reading images and for other networks is made up while it is imported.
+    """
+    transformers()  # which would else believe in a torchvision
+
+    class Named(type):
+        def __getattr__(cls, name: str) -> str:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return name
+
+    class MadeUp(ModuleType):
+        __path__ = ()
+
+        def __getattr__(self, name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Named(name, (), {})
+
+    class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+            return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] == "torchvision" else None
+
+        def create_module(self, spec: Any) -> ModuleType:
+            return MadeUp(spec.name)
+
+        def exec_module(self, module: ModuleType) -> None:
+            pass
+
+    sys.meta_path.insert(0, finder := Finder())
+    import timm
+
+    sys.meta_path.remove(finder)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    return timm
+
+
 def make(model_type: str, seed: int = 0, **config: Any) -> Any:
-    """A causal language model: γ over two decades and of both signs, β of size 1, tables far off zero."""
+    """A causal language model with awkward parameters."""
     import torch
 
-    library, rng = transformers(), np.random.default_rng(seed)
+    library = transformers()
     described = library.AutoConfig.for_model(model_type, **config)
-    model = library.AutoModelForCausalLM.from_config(described, dtype=torch.float64).eval()
+    return awkward(library.AutoModelForCausalLM.from_config(described, dtype=torch.float64), seed)
+
+
+def awkward(model: Any, seed: int = 0) -> Any:
+    """γ and λ over two decades and of both signs, β of size 1, tables far off zero."""
+    import torch
+
+    rng = np.random.default_rng(seed)
     norms = {name for name, module in model.named_modules() if type(module).__name__.endswith("LayerNorm")}
     tables = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
     for name, parameter in model.named_parameters():
         module, kind_of = name.rpartition(".")[::2]
         value = rng.normal(size=parameter.shape)
-        if module in norms and kind_of == "weight":
+        if (module in norms and kind_of == "weight") or kind_of in ("lambda1", "gamma"):
             value = 10 ** rng.uniform(-1, 1, parameter.shape) * rng.choice([-1, 1], parameter.shape)
-        elif any(name.startswith(f"{table}.") for table in tables):
-            value += 3
-        elif value.ndim == 2:
-            value /= min(value.shape) ** 0.5
+        elif any(name.startswith(f"{table}.") for table in tables) or (value.ndim == 3 and len(value) == 1):
+            value += 3  # a table by itself: class token, registers, positions
+        elif value.ndim > 1:
+            value /= min(value.shape[0], value[0].size) ** 0.5
         parameter.data = torch.tensor(value)
-    return model
+    return model.to(torch.float64).eval()
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -61,7 +113,10 @@ def load(folder: Path) -> Any:
     import torch
 
     library = transformers()
-    model, said = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+    if "architecture" in (folder / "config.json").read_text().replace("architectures", ""):
+        return timm().create_model(f"local-dir:{folder}", pretrained=True).to(torch.float64).eval()
+    kind = getattr(library, json.loads((folder / "config.json").read_text())["architectures"][0])
+    model, said = kind.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
     left = {kind: names for kind, names in said.items() if names}
     assert not left, left
     return model.eval()
@@ -80,3 +135,26 @@ def generate(model: Any, ids: list[int], tokens: int, **options: Any) -> list[in
 def tokens_of(folder: Path, text: str) -> list[int]:
     """What the library's own tokenizer for the folder makes of a text, whatever it puts around it included."""
     return transformers().AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+def features(model: Any, images: np.ndarray, output: str | None) -> np.ndarray:
+    """(B, H, W, C) -> one of the outputs; "": the only one; None: the pooled one of the image tower in it."""
+    import torch
+
+    with torch.no_grad():
+        if output == "":
+            return model(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+        tower = model if output else model.vision_model
+        return tower(pixel_values=torch.tensor(images).permute(0, 3, 1, 2))[output or "pooler_output"].numpy()
+
+
+def embeds(model: Any, images: np.ndarray) -> np.ndarray:
+    """The image embeddings of a CLIP, and of a whole one the text embeddings, in one row."""
+    import torch
+
+    pixels, tokens = torch.tensor(images).permute(0, 3, 1, 2), torch.arange(5)[None]
+    with torch.no_grad():
+        if not hasattr(model, "text_model"):
+            return model(pixel_values=pixels)["image_embeds"].numpy()
+        found = model(pixel_values=pixels, input_ids=tokens)
+        return np.concatenate([found[name].numpy().ravel() for name in ("image_embeds", "text_embeds")])

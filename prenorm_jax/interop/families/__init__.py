@@ -4,11 +4,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
-from prenorm_jax.interop.families import falcon, gpt2, gpt_bigcode, gpt_neox, olmo, opt, starcoder2
+from prenorm_jax.interop.families import (
+    clip,
+    dinov2,
+    falcon,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    olmo,
+    opt,
+    starcoder2,
+    timm,
+    vit,
+    vit_npz,
+)
 from prenorm_jax.interop.family import Family
 
-_ALL = (gpt2, gpt_bigcode, opt, gpt_neox, olmo, starcoder2, falcon)
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
+_TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
+_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_IMAGES)}
 
 # Those that no table could bring here, and why.
 _RMSNORM = "its norms are RMSNorms, which keep the stream's mean: it is no Pre-LN network, and has no equivalent of one"
@@ -19,9 +33,14 @@ _REFUSED = dict.fromkeys(
 _REFUSED |= dict.fromkeys(("bert", "roberta", "distilbert", "electra", "albert", "openai-gpt", "bart"), _POST_LN)
 
 
+def model_type(config: Mapping[str, Any]) -> str | None:
+    """What a config.json says that its network is, if it is one of a network: timm's name an architecture alone."""
+    return config.get("model_type", timm.FAMILY.model_type if "architecture" in config else None)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises PrenormError for one that is unknown, or cannot be converted."""
-    name = config["model_type"]
+    name = model_type(config)
     if name in _REFUSED:
         raise PrenormError(f"config.json: model_type={name!r}: {_REFUSED[name]}")
     if name not in FAMILIES:

@@ -1,0 +1,165 @@
+"""Imported, converted and exported image models beside the families' own libraries, in float64."""
+
+import checkpoints as theirs
+import numpy as np
+import pytest
+import test_npz_checkpoints as npz
+from common import changed, logits, random_params, relative, tiny_vit
+from oracle import ACTIVATE
+
+import prenorm_jax
+from prenorm_jax import convert_config, convert_params
+from prenorm_jax.interop.export import export_checkpoint
+from prenorm_jax.interop.families.timm import FAMILY, _heads
+from prenorm_jax.interop.family import Given
+from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.interop.safetensors import map_file
+from prenorm_jax.train import convert_run
+
+pytestmark = pytest.mark.reference
+
+SIDE, D = 9, 24
+VIT = {"image_size": SIDE, "patch_size": 3, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3}
+VIT |= {"layer_norm_eps": 3e-4}
+LABELS = {"id2label": {i: f"label {i}" for i in range(5)}, "label2id": {f"label {i}": i for i in range(5)}}
+REGISTERS = VIT | {"num_register_tokens": 2}
+TEXT = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3}
+CLIP = {"vision_config": VIT | {"intermediate_size": 40, "projection_dim": 7}, "projection_dim": 7}
+CLIP |= {"text_config": TEXT | {"projection_dim": 7, "max_position_embeddings": 6}}
+
+# name -> (class, its configuration's, config.json, which of its outputs)
+CASES = {
+    "vit": ("ViTForImageClassification", VIT | LABELS | {"intermediate_size": 40}, "logits"),
+    "vit-tokens": ("ViTModel", VIT | {"intermediate_size": 40, "qkv_bias": False}, "last_hidden_state"),
+    "dinov2": ("Dinov2ForImageClassification", VIT | LABELS, "logits"),
+    "dinov2-gated": ("Dinov2Model", VIT | {"use_swiglu_ffn": True}, "last_hidden_state"),
+    "registers": ("Dinov2WithRegistersForImageClassification", REGISTERS | LABELS, "logits"),
+    "clip-vision": ("CLIPVisionModel", CLIP["vision_config"], "pooler_output"),
+    "clip-projected": ("CLIPVisionModelWithProjection", CLIP["vision_config"] | {"hidden_act": "gelu"}, None),
+    "clip": ("CLIPModel", CLIP, None),
+}
+
+
+TIMM = {"img_size": 12, "patch_size": 4, "embed_dim": 24, "depth": 2}
+TIMM_CASES = {
+    "vit_tiny_patch16_224": {"num_classes": 5},
+    "deit3_small_patch16_224": {"num_classes": 5, "in_chans": 1},
+    "vit_giant_patch14_reg4_dinov2": {"num_heads": 4},
+    "vit_medium_patch16_reg4_gap_256": {"num_classes": 5},
+    "vit_medium_patch16_gap_240": {"num_classes": 5, "qk_norm": True},
+    "vit_base_patch16_siglip_224": {},
+    "vit_base_patch16_clip_quickgelu_224": {"num_classes": 5},
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compared(monkeypatch):
+    """The command's own comparison of logits would compile both networks at each call."""
+    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
+
+
+@pytest.fixture(scope="module", params=[*CASES, *TIMM_CASES])
+def case(request, tmp_path_factory):
+    """A folder that the library wrote, images, what the library makes of them, and which output that is."""
+    rng = np.random.default_rng(1)
+    if request.param in TIMM_CASES:
+        library = theirs.timm()
+        model = theirs.awkward(library.create_model(request.param, **(TIMM | TIMM_CASES[request.param])))
+        folder = tmp_path_factory.mktemp(request.param) / "source"
+        library.models.save_for_hf(model, folder, safe_serialization=True)
+        images = rng.normal(size=(2, 12, 12, TIMM_CASES[request.param].get("in_chans", 3))) + 1
+        return folder, images, theirs.features(model, images, ""), ""
+    name, config, output = CASES[request.param]
+    kind = getattr(theirs.transformers(), name)
+    model = theirs.awkward(kind(kind.config_class(**config)))
+    folder = tmp_path_factory.mktemp(request.param) / "source"
+    model.save_pretrained(folder)
+    images = rng.normal(size=(2, SIDE, SIDE, 3)) + 1
+    return folder, images, theirs.features(model, images, output), output
+
+
+def test_an_import_is_the_librarys_function_under_every_norm(case):
+    folder, images, expected, _ = case
+    config, params = prenorm_jax.load(folder)
+    assert relative(logits(config, params, images), expected) < 1e-9
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert relative(logits(convert_config(config, to), converted, images), expected) < 1e-9, to
+    naive = changed(config, norm="rmsnorm")
+    assert relative(logits(naive, params, images), expected) > 1e-2
+
+
+def test_an_import_comes_back_bit_for_bit(case, tmp_path):
+    folder, *_ = case
+    import_checkpoint(folder, tmp_path / "run", "layernorm")
+    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    source, back = (map_file(place / "model.safetensors")[1] for place in (folder, tmp_path / "back"))
+    assert source.keys() == back.keys()
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(tensor, back[name], strict=True, err_msg=name)
+
+
+@pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
+def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
+    folder, images, expected, output = case
+    folds = prenorm_jax.load(folder)[0].qkv_bias
+    import_checkpoint(folder, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not folds)
+    if to == "crmsnorm" and not folds:
+        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
+            export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+        return
+    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    exported = theirs.load(tmp_path / "back")
+    assert relative(theirs.features(exported, images, output), expected) < 1e-9
+    if output is None:  # text tower and projections came along
+        embeds = (theirs.embeds(model, images) for model in (exported, theirs.load(folder)))
+        assert relative(*embeds) < 1e-9
+
+
+def test_every_name_of_timms_that_is_known_has_its_heads_activation_and_epsilon():
+    """Which no tensor shows. One block, whose parameters are never made."""
+    import torch
+
+    library, known = theirs.timm(), 0
+    for name in library.list_models(["vit_*", "deit*"]):
+        config = {"architecture": name, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+        try:
+            _heads(name, {})
+        except prenorm_jax.PrenormError:
+            continue
+        with torch.device("meta"):
+            model = library.create_model(name, depth=1)
+        config["global_pool"] = model.global_pool
+        shapes = {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
+        ours = FAMILY.config(Given(config, shapes))
+        block, known = model.blocks[0], known + 1
+        assert type(block).__name__ == "Block", name
+        assert (ours["heads"], ours["epsilon"]) == (block.attn.num_heads, block.norm1.eps), name
+        x = np.linspace(-3, 3, 99)
+        same = ACTIVATE[ours["activation"]](x)
+        np.testing.assert_allclose(same, block.mlp.act(torch.tensor(x)).numpy(), atol=1e-12, err_msg=name)
+    assert known > 80
+
+
+# Case of the .npz -> timm's architecture and arguments.
+LOADED_BY_TIMM = {
+    "vision_transformer": ("vit_tiny_patch16_224", {"num_classes": 5}),
+    "big_vision": ("vit_tiny_patch16_224", {"num_classes": 5, "no_embed_class": True}),
+    "tower": ("vit_base_patch16_siglip_224", {}),
+}
+
+
+@pytest.mark.parametrize("name", LOADED_BY_TIMM)
+def test_an_npz_means_to_timms_own_loader_what_it_means_here(name, tmp_path):
+    """The names of its arrays are no invention of these tests, then."""
+    layout, prefix, stacked, changes = npz.CASES[name]
+    config = tiny_vit(**(npz.BASE | changes))
+    arrays = npz.arrays_of(config, random_params(config, 1, embedding_mean=3.0), layout, prefix, stacked)
+    np.savez(tmp_path / "ViT.npz", **arrays)
+    architecture, arguments = LOADED_BY_TIMM[name]
+    sizes = {"img_size": 6, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 20 / 12}
+    model = theirs.timm().create_model(architecture, act_layer="gelu_tanh", **sizes, **arguments).eval()
+    model.load_pretrained(str(tmp_path / "ViT.npz"))
+    images = np.random.default_rng(1).normal(size=(2, 6, 6, 3)) + 1
+    expected = theirs.features(model, images, "")
+    assert relative(logits(*prenorm_jax.load(tmp_path / "ViT.npz"), images), expected) < 1e-9
