@@ -30,6 +30,7 @@ class Source:
       config: its config.json.
       headers: its files of weights, by name, each with what is in it; PyTorch's have the name that safetensors' have.
       tensors: those of all its files, mapped.
+      files: those files, as they are called.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Source:
     config: dict[str, Any]
     headers: dict[str, Header]
     tensors: dict[str, np.ndarray]
+    files: tuple[Path, ...] = ()
 
     def small_files(self) -> Iterator[Path]:
         """Its config, index, tokenizer, licence and model card: all that an export takes along."""
@@ -85,13 +87,14 @@ def open_source(name: str | Path) -> Source:
         )
     headers: dict[str, Header] = {}
     tensors: dict[str, np.ndarray] = {}
-    for path in _files(folder, file):
+    files = _files(folder, file)
+    for path in files:
         header, mapped = map_file(path) if path.suffix == ".safetensors" else _map_torch(path)
         if twice := sorted(tensors.keys() & mapped.keys()):
             raise PrenormError(f"{folder} holds {twice[0]} twice, the second time in {path.name}: remove one file")
         headers[f"{path.stem.replace('pytorch_model', 'model')}.safetensors"] = header
         tensors |= mapped
-    return Source(str(name), folder, config, headers, tensors)
+    return Source(str(name), folder, config, headers, tensors, tuple(files))
 
 
 def _files(folder: Path, file: str | None) -> list[Path]:
