@@ -50,7 +50,7 @@ def html_page(report: Report) -> tuple[bytes, bytes]:
         page.heading("What was compared"),
         table.to_html(_file_rows(report)),
     ]
-    return page.page(f"Certificate: {report['title']}", parts), wide
+    return page.page(f"{report['verdict']}: {report['title']}", parts), wide
 
 
 def _setting(report: Report) -> str:
@@ -62,7 +62,7 @@ def _setting(report: Report) -> str:
 def _verdict(report: Report) -> list[str]:
     """Sentences: what holds or does not; the rounding; the control; who computed the reference."""
     rows, control = report["rows"], report["control"]
-    exact = next((row for row in rows if row["what"] == "conversion, not rounded"), None)
+    exact = next((row for row in rows if row["what"] == "conversion"), None)
     last = next(row for row in reversed(rows) if row["what"] == "checkpoint")
     said = list(report["failures"])
     if not said:
@@ -115,9 +115,10 @@ def _about_errors(report: Report) -> str:
             "bit for bit."
         )
     return (
-        "Δ: the difference from the reference. Relative: the largest |Δ| over the largest number of the reference; "
-        f"mean relative: the means' ratio. Bounds: {two_digits(bounds['exact'])} where nothing was rounded to less than "
-        f"float64; elsewhere {bounds['multiple']:g} times what the source's own Pre-LN form errs in the coarser of the "
+        "Conversion: the source's, in float64, nothing rounded. Checkpoint: as it is stored. Δ: the difference from "
+        "the reference. Relative: the largest |Δ| over the largest number of the reference; mean relative: the means' "
+        f"ratio. Bounds: {two_digits(bounds['exact'])} where nothing was rounded to less than float64; elsewhere "
+        f"{bounds['multiple']:g} times what the source's own Pre-LN form errs in the coarser of the "
         f"arithmetic's and the storage's dtype.{same}"
     )
 
@@ -127,10 +128,20 @@ def _norm_rows(report: Report) -> table.Rows:
     head = ["norm", "ε", "the stream's size", "mean in the source", "left, in float64"]
     rows = [[*head, *([f"left, in {stored}"] if stored != "float64" else [])]]
     for one in report["norms"]:
-        cells = [one["norm"], f"{one['epsilon']:g}", two_digits(one["size"]), _number(one["mean_in_source"])]
+        cells = [
+            _site(one["norm"]),
+            two_digits(one["epsilon"]),
+            two_digits(one["size"]),
+            _number(one["mean_in_source"]),
+        ]
         left = [one["mean_float64"], *([one["mean_stored_dtype"]] if stored != "float64" else [])]
         rows.append([*cells, *(_number(mean) for mean in left)])
     return rows
+
+
+def _site(path: str) -> str:
+    """Such as "block 0, attention", which a narrow column can break."""
+    return path.replace("block_", "block ").replace("/", ", ").replace("head_norm", "final").replace("_norm", "")
 
 
 def _about_norms(report: Report) -> str:
@@ -227,6 +238,5 @@ def _figure(report: Report, width: float) -> bytes:
 
 
 def _label(row: Report, width: float) -> str:
-    name = {"conversion, not rounded": "conversion", "control: norms swapped alone": "control"}
-    short = name.get(row["what"], row["what"])
+    short = row["what"].partition(":")[0]
     return f"{short.removeprefix('source, ') if width == NARROW else short}, {row['dtype']}"

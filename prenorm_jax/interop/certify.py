@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError, check_choice, check_range
-from prenorm_jax.base.files import json_bytes, read_json, write_results
+from prenorm_jax.base.files import check_folder, json_bytes, read_json, write_together
 from prenorm_jax.base.trees import count
 from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.interop import certificate_page
@@ -45,6 +45,7 @@ from prenorm_jax.interop.probes import shifted
 from prenorm_jax.interop.reference import Reference, by_library, why_not
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.flops import model_flops, norm_operations
+from prenorm_jax.report.runs_words import two_digits
 from prenorm_jax.train.checkpoint import Checkpoints
 from prenorm_jax.train.workdir import configure_jax, device_name
 
@@ -100,6 +101,7 @@ def _certify(workdir: Path, name: str | Path, step: int | None, length: int | No
     if is_workdir(name) and Path(name).resolve() == workdir.resolve():
         raise PrenormError(f"{workdir} is named twice: name what it was made from as the source")
     result = _of_workdir(workdir, step)
+    check_folder(workdir, "WORKDIR")
     source = _of_workdir(Path(name), None) if is_workdir(name) else _of_library(name)
     check_comparable(result.form.config, source.form.config)
     if source.form.config.inputs == "text":
@@ -115,7 +117,7 @@ def _certify(workdir: Path, name: str | Path, step: int | None, length: int | No
     np.savez(kept, inputs=inputs, positions=positions, outputs=expected.outputs)
     report = {
         "verdict": "FAIL" if measured["failures"] else "PASS",
-        "title": f"{workdir} beside {name}",
+        "title": f"{workdir.absolute().name} beside {Path(name).name}",
         "workdir": str(workdir),
         "source": str(name),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -138,7 +140,7 @@ def _certify(workdir: Path, name: str | Path, step: int | None, length: int | No
     }
     page, picture = certificate_page.html_page(report)
     contents = {".json": json_bytes(report), ".html": page, ".png": picture, ".npz": kept.getvalue()}
-    write_results({workdir / f"certificate{suffix}": content for suffix, content in contents.items()})
+    write_together({workdir / f"certificate{suffix}": content for suffix, content in contents.items()})
     return report
 
 
@@ -258,7 +260,7 @@ def _measure(
     else:
         leaves = same_leaves(result.form, exact)
         bound = EXACT if source.form.config.norm == "layernorm" else MULTIPLE * rounding[_coarser("float32", stored)]
-        rows.append(row("conversion, not rounded", exact, evaluate(exact, probes, positions), bound))
+        rows.append(row("conversion", exact, evaluate(exact, probes, positions), bound))
     for dtype in dtypes:
         form = result.form.cast(dtype)
         seen[dtype] = evaluate(form, probes, positions)
@@ -274,8 +276,8 @@ def _measure(
 
 
 def _failure(row: Mapping[str, Any]) -> str:
-    size = "not finite" if row["relative"] is None else f"off by {row['relative']:.1e} of the largest"
-    return f"{row['what']} ({row['norm']}) in {row['dtype']} is {size}, above the bound {row['bound']:.1e}"
+    size = "not finite" if row["relative"] is None else f"off by {two_digits(row['relative'])} of the largest"
+    return f"the {row['what']} ({row['norm']}) in {row['dtype']} is {size}; the bound is {two_digits(row['bound'])}"
 
 
 def _control(
@@ -283,13 +285,14 @@ def _control(
 ) -> dict[str, Any]:
     """The norms swapped and nothing recentred. Where the source has no mean to miss, one is given to it first."""
     given = unflatten_dict(shifted(flatten_dict(plain.params), parameter_roles(plain.config)))
-    for first, params in ((False, plain.params), (True, given)):
-        naive = swapped(Form(plain.config, params))
-        numbers = difference(evaluate(naive, probes, positions).outputs, expected.outputs)
-        far = numbers["relative"] is None or numbers["relative"] >= POWER * bound
-        if far:
-            break
-    return {"mean_given_first": first, "power": far, **numbers}
+    control: dict[str, Any] = {"power": False}
+    for params in (plain.params, given):
+        if not control["power"]:
+            naive = evaluate(swapped(Form(plain.config, params)), probes, positions)
+            numbers = difference(naive.outputs, expected.outputs)
+            far = numbers["relative"] is None or numbers["relative"] >= POWER * bound
+            control = {"mean_given_first": params is given, "power": far, **numbers}
+    return control
 
 
 def _norms(before: Evaluated, exact: Evaluated, stored: Evaluated, epsilon: float) -> list[dict[str, Any]]:
@@ -333,4 +336,4 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:  # a clone that is not installed
-        return "not installed: a clone"
+        return "of a clone"

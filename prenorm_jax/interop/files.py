@@ -73,18 +73,7 @@ def open_source(name: str | Path) -> Source:
 
     Raises PrenormError if there is none, or if it is not whole.
     """
-    place = Path(name)
-    if not place.exists():
-        place = _from_hub(str(name))
-    folder, file = (place, None) if place.is_dir() else (place.parent, place.name)
-    if not (folder / "config.json").is_file():
-        raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
-    config = read_json(folder / "config.json")
-    if "model_type" not in config:
-        raise PrenormError(
-            f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "
-            "no model_type): name a folder that is one"
-        )
+    folder, file, config = open_config(name)
     headers: dict[str, Header] = {}
     tensors: dict[str, np.ndarray] = {}
     files = _files(folder, file)
@@ -95,6 +84,26 @@ def open_source(name: str | Path) -> Source:
         headers[f"{path.stem.replace('pytorch_model', 'model')}.safetensors"] = header
         tensors |= mapped
     return Source(str(name), folder, config, headers, tensors, tuple(files))
+
+
+def open_config(name: str | Path, weights: bool = True) -> tuple[Path, str | None, dict[str, Any]]:
+    """The folder, the file in it that is named, if one is, and config.json. Raises PrenormError if there is none.
+
+    `weights`: whether, of a name on the hub, its files of weights are wanted too.
+    """
+    place = Path(name)
+    if not place.exists():
+        place = _from_hub(str(name), weights)
+    folder, file = (place, None) if place.is_dir() else (place.parent, place.name)
+    if not (folder / "config.json").is_file():
+        raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise PrenormError(
+            f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "
+            "no model_type): name a folder that is one"
+        )
+    return folder, file, config
 
 
 def _files(folder: Path, file: str | None) -> list[Path]:
@@ -158,7 +167,7 @@ def _map_torch(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
     return Header(entries, {"format": "pt"}), tensors
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool = True) -> Path:
     """The folder of the cache with the files of a model on the hub. Raises PrenormError."""
     if name[:1] in (".", "/", "~") or name.count("/") > 1 or name.endswith((".safetensors", ".bin")):
         raise PrenormError(f"{name} does not exist: give a workdir, a model's folder or file, or a name on the hub")
@@ -168,9 +177,9 @@ def _from_hub(name: str) -> Path:
         raise PrenormError(f"{name} does not exist, and names on the hub need pip install huggingface_hub") from error
     small = [f"*{suffix}" for suffix in _SMALL] + [f"{stem}*" for stem in _ALSO]
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            folder = Path(snapshot_download(name, allow_patterns=[*small, weights], ignore_patterns=["*/*"]))
-            if list(folder.glob(weights)):
+        for pattern in ("*.safetensors", "*.bin") if weights else ("config.json",):
+            folder = Path(snapshot_download(name, allow_patterns=[*small, pattern], ignore_patterns=["*/*"]))
+            if list(folder.glob(pattern)):
                 break
     except Exception as error:  # of the network, of the hub's, or a name that is none
         raise PrenormError(

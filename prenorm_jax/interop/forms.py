@@ -1,6 +1,7 @@
 """One function in several forms and dtypes: each form evaluated on probes, and how far apart two are."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ class Evaluated(NamedTuple):
 
     Attributes:
       outputs: (probes, positions, V), float64.
-      means: norm on the stream -> the largest |mean| of what it is given, and that's root mean square, over all tokens.
+      means: norm on the stream -> the largest |mean| of what it is given, and the root mean square, over all tokens.
     """
 
     outputs: np.ndarray
@@ -57,23 +58,29 @@ class Evaluated(NamedTuple):
 
 def evaluate(form: Form, probes: Sequence[Probe], positions: np.ndarray) -> Evaluated:
     """The form on the probes, one after the other. To be called in JAX's 64-bit mode."""
-    config, at, found = form.config, jnp.asarray(positions), []
-
-    @jax.jit
-    def run(params: Any, inputs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        given: dict[str, jax.Array] = {}
-        with nn.intercept_methods(_watching(config, given)):
-            logits = build_model(config).apply({"params": params}, inputs)
-        return (logits[0][at] if config.inputs == "text" else logits), given
-
-    params = jax.tree.map(jnp.asarray, form.params)
+    run, found = _program(form.config), []
+    params, at = jax.tree.map(jnp.asarray, form.params), jnp.asarray(positions)
     for probe in probes:
-        found.append(jax.tree.map(lambda x: np.asarray(x).astype(np.float64), run(params, probe.inputs)))
+        found.append(jax.tree.map(lambda x: np.asarray(x).astype(np.float64), run(params, probe.inputs, at)))
     sites = {
         site: (max(float(given[site][0]) for _, given in found), max(float(given[site][1]) for _, given in found))
         for site in found[0][1]
     }
     return Evaluated(np.stack([outputs for outputs, _ in found]), sites)
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: ModelConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """(parameters, inputs, positions) -> the outputs there, and what each norm on the stream is given, as `means`."""
+
+    @jax.jit
+    def run(params: Any, inputs: jax.Array, at: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        given: dict[str, jax.Array] = {}
+        with nn.intercept_methods(_watching(config, given)):
+            logits = build_model(config).apply({"params": params}, inputs)
+        return (logits[0][at] if config.inputs == "text" else logits), given
+
+    return run
 
 
 def _watching(config: ModelConfig, given: dict[str, jax.Array]) -> Callable[..., Any]:
