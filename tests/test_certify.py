@@ -19,6 +19,7 @@ import prenorm_jax
 from prenorm_jax import PrenormError, build_model, certify_checkpoint
 from prenorm_jax import certify as command
 from prenorm_jax.equivalence.roles import Role, parameter_roles
+from prenorm_jax.interop import certificate_page
 from prenorm_jax.interop import certify as certifying
 from prenorm_jax.interop import explain as explaining
 from prenorm_jax.interop.forms import difference, evaluate, form_of
@@ -45,6 +46,13 @@ def places(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_figure(monkeypatch, request):
+    """Most of the time that a certificate of a tiny model takes; but for the test that looks for one."""
+    if "drawn" not in request.node.name:
+        monkeypatch.setattr(certificate_page, "_figure", lambda *_: b"")
+
+
 def certified(places: Path, workdir: str, source: str = "source") -> dict:
     return certify_checkpoint(places / workdir, places / source, reference="own")
 
@@ -62,7 +70,7 @@ def test_conversions_pass_and_what_was_swapped_alone_fails(places):
         assert set(means) == {"block_0/attention_norm", "block_0/mlp_norm", "head_norm"}
         assert all(one["mean_float64"] < 1e-6 < 1e-2 < one["mean_in_source"] for one in means.values())
         assert json.loads((places / norm / "certificate.json").read_text()) == report
-        assert all((places / norm / f"certificate.{kind}").stat().st_size for kind in ("html", "png", "npz"))
+        assert all((places / norm / f"certificate.{kind}").exists() for kind in ("html", "png", "npz"))
     report = certified(places, "naive")
     assert report["verdict"] == "FAIL"
     assert [row["holds"] for row in report["rows"] if row["what"] == "checkpoint"] == [False, False]

@@ -1,13 +1,13 @@
 """Three probes of roles that were written by hand, where of a network only its forward function is known.
 
-    shift      u ⊗ 1 is added to every declared writer, each with its own u: what a LayerNorm removes; and, once the
-               norms' affines are folded, to every declared reader along what it reads, which has no mean
     fold       γ and β go into the declared readers, and become 1 and 0; the network keeps its LayerNorms
-    omission   any other leaf, shifted along any axis, is felt; one that is not is a writer or a reader that was not
-               declared, which the shift alone cannot find
+    shift      u ⊗ 1 is added to every declared writer, each with its own u: what a LayerNorm removes; and, in the same
+               network with γ = 1 and β = 0, to every declared reader along what it reads, which has no mean
+    omission   in that network any other leaf, shifted along any axis, is felt; one that is not is a writer or a reader
+               that was not declared, which a shift alone cannot find
 
-The function stays the same under the first two, to rounding, if the roles are right. A shift under a LayerScale λ is
-u/λ: λ is folded first, and becomes 1. Each probe costs a few calls of the function; the last, two for every axis.
+The outputs stay the same under the first two, to rounding, if the roles are right. A shift under a LayerScale λ is u/λ:
+λ is folded first, and becomes 1. Each costs a few calls of the function, the last one for every axis of every leaf.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,21 +39,28 @@ def check_by_probes(apply: Apply, params: Mapping[str, Any], roles: Roles, toler
     if missing := sorted("/".join(path) for path in flat.keys() ^ roles.keys()):
         raise PrenormError(f"leaves without a role, or roles without a leaf: {', '.join(missing[:8])}")
     check_roles(roles, {path: leaf.shape for path, leaf in flat.items()})
-    expected = np.asarray(apply(params))
+    differ = _difference_from(apply, flat)
+    if (off := differ(fold(flat, roles))) > tolerance:
+        raise PrenormError(f"fold: with γ and β in the declared readers the outputs change by {off:.1e}: {_FEEDS}")
+    if (off := differ(shifted(flat, roles))) > tolerance:
+        raise PrenormError(f"shift: the declared writers' mean changes the outputs by {off:.1e}: {_WRITERS}")
+    differ = _difference_from(apply, plain := _without_affines(flat, roles))
+    if (off := differ(shifted(plain, roles, reads=True))) > tolerance:
+        raise PrenormError(f"shift: what the declared readers read has a mean, felt by {off:.1e}: {_FEEDS}")
+    if found := omitted(plain, roles, differ, tolerance):
+        names = ", ".join(f"{'/'.join(path)} (axis {axis})" for path, axis in found[:8])
+        raise PrenormError(f"omission: a mean along {names} is not felt: declare it as a writer or a reader")
 
-    def error(changed: Flat) -> float:
+
+def _difference_from(apply: Apply, flat: Flat) -> Callable[[Flat], float]:
+    """How far the outputs of another tree are from this one's, relative to the largest."""
+    expected = np.asarray(apply(unflatten_dict(flat)))
+
+    def differ(changed: Flat) -> float:
         delta = np.abs(np.asarray(apply(unflatten_dict(changed))) - expected).max() / np.abs(expected).max()
         return float(np.nan_to_num(delta, nan=np.inf))
 
-    if (off := error(folded := fold(flat, roles))) > tolerance:
-        raise PrenormError(f"fold: with γ and β in the declared readers the outputs change by {off:.1e}: {_FEEDS}")
-    if (off := error(shifted(flat, roles))) > tolerance:
-        raise PrenormError(f"shift: the declared writers' mean changes the outputs by {off:.1e}: {_WRITERS}")
-    if (off := error(shifted(folded, roles, reads=True))) > tolerance:
-        raise PrenormError(f"shift: what the declared readers read has a mean, felt by {off:.1e}: {_FEEDS}")
-    if found := omitted(folded, roles, error, tolerance):
-        names = ", ".join(f"{'/'.join(path)} (axis {axis})" for path, axis in found[:8])
-        raise PrenormError(f"omission: a mean along {names} is not felt: declare it as a writer or a reader")
+    return differ
 
 
 _FEEDS = "a reader is missing, reads along another axis, or is fed by another norm"
@@ -63,17 +70,11 @@ _WRITERS = "a declared writer is none or writes along another axis, or something
 def shifted(flat: Flat, roles: Roles, reads: bool = False, seed: int = 0) -> Flat:
     """The tree with u ⊗ 1 added to every writer, and to what a norm over a head takes; u is of the size of its entries.
 
-    With `reads`, instead to every reader of a norm whose affine is folded, along what it reads.
+    With `reads`, instead to every reader along what it reads: of a network whose norms have no γ and β.
     """
-    rng, changed, affines = np.random.default_rng(seed), _without_layer_scales(flat, roles), affine_leaves(roles)
-
-    def is_plain(role: Role) -> bool:
-        scale, bias = (affines.get((role.norm, kind)) for kind in ("scale", "bias"))
-        return (scale is None or (flat[scale] == 1).all()) and (bias is None or not flat[bias].any())
-
+    rng, changed = np.random.default_rng(seed), _without_layer_scales(flat, roles)
     for path, role in roles.items():
-        axes = (role.reads if is_plain(role) else None,) if reads else (role.writes, role.heads)
-        for axis in axes:
+        for axis in (role.reads,) if reads else (role.writes, role.heads):
             if axis is not None and path in changed:
                 changed[path] = _with_mean(changed[path], axis, rng)
     return changed
@@ -89,6 +90,13 @@ def _without_layer_scales(flat: Flat, roles: Roles) -> Flat:
     """The same function, λ in what it multiplies and 1 itself."""
     ones = {path: np.ones_like(flat[path]) for path, role in roles.items() if role.scales and path in flat}
     return fold_layer_scales(dict(flat), roles) | ones
+
+
+def _without_affines(flat: Flat, roles: Roles) -> Flat:
+    """Another function of the same network: its declared γ and λ are 1, its β 0."""
+    kinds = {path: kind for (_, kind), path in affine_leaves(roles).items()}
+    affines = {path: np.full_like(flat[path], float(kind == "scale")) for path, kind in kinds.items()}
+    return _without_layer_scales(flat, roles) | affines
 
 
 def fold(flat: Flat, roles: Roles) -> Flat:
@@ -111,15 +119,15 @@ def fold(flat: Flat, roles: Roles) -> Flat:
 
 
 def omitted(
-    flat: Flat, roles: Roles, error: Callable[[Flat], float], tolerance: float = TOLERANCE
+    flat: Flat, roles: Roles, differ: Callable[[Flat], float], tolerance: float = TOLERANCE
 ) -> list[tuple[Path, int]]:
     """The leaves, and axes of them, whose mean is not felt though the leaf is: writers and readers nobody declared.
 
     (What a norm of its own follows, as the embedding of BLOOM, is a writer of that norm's stream.)
 
     Args:
-      flat: the tree, norms folded.
-      error: how far the outputs of a tree are from those of `flat`.
+      flat: the tree, its norms without γ and β.
+      differ: how far the outputs of a tree are from those of `flat`.
     """
     rng, found = np.random.default_rng(1), []
     for path, role in roles.items():
@@ -128,8 +136,8 @@ def omitted(
         if role.affine is not None or role.scales:
             continue
         for axis in sorted(set(range(leaf.ndim)) - declared):
-            unfelt = error({**flat, path: _with_mean(leaf, axis, rng)}) <= tolerance
+            unfelt = differ({**flat, path: _with_mean(leaf, axis, rng)}) <= tolerance
             # What is not felt in any way, such as a key's bias that softmax removes, writes nothing.
-            if unfelt and error({**flat, path: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype)}) > tolerance:
+            if unfelt and differ({**flat, path: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype)}) > tolerance:
                 found.append((path, axis - leaf.ndim))
     return found
