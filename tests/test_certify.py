@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -155,38 +156,46 @@ def test_the_probes_tell_networks_apart_that_shapes_do_not():
 # --- Roles by hand: every mutant is refused. ---
 
 
-def mutants(roles):
+def mutants(roles, has_affine):
     """(what, roles): each writer, reader and feed removed, or swapped with another."""
     norms = list(dict.fromkeys(role.norm for role in roles.values() if role.reads is not None))
     for path, role in roles.items():
-        name = "/".join(path)
+        change = functools.partial(dataclasses.replace, role)
+        found = {}
         if role.writes is not None:
-            yield f"{name} writes nothing", {**roles, path: dataclasses.replace(role, writes=None)}
-            if len(path) == 3 or path[-1] == "kernel":
-                yield f"{name} writes along its other axis", {**roles, path: dataclasses.replace(role, writes=-2)}
+            found = {"nothing": change(writes=None)}
+            found |= {"along another axis": change(writes=-2)} if path[-1] == "kernel" else {}
         if role.reads is not None:
-            yield f"{name} reads nothing", {**roles, path: Role()}
-            yield f"{name} writes", {**roles, path: Role(writes=role.reads)}
+            found = {"nothing": Role(), "along another axis": change(reads=-1)}
+        if role.reads is not None and has_affine:
             other = norms[(norms.index(role.norm) + 1) % len(norms)]
-            yield f"{name} is fed by another", {**roles, path: dataclasses.replace(role, norm=other)}
+            found |= {"fed by another": change(norm=other), "fed by nothing": change(norm=None)}
+            found |= {"a writer": Role(writes=role.reads)}
+        if role.writes is not None and has_affine:
+            found |= {"a reader": Role(reads=role.writes, norm=norms[0], bias=(*path[:-1], "none"))}
         if role.affine is not None:
-            yield f"{name} is of no norm", {**roles, path: Role()}
+            found = {"nothing": Role(), "of another kind": change(affine={"scale": "bias"}.get(role.affine, "scale"))}
+        yield from (("/".join(path), what, {**roles, path: mutant}) for what, mutant in found.items())
 
 
-def test_every_mutant_of_roles_is_refused_by_the_three_probes():
-    config = tiny(depth=1, tie_embeddings=False, layer_scale=0.1, mlp_dim=12)
+@pytest.mark.parametrize("norm_affine", [True, False])
+def test_every_mutant_of_roles_is_refused_by_the_three_probes(norm_affine):
+    options = {"depth": 1, "tie_embeddings": False, "layer_scale": 0.1, "mlp_dim": 12, "norm_affine": norm_affine}
+    config = tiny(**options)
     params, tokens = random_params(config, 0), np.arange(7)[None]
     apply = jax.jit(lambda params: build_model(config).apply({"params": params}, tokens))
     roles = parameter_roles(config)
     check_by_probes(apply, params, roles)
-    passed = []
-    for what, mutant in mutants(roles):
+    passed, tried = [], 0
+    for name, what, mutant in mutants(roles, norm_affine):
+        tried += 1
         try:
             check_by_probes(apply, params, mutant)
-            passed.append(what)
-        except PrenormError:
-            pass
+            passed.append((name, what))
+        except PrenormError as error:
+            assert re.match(r"fold|shift|omission|\w+/", str(error)), (name, what)
     assert not passed
+    assert tried > (40 if norm_affine else 15)
 
 
 # --- What would happen. ---

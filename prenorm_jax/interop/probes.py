@@ -8,6 +8,7 @@
 
 The outputs stay the same under the first two, to rounding, if the roles are right. A shift under a LayerScale λ is u/λ:
 λ is folded first, and becomes 1. Each costs a few calls of the function, the last one for every axis of every leaf.
+What they cannot tell is a reader from a writer where a norm has no affine: a shift is nothing to either.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ def check_by_probes(apply: Apply, params: Mapping[str, Any], roles: Roles, toler
     if missing := sorted("/".join(path) for path in flat.keys() ^ roles.keys()):
         raise PrenormError(f"leaves without a role, or roles without a leaf: {', '.join(missing[:8])}")
     check_roles(roles, {path: leaf.shape for path, leaf in flat.items()})
+    _check_affines(flat, roles)
     differ = _difference_from(apply, flat)
     if (off := differ(fold(flat, roles))) > tolerance:
         raise PrenormError(f"fold: with γ and β in the declared readers the outputs change by {off:.1e}: {_FEEDS}")
@@ -50,6 +52,21 @@ def check_by_probes(apply: Apply, params: Mapping[str, Any], roles: Roles, toler
     if found := omitted(plain, roles, differ, tolerance):
         names = ", ".join(f"{'/'.join(path)} (axis {axis})" for path, axis in found[:8])
         raise PrenormError(f"omission: a mean along {names} is not felt: declare it as a writer or a reader")
+
+
+def _check_affines(flat: Flat, roles: Roles) -> None:
+    """Raises PrenormError where a norm has two scales or biases, or another width than what reads it."""
+    affines = affine_leaves(roles)
+    if len(affines) < sum(role.affine is not None for role in roles.values()):
+        raise PrenormError("fold: two leaves are declared the scale, or the bias, of one norm: name each one's own")
+    for (norm, _), affine in affines.items():
+        width = flat[affine].shape[-1]
+        for path, role in roles.items():
+            if role.reads is not None and role.norm == norm and flat[path].shape[role.reads] != width:
+                other = flat[path].shape[role.reads]
+                raise PrenormError(
+                    f"fold: {'/'.join(path)} reads along an axis of {other}, but its norm is {width} wide"
+                )
 
 
 def _difference_from(apply: Apply, flat: Flat) -> Callable[[Flat], float]:
