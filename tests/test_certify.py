@@ -66,7 +66,10 @@ def test_conversions_pass_and_what_was_swapped_alone_fails(places):
         assert exact["relative"] < 1e-13
         assert report["control"]["relative"] > 1e-2
         assert report["leaves"]["as_converted"] == report["leaves"]["of"]
-        assert report["sizes"]["result"]["parameters"] < report["sizes"]["source"]["parameters"]
+        before, after = report["sizes"]["source"], report["sizes"]["result"]
+        assert after["parameters"] < before["parameters"]
+        assert before["norm_operations"] == 7 * 3 * 12 * (5 + 2)  # of 7 tokens
+        assert after["norm_operations"] == {"rmsnorm": 7 * 12 * (3 * 3 + 2)}.get(norm, after["norm_operations"])
         means = {one["norm"]: one for one in report["norms"]}
         assert set(means) == {"block_0/attention_norm", "block_0/mlp_norm", "head_norm"}
         assert all(one["mean_float64"] < 1e-6 < 1e-2 < one["mean_in_source"] for one in means.values())

@@ -33,7 +33,7 @@ def html_page(report: Report) -> tuple[bytes, bytes]:
     sentences = _verdict(report)
     parts = [
         page.paragraphs([_setting(report)], "quiet"),
-        page.paragraphs([f"{report['verdict']}. {sentences[0]}"], kind),
+        page.paragraphs(sentences[:1], kind),
         page.paragraphs(sentences[1:]),
         table.to_html(_errors(report)),
         page.paragraphs([_about_errors(report)], "quiet"),
@@ -63,16 +63,16 @@ def _verdict(report: Report) -> list[str]:
     """Sentences: what holds or does not; the rounding; the control; who computed the reference."""
     rows, control = report["rows"], report["control"]
     exact = next((row for row in rows if row["what"] == "conversion"), None)
-    last = next(row for row in reversed(rows) if row["what"] == "checkpoint")
+    last = next(row for row in rows if row["what"] == "checkpoint" and row["dtype"] == report["stored_dtype"])
     said = list(report["failures"])
     if not said:
         words = f"The {report['output']} of {report['workdir']} are those of {report['source']}"
-        exactly = f": before any rounding to {_relative(exact)}, and" if exact else ":"
-        said = [f"{words}{exactly} as it is stored, in {last['dtype']}, to {_relative(last)} of the largest."]
+        exactly = f" to {_relative(exact)} of the largest before any rounding, and" if exact else ""
+        said = [f"{words}:{exactly} to {_relative(last)} as it is stored and computed, in {last['dtype']}."]
     else:
         said = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in said]
-    first = "a mean given to what writes, the norms" if control["mean_given_first"] else "The norms"
-    first = first[0].upper() + first[1:]
+    none = "The source has no mean that could be missed; with one given to what writes, the norms"
+    first = none if control["mean_given_first"] else "The norms"
     changed = "" if control["argmax_changed"] is None else f", with {_share(control)} of the argmaxes changed"
     said.append(f"{first} swapped alone, without recentring, are off by {_relative(control)}{changed}.")
     if not control["power"]:
@@ -88,17 +88,14 @@ def _verdict(report: Report) -> list[str]:
 
 
 def _errors(report: Report, narrow: bool = False) -> table.Rows:
-    head = ["form", "norm", "arithmetic", f"largest{NBSP}|Δ|", f"mean{NBSP}|Δ|", "relative", "mean relative"]
-    rows = [[*head, "argmax changed", "bound", ""]]
+    head = ["form", "arithmetic", "relative", "bound", "", "argmax changed", f"largest{NBSP}|Δ|", f"mean{NBSP}|Δ|"]
+    rows = [[*head, "mean relative", "norm"]]
     for row in [*report["rows"], _control_row(report)]:
-        cells = [row["what"], row["norm"], row["dtype"], *(_number(row[key]) for key in _KEYS), _share(row)]
+        bound = "–" if row["bound"] is None else two_digits(row["bound"])
         held = {None: "", True: "holds", False: "exceeded"}[row["holds"]]
-        rows.append([*cells, "–" if row["bound"] is None else two_digits(row["bound"]), held])
-    kept = (0, 2, 5, 7, 8, 9) if narrow else range(len(rows[0]))
-    return [[row[i] for i in kept] for row in rows]
-
-
-_KEYS = ("max", "mean", "relative", "mean_relative")
+        cells = [row["what"], row["dtype"], _number(row["relative"]), bound, held, _share(row)]
+        rows.append([*cells, *(_number(row[key]) for key in ("max", "mean", "mean_relative")), row["norm"]])
+    return [row[:6] for row in rows] if narrow else rows
 
 
 def _control_row(report: Report) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def _explain(name: str | Path) -> dict[str, Any]:
         model, kind, dropout = _of_workdir(name), "workdir", {}
     else:
         model, kind, dropout = _of_library(name, notes)
+    model = dataclasses.replace(model, scan=False)  # each block by its name
     others = {norm: model if norm == model.norm else convert_config(model, norm) for norm in NORMS}
     leaves = {norm: param_shapes(config) for norm, config in others.items()}
     added = {
