@@ -361,6 +361,7 @@ COMMANDS |= {
     "-m prenorm_jax.certify {}/run {}/no_config --step=3": "no checkpoint at step 3",
     "-m prenorm_jax.certify {}/run {}/no_config --length=17": "--length=17 must be at least 1 and below 17",
     "-m prenorm_jax.certify {}/run {}/no_config --reference=theirs": "--reference='theirs' is not one of auto",
+    "-m prenorm_jax.certify {}/run {}/no_config --reference=library": "which no other library computes: leave out",
     # explain
     "-m prenorm_jax.explain": "source",
     "-m prenorm_jax.explain {}/missing": "missing does not exist",

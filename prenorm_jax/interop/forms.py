@@ -34,7 +34,7 @@ class Form(NamedTuple):
     def cast(self, dtype: str) -> "Form":
         """In this dtype, parameters and arithmetic."""
         config = dataclasses.replace(self.config, dtype=dtype, param_dtype=dtype)
-        return Form(config, jax.tree.map(lambda x: np.asarray(x).astype(dtype), self.params))
+        return Form(config, jax.tree.map(lambda x: np.asarray(x).astype(dtype, copy=False), self.params))
 
 
 def form_of(config: ModelConfig, params: Any) -> Form:

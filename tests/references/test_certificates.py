@@ -24,9 +24,9 @@ NEOX |= {"num_attention_heads": H, "intermediate_size": 40}
 
 # name -> (model_type, config.json, dtype of the file, norm, what import_checkpoint is told)
 CASES = {
-    "gpt2-float64": ("gpt2", GPT2, "F64", "rmsnorm", {}),
-    "gpt2-bfloat16-kept": ("gpt2", GPT2, "BF16", "crmsnorm", {"dtype": "keep"}),
-    "neox-float32": ("gpt_neox", NEOX, "F32", "crmsnorm", {}),
+    "gpt2-float64": ("gpt2", GPT2, "float64", "rmsnorm", {}),
+    "gpt2-bfloat16-kept": ("gpt2", GPT2, "bfloat16", "crmsnorm", {"dtype": "keep"}),
+    "neox-float32": ("gpt_neox", NEOX, "float32", "crmsnorm", {}),
 }
 
 
@@ -36,7 +36,8 @@ def test_what_the_library_computes_is_certified_and_a_swap_alone_is_not(name, tm
     model_type, config, dtype, norm, told = CASES[name]
     theirs.make(model_type, **config).save_pretrained(tmp_path / "float64")
     config = json.loads((tmp_path / "float64" / "config.json").read_text())
-    write(tmp_path / "source", map_file(tmp_path / "float64" / "model.safetensors")[1], config, dtype)
+    wide = map_file(tmp_path / "float64" / "model.safetensors")[1]
+    write(tmp_path / "source", {name: x.astype(dtype) for name, x in wide.items()}, config)
 
     import_checkpoint(tmp_path / "source", tmp_path / "run", norm, **told)
     report = certify_checkpoint(tmp_path / "run", tmp_path / "source", reference="library")
