@@ -17,13 +17,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import GPT2, gpt2_shapes, random_tensors, write
 
 import prenorm_jax
-from prenorm_jax import PrenormError, build_model, certify_checkpoint
+from prenorm_jax import PrenormError, build_model, certify_checkpoint, convert_config, convert_params
 from prenorm_jax import certify as command
 from prenorm_jax.equivalence.roles import Role, parameter_roles
 from prenorm_jax.interop import certificate_page
 from prenorm_jax.interop import certify as certifying
 from prenorm_jax.interop import explain as explaining
-from prenorm_jax.interop.forms import difference, evaluate, form_of
+from prenorm_jax.interop.forms import converted, difference, evaluate, form_of
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.probe_inputs import compared_positions, probes_of
 from prenorm_jax.interop.probes import check_by_probes
@@ -133,6 +133,19 @@ def test_what_the_library_gave_once_is_verified_without_it(places, monkeypatch, 
     assert report["verdict"] == "FAIL" != ours["verdict"]
 
 
+def test_what_was_converted_there_and_back_is_a_conversion_too():
+    config = tiny(depth=1, layer_scale=0.1)
+    source = form_of(config, random_params(config, 0))
+    crms = convert_config(config, "crmsnorm")
+    params = convert_params(convert_params(source.params, config, "crmsnorm"), crms, "layernorm")
+    back = form_of(convert_config(crms, "layernorm"), params)
+    exact = flatten_dict(converted(source, back.config).params)
+    for path, leaf in flatten_dict(back.params).items():
+        if "embedding" in path[0] or path[0] == "head_affine":
+            np.testing.assert_array_equal(exact[path], leaf)
+        assert exact[path].shape == leaf.shape
+
+
 ROTARY = {"positions": "rotary", "rotary_dim": 4, "window": 3, "tie_embeddings": False, "depth": 1}
 MUTANTS = {
     "rotary pairs": {"rotary_interleaved": True},
@@ -228,9 +241,25 @@ def test_explain_counts_what_a_conversion_makes_and_reads_no_weight(places, monk
     assert "untied, it would cost 132 parameters more" in here("-m", "prenorm_jax.explain", places / "source").stdout
 
 
-def test_explain_says_which_biases_take_up_a_β_and_which_norms_have_none():
+def test_explain_says_from_config_json_alone_which_biases_take_up_a_β(tmp_path):
+    given = {"model_type": "falcon", "hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 12}
+    (tmp_path / "config.json").write_text(json.dumps(given | {"vocab_size": 11}))
+    report = explaining.explain(tmp_path)
+    assert [site["norm"] for site in report["norms"][-3:]] == ["block_10/norm", "block_11/norm", "head_norm"]
+    assert report["added"]["rmsnorm"].keys() == {
+        f"block_{i}/{reader}/bias" for i in range(12) for reader in (*_ATTENTION, "mlp/up")
+    }
+    assert "not looked at" in report["notes"][0]
+    assert "block 0 to 11, norm" in explaining.plain_text(report)
+
+
+_ATTENTION = ("attention/query", "attention/key", "attention/value")
+
+
+def test_explain_tells_norms_that_are_kept_from_those_without_an_affine():
     sites = explaining.norm_sites(tiny(norm_affine=False, tie_embeddings=False, depth=1))
     assert {site["becomes"] for site in sites} == {"plain"}
+    assert explaining.norm_sites(tiny(norm_affine=False, depth=1))[-1]["becomes"] == "plain"
     kept = explaining.norm_sites(tiny(qk_norm=True, embed_norm=True, depth=1))
     assert [site["norm"] for site in kept if site["becomes"] == "kept"] == [
         "head_norm",

@@ -115,15 +115,23 @@ def norm_sites(model: ModelConfig) -> list[dict[str, Any]]:
         if path in has_affine:
             becomes, why = "folded", f"{scale} {', '.join(site['feeds'])}"
         sites.append({"norm": "/".join(path), **site, "becomes": becomes, "why": why})
-    return sites + _kept_sites(model)
+    if model.tie_embeddings and model.final_norm and not model.final_norm_affine:
+        site = {"norm": "head_norm", "epsilon": model.epsilon, "feeds": ["token_embedding"]}
+        sites.append(site | {"becomes": "plain", "why": "it has no γ or β: nothing to fold"})
+    return sorted(sites, key=_place) + _kept_sites(model)
+
+
+def _place(site: Report) -> tuple[int, str]:
+    """The blocks in their order; what follows them; each block's norms by name."""
+    block = site["norm"].partition("/")[0].removeprefix("block_")
+    return (int(block) if block.isdecimal() else 2**16, site["norm"])
 
 
 def _kept_sites(model: ModelConfig) -> list[dict[str, Any]]:
     """Those that no reader on the stream takes up."""
     kept: list[tuple[str, str, str]] = []
-    if model.tie_embeddings and model.final_norm:
-        affine = "its γ and β stay: the tied table, which the embedding reads too, cannot take them up"
-        kept.append(("head_norm", "token_embedding", affine if model.final_norm_affine else "it has no γ or β"))
+    if model.tie_embeddings and model.final_norm_affine:
+        kept.append(("head_norm", "token_embedding", "its γ and β stay: the tied table cannot take them up"))
     if model.embed_norm:
         kept.append(("embedding_norm", "the stream", "it stays a LayerNorm, and its output is centred at run time"))
     if model.qk_norm:
@@ -179,7 +187,7 @@ def plain_text(report: Report) -> str:
         )
     rows = [["as", "parameters", "change", "of them new"]]
     for name, number in parameters.items():
-        change = "" if name == norm else f"{number - parameters[norm]:+,}"
+        change = f"{number - parameters[norm]:+,}" if number != parameters[norm] else ""
         rows.append([name, f"{number:,}", change, _new_leaves(report["added"][name])])
     return "\n".join([*lines, "", table.to_text(rows), *([""] if report["notes"] else []), *report["notes"]])
 

@@ -18,6 +18,7 @@ from prenorm_jax.equivalence.fit import fit_params
 from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.equivalence.rules import center_heads
 from prenorm_jax.interop.probe_inputs import Probe
+from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import center, coordinates
 from prenorm_jax.models.norms import Norm
@@ -133,11 +134,17 @@ def converted(source: Form, like: ModelConfig) -> Form:
     Raises PrenormError for a network of another function.
     """
     config = dataclasses.replace(like, dtype=source.config.dtype, param_dtype=source.config.param_dtype)
-    if like.norm == "rmsnorm" and like.norm_affine:
-        kept = convert_config(source.config, "rmsnorm", keep_affine=True)
-        params = convert_params(source.params, source.config, "rmsnorm", keep_affine=True)
-        return form_of(config, fit_params(params, kept, config))
+    kept = like.norm == "rmsnorm" and like.norm_affine
+    if kept or (like.norm == "layernorm" and param_shapes(config) != param_shapes(source.config)):
+        source = _by_way_of(source, "rmsnorm", keep_affine=kept)
+    if like.norm == "layernorm" != source.config.norm:  # what was converted there and back
+        source = _by_way_of(source, "layernorm")
     return form_of(config, fit_params(source.params, source.config, config))
+
+
+def _by_way_of(form: Form, norm: str, keep_affine: bool = False) -> Form:
+    params = convert_params(form.params, form.config, norm, keep_affine)
+    return form_of(convert_config(form.config, norm, keep_affine), params)
 
 
 def swapped(source: Form) -> Form:
