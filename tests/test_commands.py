@@ -249,13 +249,25 @@ def test_help_has_a_line_for_every_key_with_its_value_and_what_it_means(name, fl
     assert "configs/gpt_stdlib.py" in printed and "--config FILE" in printed
 
 
-@pytest.mark.parametrize("name", ["evaluate", "generate", "convert", "compare", "benchmark", "numerics", "demo"])
+# A command's needed arguments, and a flag of it that is nearly given.
+HELPED = {
+    "evaluate": (["--workdir=x"], "--norm"),
+    "generate": (["x"], "--prompt"),
+    "convert": (["x", "y", "--to=z"], "--step"),
+    "compare": (["x"], "--title"),
+    "certify": (["x", "y"], "--length"),
+    "explain": (["x"], "--json"),
+    "benchmark": ([], "--quick"),
+    "numerics": ([], "--dtypes"),
+    "demo": ([], "--quick"),
+}
+
+
+@pytest.mark.parametrize("name", HELPED)
 def test_help_of_the_other_commands_needs_nothing_and_misspelt_flags_are_named(name):
     assert f"python -m prenorm_jax.{name}" in here(f"prenorm_jax.{name}", "--help").stdout
-    needed = {"evaluate": ["--workdir=x"], "generate": ["x"], "convert": ["x", "y", "--to=z"], "compare": ["x"]}
-    flags = {"evaluate": "--norm", "generate": "--prompt", "convert": "--step", "compare": "--title"}
-    flag = (flags | {"numerics": "--dtypes"}).get(name, "--quick")
-    message = error_of(f"prenorm_jax.{name}", *needed.get(name, []), f"{flag}s=3")
+    needed, flag = HELPED[name]
+    message = error_of(f"prenorm_jax.{name}", *needed, f"{flag}s=3")
     if name not in ("evaluate", "generate"):  # which first look into the run
         assert f"no such flag: {flag}s; did you mean {flag}?" in message
 

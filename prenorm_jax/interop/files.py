@@ -32,6 +32,7 @@ class Source:
       config: its config.json; of an .npz what takes its place.
       headers: its files of weights, by name, each with what is in it; PyTorch's have the name that safetensors' have.
       tensors: those of all its files, mapped.
+      files: those files, as they are called.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source:
     config: dict[str, Any]
     headers: dict[str, Header]
     tensors: dict[str, np.ndarray]
+    files: tuple[Path, ...] = ()
 
     def small_files(self) -> Iterator[Path]:
         """Its config, index, tokenizer, licence and model card: all that an export takes along.
@@ -78,14 +80,36 @@ def open_source(name: str | Path) -> Source:
 
     Raises PrenormError if there is none, or if it is not whole.
     """
+    folder, file, config = open_config(name)
+    if file is not None and file.endswith(".npz"):
+        header, arrays = npz.map_file(folder / file)
+        return Source(str(name), folder, config, {file: header}, arrays, (folder / file,))
+    headers: dict[str, Header] = {}
+    tensors: dict[str, np.ndarray] = {}
+    files = _files(folder, file)
+    for path in files:
+        header, mapped = map_file(path) if path.suffix == ".safetensors" else _map_torch(path)
+        if twice := sorted(tensors.keys() & mapped.keys()):
+            raise PrenormError(f"{folder} holds {twice[0]} twice, the second time in {path.name}: remove one file")
+        headers[f"{path.stem.replace('pytorch_model', 'model')}.safetensors"] = header
+        tensors |= mapped
+    return Source(str(name), folder, config, headers, tensors, tuple(files))
+
+
+def open_config(name: str | Path, weights: bool = True) -> tuple[Path, str | None, dict[str, Any]]:
+    """The folder, the file in it that is named, if one is, and config.json. Raises PrenormError if there is none.
+
+    `weights`: whether, of a name on the hub, its files of weights are wanted too.
+    """
     place = Path(name)
     if not place.exists():
-        place = _from_hub(str(name))
+        place = _from_hub(str(name), weights)
     folder, file = (place, None) if place.is_dir() else (place.parent, place.name)
     if file is None and not (folder / "config.json").is_file() and len(arrays := [*folder.glob("*.npz")]) == 1:
         file = arrays[0].name
     if file is not None and file.endswith(".npz"):
-        return _open_npz(str(name), folder / file)
+        beside = (folder / file).with_suffix(".json")  # which may say what the arrays do not
+        return folder, file, {"model_type": vit_npz.FAMILY.model_type} | (read_json(beside) if beside.is_file() else {})
     if not (folder / "config.json").is_file():
         raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
     config = read_json(folder / "config.json")
@@ -94,23 +118,7 @@ def open_source(name: str | Path) -> Source:
             f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "
             "no model_type): name a folder that is one"
         )
-    headers: dict[str, Header] = {}
-    tensors: dict[str, np.ndarray] = {}
-    for path in _files(folder, file):
-        header, mapped = map_file(path) if path.suffix == ".safetensors" else _map_torch(path)
-        if twice := sorted(tensors.keys() & mapped.keys()):
-            raise PrenormError(f"{folder} holds {twice[0]} twice, the second time in {path.name}: remove one file")
-        headers[f"{path.stem.replace('pytorch_model', 'model')}.safetensors"] = header
-        tensors |= mapped
-    return Source(str(name), folder, config, headers, tensors)
-
-
-def _open_npz(name: str, path: Path) -> Source:
-    """The checkpoint in an .npz, whose arrays, and what a .json of its name says, are its description."""
-    header, tensors = npz.map_file(path)
-    beside = path.with_suffix(".json")
-    config = read_json(beside) if beside.is_file() else {}
-    return Source(name, path.parent, {"model_type": vit_npz.FAMILY.model_type} | config, {path.name: header}, tensors)
+    return folder, file, config
 
 
 def _files(folder: Path, file: str | None) -> list[Path]:
@@ -174,7 +182,7 @@ def _map_torch(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
     return Header(entries, {"format": "pt"}), tensors
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool = True) -> Path:
     """The folder of the cache with the files of a model on the hub. Raises PrenormError."""
     is_local = name.count("/") != 1 or Path(name).parent.is_dir()  # its owner's name is a folder here
     if name[:1] in (".", "/", "~") or (is_local and "/" in name) or name.endswith((".safetensors", ".bin")):
@@ -185,9 +193,9 @@ def _from_hub(name: str) -> Path:
         raise PrenormError(f"{name} does not exist, and names on the hub need pip install huggingface_hub") from error
     small = [f"*{suffix}" for suffix in _SMALL] + [f"{stem}*" for stem in _ALSO]
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            folder = Path(snapshot_download(name, allow_patterns=[*small, weights], ignore_patterns=["*/*"]))
-            if list(folder.glob(weights)):
+        for pattern in ("*.safetensors", "*.bin") if weights else ("config.json",):
+            folder = Path(snapshot_download(name, allow_patterns=[*small, pattern], ignore_patterns=["*/*"]))
+            if list(folder.glob(pattern)):
                 break
     except Exception as error:  # of the network, of the hub's, or a name that is none
         raise PrenormError(

@@ -30,9 +30,15 @@ class ForeignLeaves:
     """
 
     def __init__(
-        self, family: Family, config: Mapping[str, Any], model: ModelConfig, tensors: Mapping[str, np.ndarray]
+        self,
+        family: Family,
+        config: Mapping[str, Any],
+        model: ModelConfig,
+        tensors: Mapping[str, np.ndarray],
+        unread: bool = False,
     ):
-        """`config`: config.json's, which describes the tensors, as `model` does.
+        """`config`: config.json's, which describes the tensors, as `model` does. `unread`: a tied head that is there
+        once more is not compared with its table, for which both are read.
 
         Raises PrenormError, listing all that is missing, too much, of another shape, no floating-point numbers or there
         twice.
@@ -63,7 +69,8 @@ class ForeignLeaves:
         }
         for place in copies:  # of the table, whose layout its own line says
             copy = View(tensors[names[place.tensor]], place._replace(layout=wanted[_TABLE].layout), sizes)
-            self._check_equal(names[place.tensor], copy)
+            if not unread:
+                self._check_equal(names[place.tensor], copy)
             self.views[_TABLE].append(copy)
         if wrong := [path for path, views in self.views.items() if views[0].shape != self._shapes[path].shape]:
             raise ValueError(f"the table of {family.model_type} gives {'/'.join(wrong[0])} another shape than it has")

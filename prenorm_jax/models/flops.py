@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products of a model."""
+"""FLOPs of a model: of its matrix products, and of its norms."""
 
 from prenorm_jax.models.config import ModelConfig
 
@@ -17,3 +17,19 @@ def model_flops(config: ModelConfig, batch: int, length: int, training: bool, lo
     attention = 4 * heads * (tokens**2 * (0.5 if config.causal else 1) - before_window**2 / 2)
     example = config.depth * (2 * tokens * kernels + attention) + config.flops_outside_blocks(length, logits)
     return batch * example * (3 if training else 1)
+
+
+def norm_operations(config: ModelConfig) -> int:
+    """Operations of the norms on the stream for one token: additions, multiplications, each of the stream's numbers.
+
+    Of each number: 2 for its square and the sum of these, 1 to be scaled; 1 more for the sum of all where an entry was
+    dropped, 2 for a mean and its removal, 1 for each of γ and β where they are. Every norm counts, however fused.
+    """
+    a_number = {"layernorm": 5, "rmsnorm": 3, "crmsnorm": 4 if config.coordinates == "drop" else 3}[config.norm]
+    affine = 1 + config.norm_bias
+
+    def operations(norms: int, has_affine: bool) -> int:
+        return norms * config.stream_width * (a_number + affine * has_affine)
+
+    in_blocks = config.depth * (1 if config.parallel and config.shared_norm else 2)
+    return operations(in_blocks, config.norm_affine) + operations(config.final_norm, bool(config.final_norm_affine))
