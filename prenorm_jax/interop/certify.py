@@ -44,6 +44,7 @@ from prenorm_jax.interop.probe_inputs import Probe, compared_positions, probes_o
 from prenorm_jax.interop.probes import shifted
 from prenorm_jax.interop.reference import Reference, by_library, why_not
 from prenorm_jax.models.abstract import param_shapes
+from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops, norm_operations
 from prenorm_jax.report.runs_words import two_digits
 from prenorm_jax.train.checkpoint import Checkpoints
@@ -123,7 +124,7 @@ def _certify(workdir: Path, name: str | Path, step: int | None, length: int | No
         "workdir": str(workdir),
         "source": str(name),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "output": "logits",
+        "output": _named_output(plain.config),
         **measured,
         "reference": {
             "by": expected.by,
@@ -170,6 +171,11 @@ def _of_library(name: str | Path) -> Side:
 def _sha256_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _named_output(model: ModelConfig) -> str:
+    has_head = model.tie_embeddings or ("head", "kernel") in param_shapes(model)
+    return "logits" if has_head else "features"
 
 
 def _reference(

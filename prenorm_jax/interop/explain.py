@@ -116,10 +116,18 @@ def norm_sites(model: ModelConfig) -> list[dict[str, Any]]:
         if path in has_affine:
             becomes, why = "folded", f"{scale} {', '.join(site['feeds'])}"
         sites.append({"norm": "/".join(path), **site, "becomes": becomes, "why": why})
-    if model.tie_embeddings and model.final_norm and not model.final_norm_affine:
-        site = {"norm": "head_norm", "epsilon": model.epsilon, "feeds": ["token_embedding"]}
+    output = _unfolded_output(model)
+    if output and model.final_norm and not model.final_norm_affine:
+        site = {"norm": "head_norm", "epsilon": model.epsilon, "feeds": [output]}
         sites.append(site | {"becomes": "plain", "why": "it has no γ or β: nothing to fold"})
     return sorted(sites, key=_place) + _kept_sites(model)
+
+
+def _unfolded_output(model: ModelConfig) -> str:
+    """What the final norm feeds, where that is no linear map of its own; "" where it is."""
+    if model.tie_embeddings:
+        return "token_embedding"
+    return "" if ("head", "kernel") in param_shapes(model) else "the output"
 
 
 def _place(site: Report) -> tuple[int, str]:
@@ -131,8 +139,10 @@ def _place(site: Report) -> tuple[int, str]:
 def _kept_sites(model: ModelConfig) -> list[dict[str, Any]]:
     """Those that no reader on the stream takes up."""
     kept: list[tuple[str, str, str]] = []
-    if model.tie_embeddings and model.final_norm_affine:
-        kept.append(("head_norm", "token_embedding", "its γ and β stay: the tied table cannot take them up"))
+    output = _unfolded_output(model)
+    if output and model.final_norm and model.final_norm_affine:
+        why = "the tied table cannot take them up" if model.tie_embeddings else "nothing that has weights reads it"
+        kept.append(("head_norm", output, f"its γ and β stay: {why}"))
     if model.embed_norm:
         kept.append(("embedding_norm", "the stream", "it stays a LayerNorm, and its output is centred at run time"))
     if model.qk_norm:
