@@ -80,6 +80,7 @@ def import_checkpoint(
             with Checkpoints(folder, read_only=True) as new:
                 compare(model, lambda: ((model, _params(found)), new.params(0)))
     _say_what_is_left(found, target, keep_dropout, config)
+    print(f"proof: python -m prenorm_jax.certify {shlex.quote(str(target))} {shlex.quote(str(name))}")
 
 
 def run_config(model: ModelConfig, target: Path, texts: SourceTexts | None) -> ConfigDict:
