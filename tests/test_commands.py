@@ -198,7 +198,7 @@ def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path, arguments, 
 def test_train_refuses_what_is_not_there(tmp_path):
     assert "no such file" in error_of("train.py", "--config=configs/nothing.py", f"--workdir={tmp_path / 'run'}")
     message = error_of("train.py", f"--workdir={tmp_path / 'run'}")
-    assert "a new one needs --config=FILE: configs/gpt2_fineweb.py, " in message
+    assert "a new one needs --config=FILE: configs/finetune.py, configs/gpt2_fineweb.py, " in message
     assert "--workdir is missing" in error_of("train.py", "--config=configs/gpt_stdlib.py")
     (tmp_path / "empty").mkdir()
     assert "holds no run" in error_of("train.py", f"--workdir={tmp_path / 'empty'}")

@@ -38,7 +38,7 @@ from prenorm_jax.data import windows as batches
 from prenorm_jax.data.text import TextData, load_text
 from prenorm_jax.data.tokenizer import load_tokenizer
 from prenorm_jax.data.windows import eval_batches, train_batch
-from prenorm_jax.models.continuation import write_texts
+from prenorm_jax.models.continuation import of_documents, write_texts
 from prenorm_jax.models.sampling import Sampling
 
 settings.register_profile("no_deadline", deadline=None)  # machines that run tests are busy
@@ -842,7 +842,7 @@ def test_tokenizers_without_their_unknown_token(tmp_path):
         message = f"data.tokenizer={name!r} cannot encode a text: "
         assert message in refusal(path=path + "/data", tokenizer=name)
         with pytest.raises(PrenormError, match=re.escape(message)):
-            write_texts(None, None, load_tokenizer(name), ["b"], 1, Sampling(), 0)
+            write_texts(None, None, of_documents(load_tokenizer(name)), ["b"], 1, Sampling(), 0)
     broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     (tmp_path / "t.json").write_text(json.dumps({"version": "1.0", "normalizer": broken, "model": model}))
     assert f"data.tokenizer={name!r} cannot be loaded: " in refusal(tokenizer=name)

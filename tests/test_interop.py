@@ -332,12 +332,22 @@ WRONG = {
     "opt-350m's projection": (described(OPT | {"word_embed_proj_dim": 6}), "word_embed_proj_dim=6"),
     "opt without final norm": (described(OPT | {"_remove_final_layer_norm": True}), "_remove_final_layer_norm=True"),
     "cross-attention": (described(GPT2 | {"add_cross_attention": True}), "add_cross_attention=True"),
-    "activation": (described(GPT2 | {"activation_function": "gelu_fast"}), "activation_function='gelu_fast' changes"),
+    "activation": (described(GPT2 | {"activation_function": "gelu_10"}), "activation_function='gelu_10' changes"),
     "scores": (described(GPT2 | {"scale_attn_by_inverse_layer_idx": True}), "scale_attn_by_inverse_layer_idx=True"),
     "rotary": (
         described({"model_type": "gpt_neox", "rope_scaling": {"type": "linear", "factor": 2.0}}),
         "rope_type='linear' changes",
     ),
+    "rotary of others": (
+        described({"model_type": "gpt_neox", "rope_theta": 100.0}),
+        "rope_theta=100.0 is not how this family says it .10000 is read.",
+    ),
+    "two spellings": (
+        described(GPT2 | {"num_attention_heads": 2}),
+        "n_head=3 and num_attention_heads=2 mean one thing: remove one",
+    ),
+    "not causal": (described(GPT2 | {"is_causal": False}), "is_causal=False changes the function"),
+    "other weights": (described(GPT2 | {"transformers_weights": "b.safetensors"}), "transformers_weights='b.safetens"),
     "alibi": (described({"model_type": "falcon", "alibi": True}), "alibi=True changes the function"),
     "type": (described(GPT2 | {"n_embd": "12"}), "n_embd='12' must be of type int"),
     "heads": (described(GPT2 | {"n_head": 5}), "model.heads=5 does not divide"),
@@ -404,3 +414,23 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["source_mb"] > 360
     assert result["peak_mb"] - result["before_mb"] < 250, result
+
+
+def test_numbers_that_the_asked_dtype_cannot_hold_are_refused_and_nothing_is_written(tmp_path):
+    tensors = random_tensors(gpt2_shapes())
+    tensors["transformer.wte.weight"][0, 0] = 1e6
+    write(tmp_path / "source", tensors, GPT2)
+    with pytest.raises(
+        PrenormError, match="token_embedding has numbers that float16 cannot hold"
+    ):
+        import_checkpoint(tmp_path / "source", tmp_path / "new", "rmsnorm", dtype="float16")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_lies_beside_a_model_by_chance_does_not_go_along(tmp_path):
+    source = write(tmp_path / "source", random_tensors(gpt2_shapes()), GPT2).parent
+    for name in ("passwords.txt", "notes.json", "README.md", "LICENSE", "tokenizer_config.json"):
+        (source / name).write_text("{}")
+    import_checkpoint(source, tmp_path / "new", "layernorm")
+    taken = {path.name for path in (tmp_path / "new" / "source").iterdir()}
+    assert {"README.md", "LICENSE", "tokenizer_config.json"} <= taken and not {"passwords.txt", "notes.json"} & taken

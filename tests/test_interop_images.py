@@ -143,7 +143,7 @@ TIMMS |= {"blocks.0.mlp.fc1.weight": (20, 12), "reg_token": (1, 2, 12), "attn_po
 NAMED = {"architecture": "vit_base_patch16_siglip_224", "pretrained_cfg": {"input_size": [3, 6, 6]}}
 REFUSED = {
     "rectangle": (VIT | {"image_size": [6, 8]}, {}, r"image_size=\[6, 8\] is no square"),
-    "activation": (VIT | {"hidden_act": "gelu_fast"}, {}, "hidden_act='gelu_fast' changes"),
+    "activation": (VIT | {"hidden_act": "gelu_10"}, {}, "hidden_act='gelu_10' changes"),
     "clip's classifier": (
         {"model_type": "clip_vision_model"},
         {"classifier.weight": (5, 768)},

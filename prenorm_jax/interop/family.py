@@ -9,12 +9,13 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.registry import model_config
 
-# Foreign names of activations. "gelu_fast" and others, which are nearly one of these, are refused.
+# Foreign names of activations.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",  # its constant has fewer digits: 1e-12
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",
@@ -41,10 +42,14 @@ class Given:
     def __call__(self, *keys: str, default: Any) -> Any:
         """The value of the first of these keys, which versions call differently; the family's default where none is.
 
-        Raises PrenormError for one of another type than the default has.
+        Raises PrenormError for one of another type than the default has, and for two that are not the same.
         """
-        key = next((key for key in keys if self.values.get(key) is not None), None)
-        value = default if key is None else self.values[key]
+        there = {key: self.values[key] for key in keys if self.values.get(key) is not None}
+        key, value = next(iter(there.items()), (None, default))
+        if other := next((other for other in there if there[other] != value), None):
+            raise PrenormError(f"config.json: {key}={value!r} and {other}={there[other]!r} mean one thing: remove one")
+        if type(default) is int and type(value) is float and value.is_integer():
+            value = int(value)
         wanted = (int, float) if type(default) is float else type(default)
         if default is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
             raise PrenormError(f"config.json: {key}={value!r} must be of type {type(default).__name__}")
@@ -52,6 +57,8 @@ class Given:
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """A tensor's shape. Raises PrenormError if it is not there."""
+        if not self.shapes:
+            raise PrenormError("config.json does not say what the network is, its tensors do: give the weights, too")
         if tensor not in self.shapes:
             raise PrenormError(
                 f"the file has no tensor {tensor}, which says what the network is: it is of another kind"
@@ -81,13 +88,31 @@ class Given:
         self.only(key, default, *ACTIVATIONS, why="of activations these are known")
         return ACTIVATIONS[self(key, default=default)]
 
-    def rotary(self, width: int, heads: int, share: float = 1.0) -> dict[str, Any]:
-        """The keys of our rotary positions, in the old spelling or the new; `share`, of a head, where none is given."""
-        rope = {**(self("rope_parameters", default={})), **(self("rope_scaling", default={}))}
+    def rotary(
+        self, width: int, heads: int, share: float = 1.0, base_key: str = "rope_theta", share_key: str = ""
+    ) -> dict[str, Any]:
+        """The keys of our rotary positions, in the family's old spelling or the new.
+
+        `share`, of a head, where none is given. Raises PrenormError for a spelling of other families, which this one's
+        library does not read, if it says anything else.
+        """
+        rope = self("rope_scaling", default=None) or self("rope_parameters", default={})
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise PrenormError(f"config.json: rope_type={kind!r} changes the function and is not supported: default is")
-        base = rope.get("rope_theta") or self("rope_theta", "rotary_emb_base", default=10000.0)
-        share = rope.get("partial_rotary_factor") or self("partial_rotary_factor", "rotary_pct", default=share)
+        base = rope.get("rope_theta") or self(base_key, default=10000.0)
+        if not share_key and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise PrenormError(
+                "config.json: partial_rotary_factor changes the function, and this family has none: remove it"
+            )
+        if share_key:
+            share = rope.get("partial_rotary_factor") or self(share_key, default=share)
+        read = {"rope_theta": base, "rotary_emb_base": base, "partial_rotary_factor": share, "rotary_pct": share}
+        for key, value in read.items():
+            if self.values.get(key) not in (None, value) and key not in (base_key, share_key):
+                raise PrenormError(
+                    f"config.json: {key}={self.values[key]!r} is not how this family says it ({value:g} is read): "
+                    "remove it, or correct the family's own key"
+                )
         head_dim = width // max(heads, 1)
         turned = int(head_dim * share)
         return {
@@ -128,7 +153,10 @@ class Family:
 
         Raises PrenormError.
         """
-        values = {"family": "gpt"} | self.config(self._given(config, shapes)) | changes
+        given = self._given(config, shapes)
+        values = {"family": "gpt"} | self.config(given) | changes
+        if values["family"] == "gpt":
+            given.only("is_causal", True)
         return model_config({key: value for key, value in values.items() if value is not None})
 
     def name(self, tensor: str) -> str:

@@ -1,6 +1,7 @@
 """Where a foreign checkpoint lies: a folder, one of its files or a name on the hub; what is in it, mapped, not read."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,14 @@ from prenorm_jax.interop.families import model_type, vit_npz
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, map_file
 
 # Of a folder, the first of these that is there.
-_WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SMALL = (".json", ".txt", ".md", ".model", ".jinja", ".tiktoken")  # what goes along: config, tokenizer, model card
+# Of those, what belongs to a model, and not to whatever else lies in its folder.
+_OF_A_MODEL = re.compile(
+    r"((generation|preprocessor|processor|image_processor|tokenizer)_)?config|.*tokenizer.*|vocab|merges|spiece|"
+    r"special_tokens_map|added_tokens|chat_template|README|MODEL_CARD|.+\.index",
+    re.IGNORECASE,
+)
 _ALSO = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _LARGEST_SMALL = 2**26  # bytes
 _TORCH = {f"torch.{dtype.name}": dtype for dtype in NAMES}
@@ -49,7 +56,7 @@ class Source:
         """
         alone = next((Path(file).stem for file in self.headers if file.endswith(".npz")), None)
         for path in sorted(self.folder.iterdir()):
-            known = path.suffix in _SMALL and alone in (None, path.stem)
+            known = path.suffix in _SMALL and (path.stem == alone if alone else bool(_OF_A_MODEL.fullmatch(path.stem)))
             known = known or path.stem.upper() in _ALSO
             if known and path.is_file() and path.stat().st_size <= _LARGEST_SMALL:
                 yield path
@@ -109,7 +116,8 @@ def open_config(name: str | Path, weights: bool = True) -> tuple[Path, str | Non
         file = arrays[0].name
     if file is not None and file.endswith(".npz"):
         beside = (folder / file).with_suffix(".json")  # which may say what the arrays do not
-        return folder, file, {"model_type": vit_npz.FAMILY.model_type} | (read_json(beside) if beside.is_file() else {})
+        said = read_json(beside) if beside.is_file() else {}
+        return folder, file, said | {"model_type": vit_npz.FAMILY.model_type}
     if not (folder / "config.json").is_file():
         raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
     config = read_json(folder / "config.json")
@@ -118,6 +126,8 @@ def open_config(name: str | Path, weights: bool = True) -> tuple[Path, str | Non
             f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "
             "no model_type): name a folder that is one"
         )
+    if other := config.get("transformers_weights"):
+        raise PrenormError(f"{folder}/config.json: transformers_weights={other!r}: name that file, and remove this key")
     return folder, file, config
 
 
@@ -155,6 +165,11 @@ def _map_torch(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
             f"{path} is of PyTorch's own format, which PyTorch alone reads: install it (pip install torch), or save "
             "the model as safetensors"
         ) from error
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < (2, 6):  # CVE-2025-32434
+        raise PrenormError(
+            f"{path}: PyTorch {torch.__version__} may run code that is in such a file: upgrade it to 2.6 or newer, or "
+            "save the model as safetensors"
+        )
     options = {"map_location": "cpu", "weights_only": True}
     try:
         try:

@@ -80,7 +80,7 @@ class ForeignLeaves:
         leaf = self._shapes[path]
         if path not in self.views or path in self._added:
             return np.zeros(leaf.shape, leaf.dtype)[part]
-        return self.views[path][0].read(part).astype(leaf.dtype, copy=False)
+        return _in_dtype(path, self.views[path][0].read(part), leaf.dtype)
 
     def write(self, path: Path, part: Part, array: np.ndarray) -> None:
         """Assigns to part of a leaf; to each copy of it. Leaves that are added up are so in a tensor of zeros.
@@ -92,7 +92,8 @@ class ForeignLeaves:
                 raise PrenormError(f"{'/'.join(path)} is not zero, and the format has no tensor for it")
             return
         for view in self.views[path]:
-            view.write(part, view.read(part) + array if path in self._summed else array)
+            values = view.read(part) + array if path in self._summed else array
+            view.write(part, _in_dtype(path, values, view.dtype))
 
     def _check_equal(self, name: str, copy: View) -> None:
         """Raises PrenormError unless a tied head is its table, bit for bit."""
@@ -104,6 +105,15 @@ class ForeignLeaves:
                     f"{name} is not the token embedding, which config.json says it is (tie_word_embeddings): set that "
                     "to false there to take the head as it is, or remove it"
                 )
+
+
+def _in_dtype(path: Path, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The numbers in this dtype. Raises PrenormError for finite ones that it cannot hold."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if cast.dtype.itemsize < array.dtype.itemsize and not np.array_equal(np.isfinite(cast), np.isfinite(array)):
+        raise PrenormError(f"{'/'.join(path)} has numbers that {dtype.name} cannot hold: give another --dtype")
+    return cast
 
 
 def _our_names(family: Family, tensors: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:

@@ -3,8 +3,10 @@
 Arrays that the zip does not compress are mapped, not read.
 """
 
+import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +29,16 @@ def map_file(path: Path) -> tuple[Header, dict[str, np.ndarray]]:
             if len(members) < len(archive.infolist()) or set(members) & set(archive.namelist()):
                 raise ValueError("a name is there twice, or is none of an array")
             tensors = {name: _array(archive, info, content) for name, info in members.items()}
-    except (OSError, EOFError, ValueError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        struct.error,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise PrenormError(
             f"{path} is damaged, or no .npz of arrays ({first_line(error)}): copy or download it again"
         ) from error
@@ -50,6 +61,8 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, content: np.ndarray)
             member.seek(0)
             array = np.lib.format.read_array(member, allow_pickle=False)
             return array.view(ml_dtypes.bfloat16) if dtype == _BFLOAT16 else array
+    if begin + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise ValueError(f"{info.filename} has another size than its shape and dtype say")
     signature, name, extra = _LOCAL.unpack_from(content, info.header_offset)
     if signature != b"PK\x03\x04":
         raise ValueError(f"{info.filename} is not where the file says")

@@ -50,16 +50,24 @@ def preprocessing(source: Source, size: int) -> Preprocessing | None:
     config, labels = source.config, _labels(source.config)
     try:
         if "pretrained_cfg" in config:
-            return _timm(config["pretrained_cfg"], size, labels)
+            return _at_least(size, _timm(config["pretrained_cfg"], size, labels))
         for name in _FILES:
             if (file := source.folder / name) in source.small_files():
                 given = read_json(file)
-                return _transformers(given.get("image_processor", given), size, labels)
+                return _at_least(size, _transformers(given.get("image_processor", given), size, labels))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PrenormError(
             f"{source.name}: what it says of preparing images is not understood ({error!r}): mend or remove that"
         ) from error
     return None
+
+
+def _at_least(size: int, found: Preprocessing) -> Preprocessing:
+    """The same for a model whose position table is of this size, where the source's library interpolates it."""
+    if found.edge >= size:
+        return found
+    other = f"images have {found.edge} pixels, for which the source interpolates its positions, here {size}"
+    return found._replace(edge=size, others=[*found.others, other])
 
 
 def _labels(config: Mapping[str, Any]) -> int:

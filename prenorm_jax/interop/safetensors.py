@@ -120,6 +120,8 @@ def _header(path: Path, text: bytes, size: int) -> Header:
             name: (str(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in described.items()
         }
+        if not isinstance(metadata, dict) or any(len(entry) != 4 for entry in found.values()):
+            raise ValueError("its metadata is no object, or a tensor's place is not two numbers")
         wrong = [name for name, entry in found.items() if not all(type(n) is int and n >= 0 for n in _numbers(entry))]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(f"its header is none of safetensors ({' '.join(str(error).split())})") from error

@@ -142,6 +142,11 @@ class View:
         """The leaf's."""
         return tuple(math.prod(sizes) for sizes in self._sizes())
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The tensor's."""
+        return self._array.dtype
+
     def read(self, part: Part = ()) -> np.ndarray:
         """Part of the leaf (of (), all of it), in the tensor's dtype."""
         index, shape, inside = self._cover(part)

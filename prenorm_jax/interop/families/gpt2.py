@@ -11,10 +11,10 @@ def _config(given: Given) -> dict[str, Any]:
     given.only("scale_attn_by_inverse_layer_idx", False)
     return {
         "vocab_size": given("vocab_size", default=50257),
-        "max_len": given("n_positions", "n_ctx", default=1024),
-        "d_model": given("n_embd", default=768),
-        "depth": given("n_layer", default=12),
-        "heads": given("n_head", default=12),
+        "max_len": given("n_positions", "max_position_embeddings", "n_ctx", default=1024),
+        "d_model": given("n_embd", "hidden_size", default=768),
+        "depth": given("n_layer", "num_hidden_layers", default=12),
+        "heads": given("n_head", "num_attention_heads", default=12),
         "mlp_dim": given("n_inner", default=None),
         "activation": given.activation("activation_function", default="gelu_new"),
         "epsilon": given("layer_norm_epsilon", default=1e-5),

@@ -8,12 +8,12 @@ from prenorm_jax.interop.family import Family, Given
 def _config(given: Given) -> dict[str, Any]:
     given.only("add_cross_attention", False)
     given.only("scale_attn_weights", True)
-    heads = given("n_head", default=12)
+    heads = given("n_head", "num_attention_heads", default=12)
     return {
         "vocab_size": given("vocab_size", default=50257),
-        "max_len": given("n_positions", default=1024),
-        "d_model": given("n_embd", default=768),
-        "depth": given("n_layer", default=12),
+        "max_len": given("n_positions", "max_position_embeddings", default=1024),
+        "d_model": given("n_embd", "hidden_size", default=768),
+        "depth": given("n_layer", "num_hidden_layers", default=12),
         "heads": heads,
         "kv_heads": 1 if given("multi_query", default=True) else heads,
         "mlp_dim": given("n_inner", default=None),

@@ -8,7 +8,7 @@ from prenorm_jax.interop.family import Family, Given
 def _config(given: Given) -> dict[str, Any]:
     width, heads = given("hidden_size", default=6144), given("num_attention_heads", default=64)
     dropout = given("hidden_dropout", default=0.0)
-    return given.rotary(width, heads, share=0.25) | {
+    return given.rotary(width, heads, 0.25, "rotary_emb_base", "rotary_pct") | {
         "vocab_size": given("vocab_size", default=50432),
         "max_len": given("max_position_embeddings", default=2048),
         "d_model": width,

@@ -90,7 +90,11 @@ def _activation(name: str) -> str:
 
 def _pooling(given: Given, name: str) -> str:
     usual = "map" if "attn_pool.latent" in given.shapes else "avg" if "_gap" in name else "token"
-    pool = given.values.get("global_pool", usual)
+    places = (given.values, given.values.get("model_args") or {}, given.values.get("pretrained_cfg") or {})
+    said = [place["global_pool"] for place in places if place.get("global_pool") is not None]
+    pool = said[0] if said else usual
+    if set(said[:2]) - {pool} and "global_pool" in places[1]:
+        raise PrenormError(f"config.json: global_pool is {' and '.join(map(repr, said))}: leave one")
     if pool not in _POOLING:
         raise PrenormError(f"config.json: global_pool={pool!r} changes the function and is not supported")
     return _POOLING[pool]
