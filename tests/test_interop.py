@@ -420,9 +420,7 @@ def test_numbers_that_the_asked_dtype_cannot_hold_are_refused_and_nothing_is_wri
     tensors = random_tensors(gpt2_shapes())
     tensors["transformer.wte.weight"][0, 0] = 1e6
     write(tmp_path / "source", tensors, GPT2)
-    with pytest.raises(
-        PrenormError, match="token_embedding has numbers that float16 cannot hold"
-    ):
+    with pytest.raises(PrenormError, match="token_embedding has numbers that float16 cannot hold"):
         import_checkpoint(tmp_path / "source", tmp_path / "new", "rmsnorm", dtype="float16")
     assert not (tmp_path / "new").exists()
 
