@@ -252,7 +252,7 @@ def test_the_command_measures_a_run_and_writes_a_page(saved, tmp_path):
 @pytest.mark.slow
 def test_outliers_are_said_to_be_worse_with_the_last_dropped_than_as_chosen():
     config = tiny(d_model=64, depth=2, tie_embeddings=False, layer_scale=None, norm_bias=False)
-    params = with_outliers(config, 0)
+    params = with_outliers(config, 0, 1.0)
     for name in ("token_embedding", "position_embedding"):  # far off zero, which costs layernorm more than that
         params[name] = center(params[name])
     found = numerics.measure(params, config, examples_of(config), ["float32"])

@@ -40,11 +40,10 @@ def foreign(source: Source, dtype: str | None = None, keep_dropout: bool = False
     """The source as a model of ours. Nothing of its tensors is read. Arguments as of `load`. Raises PrenormError."""
     family, wanted = family_of(source.config), dtype_of(source, dtype)
     dtypes = {"dtype": wanted, "param_dtype": wanted}
-    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-    model = family.model(source.config, shapes, **dtypes)
+    model = family.model(source.config, source.shapes, **dtypes)
     dropout = {rate: value for rate in model.rates if (value := getattr(model, rate))}
     if not keep_dropout:
-        model = family.model(source.config, shapes, **dtypes, **dict.fromkeys(model.rates, 0.0))
+        model = family.model(source.config, source.shapes, **dtypes, **dict.fromkeys(model.rates, 0.0))
     leaves = ForeignLeaves(family, source.config, model, source.tensors)
     return ForeignCheckpoint(source, family, model, leaves, dtype_of(source, "keep"), dropout)
 

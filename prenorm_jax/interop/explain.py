@@ -87,6 +87,8 @@ def _of_library(name: str | Path, notes: list[str]) -> tuple[ModelConfig, str, d
     shapes = {tensor: array.shape for tensor, array in (tensors or {}).items()}
     given = family.model(config, shapes)
     model = family.model(config, shapes, **dict.fromkeys(given.rates, 0.0))
+    if unread := family.unread(config, shapes):
+        notes.append(f"not looked at in config.json, which should say nothing of the function: {', '.join(unread)}")
     if tensors is not None:
         leaves = ForeignLeaves(family, config, model, tensors, unread=True)
         widest = max((x.dtype for x in tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)), key=_width)

@@ -27,23 +27,37 @@ ACTIVATIONS = {
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Keys of config.json that say nothing of the function that a network is in inference.
+_OTHERS = re.compile(
+    r"_.*|model_type|architectures?|(torch_)?dtype|transformers_version|auto_map|license|.*_token_ids?|use_cache|n_ctx|"
+    r"initializer_.*|.*_initializer_.*|init_.*|output_.*|return_dict.*|task_specific_params|summary_.*|problem_type|"
+    r"id2label|label2id|num_labels|label_names|num_classes|gradient_checkpointing|pretraining_tp|"
+    r"(transformers_)?loss_.*|prefix|pruned_heads|use_bfloat16|torchscript|finetuning_task|pretrained_cfg|"
+    r"is_(encoder_)?decoder|encoder_stride|pooler_.*|.*softmax_in_fp32|reorder_and_upcast_attn|out_(features|indices)|"
+    r"stage_names|reshape_hidden_states|use_mask_token|text_config|logit_scale_init_value|image_size|patch_size|"
+    r"cross_attention_hidden_size|encoder_no_repeat_ngram_size|chunk_size_feed_forward|.*dropout|.*_pdrop|layerdrop"
+)
+
 
 class Given:
     """A config.json, of which a family's config function asks key by key: `given("n_layer", default=12)`.
 
     Attributes:
       values: all of it.
+      asked: the keys that were asked for.
       shapes: of the tensors, by the table's names, where config.json leaves to them what there is.
     """
 
     def __init__(self, values: Mapping[str, Any], shapes: Shapes | None = None):
         self.values, self.shapes = values, shapes or {}
+        self.asked: set[str] = set()
 
     def __call__(self, *keys: str, default: Any) -> Any:
         """The value of the first of these keys, which versions call differently; the family's default where none is.
 
         Raises PrenormError for one of another type than the default has, and for two that are not the same.
         """
+        self.asked |= set(keys)
         there = {key: self.values[key] for key in keys if self.values.get(key) is not None}
         key, value = next(iter(there.items()), (None, default))
         if other := next((other for other in there if there[other] != value), None):
@@ -107,6 +121,7 @@ class Given:
         if share_key:
             share = rope.get("partial_rotary_factor") or self(share_key, default=share)
         read = {"rope_theta": base, "rotary_emb_base": base, "partial_rotary_factor": share, "rotary_pct": share}
+        self.asked |= set(read)
         for key, value in read.items():
             if self.values.get(key) not in (None, value) and key not in (base_key, share_key):
                 raise PrenormError(
@@ -158,6 +173,12 @@ class Family:
         if values["family"] == "gpt":
             given.only("is_causal", True)
         return model_config({key: value for key, value in values.items() if value is not None})
+
+    def unread(self, config: Mapping[str, Any], shapes: Shapes | None = None) -> list[str]:
+        """The keys of a config.json that nobody asked for, and that might say something of the function."""
+        given = self._given(config, shapes)
+        self.config(given)
+        return sorted(key for key in config if key not in given.asked and not _OTHERS.fullmatch(key))
 
     def name(self, tensor: str) -> str:
         """What the table calls a tensor of this name."""

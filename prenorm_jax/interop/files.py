@@ -49,6 +49,11 @@ class Source:
     tensors: dict[str, np.ndarray]
     files: tuple[Path, ...] = ()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its tensors."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
     def small_files(self) -> Iterator[Path]:
         """Its config, index, tokenizer, licence and model card: all that an export takes along.
 

@@ -163,6 +163,8 @@ def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool
     if found.dropout and not keep_dropout:
         rates = ", ".join(f"{key} {value:g}" for key, value in found.dropout.items())
         print(f"dropout is left out, as nothing is recentred under it ({rates}): --dropout=keep keeps it")
+    if unread := found.family.unread(found.source.config, found.source.shapes):
+        print(f"not looked at in config.json, which should say nothing of the function: {', '.join(unread)}")
     if found.model.inputs == "images":
         print(*said(preprocessing(found.source, found.model.image_size), found.model, target), sep="\n")
         return
