@@ -113,9 +113,10 @@ def load(folder: Path) -> Any:
     import torch
 
     library = transformers()
-    if "architecture" in (folder / "config.json").read_text().replace("architectures", ""):
+    config = json.loads((folder / "config.json").read_text())
+    if "architecture" in config:
         return timm().create_model(f"local-dir:{folder}", pretrained=True).to(torch.float64).eval()
-    kind = getattr(library, json.loads((folder / "config.json").read_text())["architectures"][0])
+    kind = getattr(library, config["architectures"][0])
     model, said = kind.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
     left = {kind: names for kind, names in said.items() if names}
     assert not left, left
