@@ -77,21 +77,21 @@ def _of_library(name: str | Path, notes: list[str]) -> tuple[ModelConfig, str, d
     """The Pre-LN model, its family's name, the dropout that is left out. Adds to the notes."""
     is_here = Path(name).exists()
     _, _, config = open_config(name, weights=is_here)
-    family, tensors = family_of(config), None
+    family, source = family_of(config), None
     try:
         if not is_here:
             raise PrenormError("of a name on the hub only config.json is fetched")
-        tensors = open_source(name).tensors
+        source = open_source(name)
     except PrenormError as error:
         notes.append(f"the tensors' names were not looked at: {error}")
-    shapes = {tensor: array.shape for tensor, array in (tensors or {}).items()}
+    shapes = {} if source is None else source.shapes
     given = family.model(config, shapes)
     model = family.model(config, shapes, **dict.fromkeys(given.rates, 0.0))
     if unread := family.unread(config, shapes):
         notes.append(f"not looked at in config.json, which should say nothing of the function: {', '.join(unread)}")
-    if tensors is not None:
-        leaves = ForeignLeaves(family, config, model, tensors, unread=True)
-        widest = max((x.dtype for x in tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)), key=_width)
+    if source is not None:
+        leaves = ForeignLeaves(family, config, model, source.tensors, unread=True)
+        widest = max((x.dtype for x in source.tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)), key=_width)
         model = dataclasses.replace(model, param_dtype=widest.name)
         notes += [f"{len(leaves.ignored)} tensors say nothing new and are left out"] if leaves.ignored else []
         if len(leaves.views.get(("token_embedding",), ())) > 1:

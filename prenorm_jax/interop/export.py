@@ -89,7 +89,7 @@ def export_checkpoint(
         def write(step: int) -> None:
             stored = checkpoints.model(step)
             tree = stored if stored.norm == to else convert_config(stored, to, keep_affine=True)
-            made = FORMATS[form][1](Path(workdir), about, tree)
+            made = FORMATS[form][1](about, tree)
             unchanged = about["unchanged"] == checkpoints.metadata(step)["digests"]["params"]
             if not (unchanged or dtype == "keep"):
                 made = _in_dtype(made, tree.param_dtype)
@@ -113,7 +113,7 @@ def read_about(workdir: str | Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _source_format(workdir: Path, about: dict[str, Any], tree: ModelConfig) -> Format:
+def _source_format(about: dict[str, Any], tree: ModelConfig) -> Format:
     config = about["config"]
     family = family_of(config)
     rates = dict.fromkeys(tree.rates, 0.0)
@@ -128,7 +128,7 @@ def _source_format(workdir: Path, about: dict[str, Any], tree: ModelConfig) -> F
     return Format(family, config, model, headers)
 
 
-def _llama_format(workdir: Path, about: dict[str, Any], tree: ModelConfig) -> Format:
+def _llama_format(about: dict[str, Any], tree: ModelConfig) -> Format:
     family, config = llama.FAMILY, llama.config(tree, about["config"])
     model = dataclasses.replace(tree, norm_affine=True, norm_bias=False, final_norm_affine=True)
     sizes, shapes, dtype = axis_sizes(model), param_shapes(model), NAMES[np.dtype(model.param_dtype)]
@@ -137,7 +137,7 @@ def _llama_format(workdir: Path, about: dict[str, Any], tree: ModelConfig) -> Fo
     return Format(family, config, model, {"model.safetensors": Header(tensors, {"format": "pt"})})
 
 
-FORMATS: dict[str, tuple[str, Callable[[Path, dict[str, Any], ModelConfig], Format]]] = {
+FORMATS: dict[str, tuple[str, Callable[[dict[str, Any], ModelConfig], Format]]] = {
     "source": ("layernorm", _source_format),
     "llama": ("rmsnorm", _llama_format),
 }

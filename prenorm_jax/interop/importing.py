@@ -27,7 +27,7 @@ from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import convert_stored, copy_stored
 from prenorm_jax.interop.checkpoint import ForeignCheckpoint, dtype_of, foreign
 from prenorm_jax.interop.files import open_source
-from prenorm_jax.interop.preprocessing import preprocessing, said
+from prenorm_jax.interop.preprocessing import Preprocessing, preprocessing, said
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, create_file
 from prenorm_jax.interop.tokens import ABOUT, TOKENIZER, SourceTexts
 from prenorm_jax.models.abstract import param_shapes
@@ -79,7 +79,7 @@ def import_checkpoint(
         if to != model.norm:
             with Checkpoints(folder, read_only=True) as new:
                 compare(model, lambda: ((model, _params(found)), new.params(0)))
-    _say_what_is_left(found, target, keep_dropout, config)
+    _say_what_is_left(found, target, keep_dropout, config, images)
     print(f"proof: python -m prenorm_jax.certify {shlex.quote(str(target))} {shlex.quote(str(name))}")
 
 
@@ -159,14 +159,16 @@ def _write_rest(found: ForeignCheckpoint, folder: Path) -> None:
         place[...] = rest[name]
 
 
-def _say_what_is_left(found: ForeignCheckpoint, target: Path, keep_dropout: bool, config: ConfigDict) -> None:
+def _say_what_is_left(
+    found: ForeignCheckpoint, target: Path, keep_dropout: bool, config: ConfigDict, images: Preprocessing | None
+) -> None:
     if found.dropout and not keep_dropout:
         rates = ", ".join(f"{key} {value:g}" for key, value in found.dropout.items())
         print(f"dropout is left out, as nothing is recentred under it ({rates}): --dropout=keep keeps it")
     if unread := found.family.unread(found.source.config, found.source.shapes):
         print(f"not looked at in config.json, which should say nothing of the function: {', '.join(unread)}")
     if found.model.inputs == "images":
-        print(*said(preprocessing(found.source, found.model.image_size), found.model, target), sep="\n")
+        print(*said(images, found.model, target), sep="\n")
         return
     made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
     print("it has no data and no optimizer: name data, and the optimizer starts anew")

@@ -12,6 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from common import changed, relative
+from common import logits as logits_of
+
+import prenorm_jax
+from prenorm_jax import convert_config, convert_params
+from prenorm_jax.interop.export import export_checkpoint
+from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.interop.safetensors import map_file
 
 
 @functools.cache
@@ -159,3 +167,24 @@ def embeds(model: Any, images: np.ndarray) -> np.ndarray:
             return model(pixel_values=pixels)["image_embeds"].numpy()
         found = model(pixel_values=pixels, input_ids=tokens)
         return np.concatenate([found[name].numpy().ravel() for name in ("image_embeds", "text_embeds")])
+
+
+def check_function(folder: Path, inputs: np.ndarray, expected: np.ndarray) -> None:
+    """An import is the library's function under every norm; with the norms alone swapped it is not."""
+    config, params = prenorm_jax.load(folder)
+    assert relative(logits_of(config, params, inputs), expected) < 1e-9
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert relative(logits_of(convert_config(config, to), converted, inputs), expected) < 1e-9, to
+    naive = changed(config, norm="rmsnorm")
+    assert relative(logits_of(naive, params, inputs), expected) > 1e-2
+
+
+def check_way_back(folder: Path, place: Path) -> None:
+    """What is imported and exported again is bit for bit what it was."""
+    import_checkpoint(folder, place / "run", "layernorm")
+    export_checkpoint(place / "run", place / "back", "layernorm")
+    source, back = (map_file(where / "model.safetensors")[1] for where in (folder, place / "back"))
+    assert source.keys() == back.keys()
+    for name, tensor in source.items():
+        np.testing.assert_array_equal(tensor, back[name], strict=True, err_msg=name)
