@@ -63,16 +63,19 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     },
     "vit": TRANSFORMER
     | {
-        "activation": (*TRANSFORMER["activation"], "quick_gelu", "tanh"),
-        "d_model": (2, 4, 5, 8, 13, 16),
-        "patch_size": (2, 3, 6),
+        "activation": ("gelu", "quick_gelu", "tanh"),
+        "d_model": (2, 5, 8, 13),
+        "head_dim": (4, 6),
+        "patch_size": (2, 3),
         "patch_bias": FLAG,
         "positions": ViTConfig.choices["positions"],
         "class_token": FLAG,
+        "distillation_token": FLAG,
         "class_position": FLAG,
         "registers": (0, 2),
-        "pooling": ("class", "mean", "class_mean", "attention"),
+        "pooling": tuple(pooling for pooling in ViTConfig.choices["pooling"] if pooling != "none"),
         "norm_after_pooling": FLAG,
+        "pooled_norm": FLAG,
     },
 }
 SIZE, SEED = 12, 553  # networks a family; of the order in which their options are chosen
@@ -85,9 +88,13 @@ def possible(options: Mapping[str, Any]) -> bool:
         get("heads", 4) % get("kv_heads", 1)
         or (get("shared_norm") and get("parallel") is False)
         or (get("positions") == "sincos2d" and get("d_model", 4) % 4)
+        or (get("positions") == "rotary2d" and get("head_dim", 4) % 4)
         or (get("positions", "rotary") != "rotary" and (get("rotary_dim") or get("rotary_interleaved")))
         or (get("rotary_dim") or 0) > get("head_dim", 6)
         or (get("pooling", "mean").startswith("class") and get("class_token") is False)
+        or (get("distillation_token") and get("class_token") is False)
+        or (get("pooling") in ("distilled", "class_pair") and False in (get("distillation_token"), get("class_token")))
+        or (get("pooled_norm") and get("pooling", "class") not in ("class", "mean", "class_pair"))
         or (get("pooling") == "attention" and get("norm_after_pooling"))
     )
 

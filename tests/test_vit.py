@@ -47,6 +47,22 @@ def test_any_network_matches_it(config):
     check_against_numpy(config)
 
 
+SPECTROGRAM = {"image_size": 9, "image_width": 13, "patch_size": 3, "patch_stride": 2, "channels": 1}
+SPECTROGRAM |= {"distillation_token": True, "pooling": "class_pair", "pooled_norm": True, "depth": 1}
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_spectrogram_of_overlapping_patches_matches_it_under_every_norm(classes):
+    """The norm behind the pooling is no reader that could take up the final norm's affine: that stays."""
+    config = tiny_vit(**SPECTROGRAM, classes=classes)
+    check_against_numpy(config)
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert {"head_affine", "pooled_norm"} < converted.keys()
+        assert relative(logits(convert_config(config, to), converted, images), logits(config, params, images)) < 1e-10
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -67,6 +83,7 @@ HEADLESS = {
     "mean, then the norm": {"pooling": "mean", "norm_after_pooling": True},
     "attention": {"pooling": "attention"},
     "tokens": {"pooling": "none"},
+    "both class tokens": {"pooling": "class_pair", "distillation_token": True},
     "without an affine": {"pooling": "class", "final_norm_affine": False},
 }
 
@@ -206,11 +223,27 @@ def test_22b_has_its_parameters():
     ("changes", "message"),
     [
         ({"patch_size": 5}, "model.patch_size=5 does not divide model.image_size=224"),
-        ({"pooling": "max"}, "model.pooling='max' is not one of class, mean, class_mean, attention, none"),
+        (
+            {"pooling": "max"},
+            "model.pooling='max' is not one of class, mean, class_mean, distilled, class_pair, attention, none",
+        ),
         ({"pooling": "none"}, "model.pooling='none' gives all tokens, which no head reads: set model.classes=0"),
         ({"pooling": "class_mean", "classes": 0}, "model.classes=0 gives one vector"),
+        ({"pooling": "distilled"}, "model.pooling='distilled' needs model.distillation_token=True"),
+        (
+            {"distillation_token": True, "class_token": False},
+            "model.distillation_token=True needs model.class_token=True",
+        ),
+        (
+            {"pooling": "class_mean", "pooled_norm": True},
+            "model.pooled_norm=True needs model.pooling='class', 'mean' or",
+        ),
+        ({"positions": "rotary2d", "head_dim": 6}, "'rotary2d' needs a model.head_dim divisible by 4, not 6"),
+        ({"positions": "sincos2d", "image_width": 448}, "needs as many patches both ways: unset model.image_width"),
+        ({"image_width": 100}, "model.patch_size=16 does not divide model.image_width=100"),
+        ({"patch_stride": 10, "patch_size": 225}, "model.patch_size=225 is larger than the images"),
         ({"class_token": False}, "model.pooling='class' needs model.class_token=True"),
-        ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, none"),
+        ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, rotary2d, none"),
         ({"positions": "sincos2d", "d_model": 6, "heads": 2}, "needs a model.d_model divisible by 4, not 6"),
         ({"vocab_size": 7}, "unknown key model.vocab_size"),
         ({"window": 7}, "unknown key model.window"),

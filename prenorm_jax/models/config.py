@@ -77,6 +77,7 @@ class ModelConfig:
 
     causal: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
+    rotary2d: ClassVar[bool] = False  # whether queries and keys of an image's patches are turned by their place in it
     window: ClassVar[int | None] = None
     tie_embeddings: ClassVar[bool] = False
     decodes: ClassVar[bool] = False  # whether its module takes a cache, and so writes text (`decoding.py`)

@@ -22,7 +22,7 @@ from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
 from prenorm_jax.models.norms import Affine, LayerNorm, Norm, Normed, RMSNorm, Statistics
 from prenorm_jax.models.parameters import NormSite, annotated
 from prenorm_jax.models.placement import constrain, fusion_barrier
-from prenorm_jax.models.positions import rotate
+from prenorm_jax.models.positions import rotate, rotate_patches
 from prenorm_jax.models.stacking import LAYER, STACKED
 
 
@@ -205,6 +205,8 @@ class Attention(nn.Module):
             position = 0 if cache is None else cache.position
             options = config.rotary_base, position, config.rotary_dim, config.rotary_interleaved
             q_BxTxHxK, k_BxSxGxK = (rotate(x, *options) for x in (q_BxTxHxK, k_BxSxGxK))
+        if config.rotary2d:
+            q_BxTxHxK, k_BxSxGxK = (rotate_patches(x, config.rotary_base, config.grid) for x in (q_BxTxHxK, k_BxSxGxK))
 
         if cache is not None:
             k_NxSxK = self._remember("keys", k_BxSxGxK, cache)
