@@ -25,7 +25,7 @@ from prenorm_jax.equivalence.choice import coordinate_choices
 from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
-from prenorm_jax.models.positions import sincos2d_table
+from prenorm_jax.models.positions import patch_angles, rotate_patches, sincos2d_table
 from prenorm_jax.models.transformer import activate
 from prenorm_jax.models.vit import PatchEmbedding
 
@@ -183,6 +183,41 @@ def test_centring_before_the_layer_scale_is_another_function():
             writer = (*path[:-1], path[-1].removesuffix("_scale"))
             wrong |= {(*writer, leaf): wrong[*writer, leaf] * scale for leaf in ("kernel", "bias")}
     assert relative(logits(convert_config(config, "rmsnorm"), unflatten_dict(wrong), images), expected) > 1e-3
+
+
+def test_a_second_class_token_left_raw_or_pooling_rows_folded_otherwise_is_another_function():
+    """Both class tokens write; of an attention pooling key and value read the stream, and the query does not."""
+    config = tiny_vit(depth=1, distillation_token=True, pooling="attention", classes=0)
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    converted, target = convert_params(params, config, "rmsnorm"), convert_config(config, "rmsnorm")
+    expected = logits(config, params, images)
+    assert relative(logits(target, converted, images), expected) < 1e-10
+    scale, pool = params["pool_norm"]["scale"], converted["pool"]
+    wrong = {
+        "token": {"distillation_token": params["distillation_token"]},
+        "query": {"pool": pool | {"query": pool["query"] | {"kernel": pool["query"]["kernel"] * scale[:, None]}}},
+        "key": {"pool": pool | {"key": params["pool"]["key"]}},
+        "value": {"pool": pool | {"value": params["pool"]["value"]}},
+    }
+    for name, leaves in wrong.items():
+        assert relative(logits(target, converted | leaves, images), expected) > 1e-2, name
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
+def test_patches_are_turned_by_row_and_column_and_what_stands_before_them_not_at_all(grid):
+    T, K = 3 + grid[0] * grid[1], 8
+    angles = patch_angles(T, K, 100.0, grid)
+    assert not angles[:3].any()
+    y, x = np.divmod(np.arange(T - 3), grid[1])
+    for part, place, size in ((angles[3:, :2], y, grid[0]), (angles[3:, 2:], x, grid[1])):
+        middle = (2 * place + 1 - size) / size
+        np.testing.assert_allclose(part, 2 * np.pi * np.stack([middle, middle / 10], 1), atol=1e-12)
+    vectors = np.random.default_rng(0).normal(size=(1, T, 2, K))
+    turned = rotate_patches(jnp.asarray(vectors), 100.0, grid)
+    np.testing.assert_array_equal(turned[:, :3], vectors[:, :3])
+    first, second = np.split(np.asarray(turned), 2, axis=-1)
+    expected = (vectors[..., :4] + 1j * vectors[..., 4:]) * np.exp(1j * angles[None, :, None])
+    np.testing.assert_allclose(first + 1j * second, expected, atol=1e-12)
 
 
 def test_leaving_the_mean_in_normed_heads_is_another_function():

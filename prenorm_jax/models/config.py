@@ -187,6 +187,14 @@ class ModelConfig:
         """Whether branch outputs stay d wide and uncentred, because dropout comes between them and the stream."""
         return self.branch_dropout > 0
 
+    @property
+    def key_bias_counts(self) -> bool:
+        """Whether a bias of keys does anything: else it adds one number to all scores of a query, and softmax drops it.
+
+        (A ViT's attention pooling is another matter, in which it never does.)
+        """
+        return self.rotary or self.rotary2d or self.qk_norm or self.clip_qkv is not None
+
     # What conversion asks of a family (`equivalence/convert.py`).
 
     @property

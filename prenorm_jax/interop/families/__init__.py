@@ -5,23 +5,37 @@ from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.families import (
+    audio_spectrogram,
     clip,
+    deit,
     dinov2,
+    dinov3,
     falcon,
     gpt2,
     gpt_bigcode,
     gpt_neox,
     olmo,
     opt,
+    siglip,
     starcoder2,
     timm,
     vit,
+    vit_mae,
     vit_npz,
 )
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
-_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
+_IMAGES = (vit.FAMILY, deit.FAMILY, vit_mae.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, dinov3.FAMILY)
+_IMAGES += (
+    clip.VISION,
+    clip.FAMILY,
+    siglip.VISION,
+    siglip.FAMILY,
+    audio_spectrogram.FAMILY,
+    timm.FAMILY,
+    vit_npz.FAMILY,
+)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_IMAGES)}
 
 # Those that no table could bring here, and why.
