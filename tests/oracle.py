@@ -70,6 +70,19 @@ class Transformer:
             x[pair] = turned.real, turned.imag
         return x
 
+    def apart(self, h, t, s, name):
+        c = self.c
+        if c.relative_bias == "none":
+            return 0.0
+        table, (rows, columns) = (
+            self.p["relative_bias/table" if c.relative_bias == "shared" else f"{name}/relative_bias/table"],
+            c.grid,
+        )
+        if t < c.prefix or s < c.prefix:
+            return table[{(True, False): -3, (False, True): -2, (True, True): -1}[t < c.prefix, s < c.prefix], h]
+        (y, x), (v, u) = divmod(t - c.prefix, columns), divmod(s - c.prefix, columns)
+        return table[:-3].reshape(2 * rows - 1, 2 * columns - 1, -1)[y - v + rows - 1, x - u + columns - 1, h]
+
     def fall(self, h, t, s):
         c = self.c
         if not c.alibi:
@@ -104,7 +117,12 @@ class Transformer:
                 g = h // (c.heads // c.kv_heads)
                 seen = range(0 if window is None else max(t + 1 - window, 0), t + 1 if c.causal else len(xs))
                 products = [scale * head(q, t, h, "query") @ head(k, s, g, "key") for s in seen]
-                scores = np.array([product + self.fall(h, t, s) for product, s in zip(products, seen, strict=True)])
+                scores = np.array(
+                    [
+                        product + self.fall(h, t, s) + self.apart(h, t, s, name)
+                        for product, s in zip(products, seen, strict=True)
+                    ]
+                )
                 weights = np.exp(scores - scores.max())
                 values = [head(v, s, g, "value") for s in seen]
                 heads.append(sum(w * value for w, value in zip(weights / weights.sum(), values, strict=True)))

@@ -67,12 +67,13 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     },
     "vit": TRANSFORMER
     | {
-        "activation": ("gelu", "quick_gelu", "tanh"),
-        "d_model": (2, 5, 8, 13),
+        "activation": ("gelu", "gelu_tanh", "quick_gelu", "tanh"),
+        "d_model": (2, 4, 5, 8, 13, 16),
         "head_dim": (4, 6),
-        "patch_size": (2, 3),
+        "patch_size": (2, 3, 6),
         "patch_bias": FLAG,
         "positions": ViTConfig.choices["positions"],
+        "relative_bias": ViTConfig.choices["relative_bias"],
         "class_token": FLAG,
         "distillation_token": FLAG,
         "class_position": FLAG,

@@ -96,10 +96,17 @@ class Given:
         """
         if self.shapes:
             return self.shapes[tensor][0] if tensor in self.shapes else 0
-        kinds = self.values.get("architectures") or [""]
-        if not str(kinds[0]).endswith(kind):
+        if not self.is_a(kind):
             return 0
         return len(self.values.get("id2label") or ()) or self(*_LABELS[1:], default=2)
+
+    def is_a(self, kind: str) -> bool:
+        """Whether config.json says that the model is of a class whose name ends so."""
+        return any(str(name).endswith(kind) for name in (self.values.get("architectures") or ())[:1])
+
+    def names(self, module: str) -> bool:
+        """Whether a tensor of this module is known to be there."""
+        return any(name.startswith(f"{module}.") for name in self.shapes)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """A tensor's shape. Raises PrenormError if it is not there."""

@@ -80,6 +80,7 @@ class ModelConfig:
     rotary: ClassVar[bool] = False
     rotary2d: ClassVar[bool] = False  # whether queries and keys of an image's patches are turned by their place in it
     alibi: ClassVar[bool] = False
+    relative_bias: ClassVar[str] = "none"
     window: ClassVar[int | None] = None
     attention_pattern: ClassVar[str] = "l"
     global_rotary_base: ClassVar[float | None] = None

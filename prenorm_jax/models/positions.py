@@ -89,6 +89,22 @@ def patch_angles(tokens: int, width: int, base: float, grid: tuple[int, int]) ->
     return np.pad(angles, [(tokens - len(angles), 0), (0, 0)])
 
 
+def patch_distances(tokens: int, grid: tuple[int, int]) -> np.ndarray:
+    """(tokens, tokens) the number of each distance between two tokens, as BEiT counts them (arXiv 2106.08254).
+
+    Of patches y and x apart, in a grid of so many rows and columns, (y + rows - 1) (2 columns - 1) + x + columns - 1.
+    Three more are of tokens that stand before the patches: from one of these to a patch, from a patch to one of these,
+    and between these.
+    """
+    (rows, columns), before = grid, tokens - grid[0] * grid[1]
+    y, x = (place.reshape(-1, 1) - place.reshape(1, -1) for place in np.indices(grid))
+    last = (2 * rows - 1) * (2 * columns - 1)
+    found = np.empty((tokens, tokens), int)
+    found[before:, before:] = (y + rows - 1) * (2 * columns - 1) + x + columns - 1
+    found[:before, before:], found[before:, :before], found[:before, :before] = last, last + 1, last + 2
+    return found
+
+
 def sincos2d_table(side: int, width: int) -> np.ndarray:
     """(side², width) float64 position table: sine and cosine of x, then of y (arXiv 2205.01580).
 

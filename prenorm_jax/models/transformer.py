@@ -22,7 +22,7 @@ from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
 from prenorm_jax.models.norms import Affine, LayerNorm, Norm, Normed, RMSNorm, Statistics
 from prenorm_jax.models.parameters import NormSite, annotated
 from prenorm_jax.models.placement import constrain, fusion_barrier
-from prenorm_jax.models.positions import alibi, rotate, rotate_patches
+from prenorm_jax.models.positions import alibi, patch_distances, rotate, rotate_patches
 from prenorm_jax.models.stacking import LAYER, STACKED
 
 
@@ -149,11 +149,17 @@ def leave_stream(config: ModelConfig, x: jax.Array) -> jax.Array:
     return x
 
 
-def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
-    """All of the model's blocks: (B, T, D) -> (B, T, D)."""
+def blocks(
+    config: ModelConfig,
+    x_BxTxD: jax.Array,
+    train: bool,
+    cache: CacheUse | None = None,
+    bias: ScoreBias | None = None,
+) -> jax.Array:
+    """All of the model's blocks: (B, T, D) -> (B, T, D). `bias`: what all of them add to their scores."""
 
     def apply(block: Block, stream: Stream) -> Stream:
-        return block(stream, train, cache)
+        return block(stream, train, cache, bias)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
@@ -175,13 +181,37 @@ def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse
     return stream.x
 
 
+class RelativeBias(nn.Module):
+    """A learned number for each head and each distance between patches, to be added to scores: -> a `ScoreBias`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> ScoreBias:
+        config = self.config
+        distances_TxT = patch_distances(config.tokens(0), config.grid)
+        init = annotated(nn.initializers.zeros_init(), "position", "heads")
+        table_NxH = self.param("table", init, (config.distances, config.heads), config.param_dtype)
+
+        def bias(t_T: jax.Array, s_S: jax.Array) -> jax.Array:
+            return jnp.moveaxis(at_least_float32(table_NxH)[jnp.asarray(distances_TxT)[t_T[:, None], s_S]], -1, 0)
+
+        return bias
+
+
 class Attention(nn.Module):
     """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D)."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, normed: Normed, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
+    def __call__(
+        self,
+        normed: Normed,
+        train: bool = False,
+        cache: CacheUse | None = None,
+        bias: ScoreBias | None = None,
+    ) -> jax.Array:
         config = self.config
         B, T, _ = normed.x.shape
         H, G, K = config.heads, config.kv_heads, config.head_dim
@@ -212,18 +242,20 @@ class Attention(nn.Module):
             k_NxSxK = self._remember("keys", k_BxSxGxK, cache)
             v_NxSxK = self._remember("values", v_BxSxGxK, cache)
         if cache is not None and cache.size is None:
-            options = cache.position, config.window, config.score_scale, self._score_bias()
+            options = cache.position, config.window, config.score_scale, bias or self._score_bias()
             heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, *options)
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
             options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window
-            options += config.score_scale, self._score_bias()
+            options += config.score_scale, bias or self._score_bias()
             heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
 
     def _score_bias(self) -> ScoreBias | None:
         """What is added to the scores, if anything is."""
         config = self.config
+        if config.relative_bias == "layer":
+            return RelativeBias(config, name="relative_bias")()
         if not config.alibi:
             return None
         scale = config.head_dim**-0.5 if config.alibi_rounded else 1.0
@@ -275,9 +307,11 @@ class Block(nn.Module):
     drop_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, stream: Stream, train: bool = False, cache: CacheUse | None = None) -> Stream:
+    def __call__(
+        self, stream: Stream, train: bool = False, cache: CacheUse | None = None, bias: ScoreBias | None = None
+    ) -> Stream:
         config = self.config
-        attention = functools.partial(Attention(config, name="attention"), cache=cache)
+        attention = functools.partial(Attention(config, name="attention"), cache=cache, bias=bias)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
         def update(name: str, normed: Normed) -> jax.Array:

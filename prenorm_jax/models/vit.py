@@ -17,6 +17,7 @@ from prenorm_jax.models.norms import LayerNorm, Normed
 from prenorm_jax.models.parameters import annotated, spread
 from prenorm_jax.models.positions import sincos2d_table
 from prenorm_jax.models.transformer import (
+    RelativeBias,
     StreamModel,
     activate,
     blocks,
@@ -49,6 +50,7 @@ class ViTConfig(ModelConfig):
     patch_bias: bool = True  # of the patch embedding
     positions: str = "learned"  # learned | sincos2d | rotary2d: queries and keys of patches are turned | none
     rotary_base: float = 100.0  # of rotary2d
+    relative_bias: str = "none"  # none | layer | shared by all: scores gain a learned number for each distance (BEiT)
     class_token: bool = True  # a learned token before the patches
     distillation_token: bool = False  # a second class token, behind it (DeiT, arXiv 2012.12877)
     class_position: bool = True  # a learned position table has a row for each class token too
@@ -62,6 +64,7 @@ class ViTConfig(ModelConfig):
     inputs: ClassVar[str] = "images"
     choices = ModelConfig.choices | {
         "positions": ("learned", "sincos2d", "rotary2d", "none"),
+        "relative_bias": ("none", "layer", "shared"),
         "pooling": ("class", "mean", "class_mean", "distilled", "class_pair", "attention", "none"),
     }
     at_least = ModelConfig.at_least | {
@@ -85,6 +88,12 @@ class ViTConfig(ModelConfig):
     def patches(self) -> int:
         """Patches in an image."""
         return math.prod(self.grid)
+
+    @property
+    def distances(self) -> int:
+        """Distances that tokens may be apart: rows of a relative bias."""
+        rows, columns = self.grid
+        return (2 * rows - 1) * (2 * columns - 1) + 3
 
     @property
     def class_tokens(self) -> int:
@@ -271,7 +280,8 @@ class ViT(StreamModel):
         config = self.config
         if images.shape[1:] != config.image_shape:
             raise PrenormError(f"images of shape {images.shape[1:]} do not fit the model's, {config.image_shape}")
-        x_BxTxD = blocks(config, enter_stream(config, self._embed(images), train), train)
+        bias = RelativeBias(config, name="relative_bias")() if config.relative_bias == "shared" else None
+        x_BxTxD = blocks(config, enter_stream(config, self._embed(images), train), train, bias=bias)
         if config.pooling == "attention":
             return self._attention_head(x_BxTxD)
         if config.pooled_norm:

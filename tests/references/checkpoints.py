@@ -98,7 +98,7 @@ def awkward(model: Any, seed: int = 0) -> Any:
     for name, parameter in model.named_parameters():
         module, kind_of = name.rpartition(".")[::2]
         value = rng.normal(size=parameter.shape)
-        if (module in norms and kind_of == "weight") or kind_of in ("lambda1", "gamma"):
+        if (module in norms and kind_of == "weight") or kind_of in ("lambda1", "lambda_1", "lambda_2", "gamma"):
             value = 10 ** rng.uniform(-1, 1, parameter.shape) * rng.choice([-1, 1], parameter.shape)
         elif any(name.startswith(f"{table}.") for table in tables) or (value.ndim == 3 and len(value) == 1):
             value += 3  # a table by itself: class token, registers, positions

@@ -31,6 +31,7 @@ MAE |= {"decoder_num_attention_heads": 3, "decoder_intermediate_size": 16}
 SIGLIP = {"vision_config": PLAIN, "text_config": TEXT | {"max_position_embeddings": 6, "projection_size": D}}
 AST = {key: PLAIN[key] for key in PLAIN.keys() - {"image_size"}} | {"frequency_stride": 2, "time_stride": 2}
 AST |= {"num_mel_bins": SIDE, "max_length": FRAMES}
+BEIT = PLAIN | {"use_shared_relative_position_bias": True, "use_mask_token": True}
 DINOV3 = PLAIN | {"num_register_tokens": 2, "rope_theta": 10.0}
 
 # name -> (class, its configuration's, config.json, which of its outputs)
@@ -47,6 +48,13 @@ CASES = {
     "deit-one-head": ("DeiTForImageClassification", PLAIN | LABELS, "logits"),
     "deit-tokens": ("DeiTModel", PLAIN | {"qkv_bias": False}, "last_hidden_state"),
     "mae": ("ViTMAEModel", MAE, "last_hidden_state"),
+    "beit": ("BeitForImageClassification", PLAIN | LABELS | {"use_relative_position_bias": True}, "logits"),
+    "beit-shared": (
+        "BeitModel",
+        BEIT | {"use_absolute_position_embeddings": True, "use_mean_pooling": False},
+        "last_hidden_state",
+    ),
+    "beit-plain": ("BeitModel", PLAIN | {"layer_scale_init_value": 0.0}, "pooler_output"),
     "dinov3": ("DINOv3ViTModel", DINOV3, "last_hidden_state"),
     "dinov3-gated": (
         "DINOv3ViTModel",
@@ -124,6 +132,17 @@ def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case
     if output is None:  # text tower and projections came along
         embeds = (theirs.embeds(network, images) for network in (exported, theirs.load(folder)))
         assert relative(*embeds) < 1e-9
+
+
+def test_the_tokens_of_a_beit_of_masked_images_are_what_its_head_reads(tmp_path):
+    library = theirs.transformers()
+    model = theirs.awkward(library.BeitForMaskedImageModeling(library.BeitConfig(**BEIT, vocab_size=7)))
+    model.save_pretrained(tmp_path)
+    images = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)) + 1
+    expected = theirs.features(model, images, "logits")
+    tokens = logits(*prenorm_jax.load(tmp_path), images)[:, 1:]
+    head = model.lm_head
+    assert relative(tokens @ head.weight.detach().numpy().T + head.bias.detach().numpy(), expected) < 1e-9
 
 
 def test_dinov3_with_its_class_token_and_registers_turned_too_is_another_function(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from typing import Any
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.families import (
     audio_spectrogram,
+    beit,
     clip,
     deit,
     dinov2,
@@ -26,7 +27,7 @@ from prenorm_jax.interop.families import (
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
-_IMAGES = (vit.FAMILY, deit.FAMILY, vit_mae.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, dinov3.FAMILY)
+_IMAGES = (vit.FAMILY, deit.FAMILY, beit.FAMILY, vit_mae.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, dinov3.FAMILY)
 _IMAGES += (
     clip.VISION,
     clip.FAMILY,
