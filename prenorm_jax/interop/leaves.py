@@ -75,6 +75,11 @@ class ForeignLeaves:
         if wrong := [path for path, views in self.views.items() if views[0].shape != self._shapes[path].shape]:
             raise ValueError(f"the table of {family.model_type} gives {'/'.join(wrong[0])} another shape than it has")
 
+    @property
+    def absent(self) -> list[Path]:
+        """The leaves that lie in no tensor of their own, and are zero."""
+        return [path for path in self._shapes if path not in self.views or path in self._added]
+
     def read(self, path: Path, part: Part = ()) -> np.ndarray:
         """Part of a leaf (of (), all of it), in the model's dtype."""
         leaf = self._shapes[path]

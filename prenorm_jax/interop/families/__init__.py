@@ -47,6 +47,12 @@ _REFUSED = dict.fromkeys(
 )
 _REFUSED |= dict.fromkeys(("bert", "roberta", "distilbert", "electra", "albert", "openai-gpt", "bart"), _POST_LN)
 
+_REFUSED |= dict.fromkeys(
+    ("swin", "swinv2"), "where it merges patches a norm takes four tokens at once, and with them how their means differ"
+)
+_REFUSED |= dict.fromkeys(("sam", "sam_vision_model"), "its neck reads the raw stream, whose mean conversion removes")
+_REFUSED |= dict.fromkeys(("convnext", "convnextv2"), "convolutions read the raw stream, before the norms")
+
 
 def model_type(config: Mapping[str, Any]) -> str | None:
     """What a config.json says that its network is, if it is one of a network: timm's name an architecture alone."""
