@@ -42,7 +42,7 @@ from prenorm_jax.interop.forms import (
 )
 from prenorm_jax.interop.probe_inputs import Probe, compared_positions, probes_of
 from prenorm_jax.interop.probes import shifted
-from prenorm_jax.interop.reference import Reference, by_library, why_not
+from prenorm_jax.interop.reference import Reference, by_library, output_of, why_not
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops, norm_operations
@@ -163,7 +163,8 @@ def _of_library(name: str | Path) -> Side:
     found = foreign(open_source(name), "float64")
     params = {path: found.leaves.read(path) for path in param_shapes(found.model)}
     dtype = dtype_of(found.source, "keep")
-    files = {path.name: _sha256_of_file(path) for path in (found.source.folder / "config.json", *found.source.files)}
+    written = [*found.source.folder.glob("config.json"), *found.source.files]  # beside an .npz there is none
+    files = {path.name: _sha256_of_file(path) for path in written}
     about = {"what": f"{name} ({found.family.model_type}, {dtype})", "files": files}
     return Side(form_of(found.model, unflatten_dict(params)), dtype, about, found.source.folder)
 
@@ -193,13 +194,10 @@ def _reference(
         return own, "the source is a workdir"
     if how == "own":
         return own, "asked for"
-    inputs, note = (
-        np.stack([probe.inputs for probe in probes]),
-        why_not(source.folder, str(name), source.form.config.inputs),
-    )
+    inputs, note = np.stack([probe.inputs for probe in probes]), why_not(source.folder, str(name), source.form.config)
     if not note:
         try:
-            return by_library(source.folder, inputs, positions), ""
+            return by_library(source.folder, inputs, positions, output_of(source.form.config)), ""
         except PrenormError as error:
             note = str(error)
     if how == "library":

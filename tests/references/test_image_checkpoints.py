@@ -88,23 +88,26 @@ def nothing_compared(monkeypatch):
     monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
+def save(name, folder):
+    """Writes a case's folder: the model, which of its outputs is compared, and images."""
+    rng = np.random.default_rng(1)
+    if name in TIMM_CASES:
+        library = theirs.timm()
+        model = theirs.awkward(library.create_model(name, **(TIMM | TIMM_CASES[name])))
+        library.models.save_for_hf(model, folder, safe_serialization=True)
+        return model, "", rng.normal(size=(2, 12, 12, TIMM_CASES[name].get("in_chans", 3))) + 1
+    kind, config, output = CASES[name]
+    kind = getattr(theirs.transformers(), kind)
+    model = theirs.awkward(kind(kind.config_class(**config)))
+    model.save_pretrained(folder)
+    return model, output, rng.normal(size=(2, SIDE, FRAMES, 1) if "max_length" in config else (2, SIDE, SIDE, 3)) + 1
+
+
 @pytest.fixture(scope="module", params=[*CASES, *TIMM_CASES])
 def case(request, tmp_path_factory):
     """A folder that the library wrote, images, what the library makes of them, and which output that is."""
-    rng = np.random.default_rng(1)
-    if request.param in TIMM_CASES:
-        library = theirs.timm()
-        model = theirs.awkward(library.create_model(request.param, **(TIMM | TIMM_CASES[request.param])))
-        folder = tmp_path_factory.mktemp(request.param) / "source"
-        library.models.save_for_hf(model, folder, safe_serialization=True)
-        images = rng.normal(size=(2, 12, 12, TIMM_CASES[request.param].get("in_chans", 3))) + 1
-        return folder, images, theirs.features(model, images, ""), ""
-    name, config, output = CASES[request.param]
-    kind = getattr(theirs.transformers(), name)
-    model = theirs.awkward(kind(kind.config_class(**config)))
     folder = tmp_path_factory.mktemp(request.param) / "source"
-    model.save_pretrained(folder)
-    images = rng.normal(size=(2, SIDE, FRAMES, 1) if "max_length" in config else (2, SIDE, SIDE, 3)) + 1
+    model, output, images = save(request.param, folder)
     return folder, images, theirs.features(model, images, output), output
 
 
