@@ -152,7 +152,9 @@ def test_what_a_source_does_with_images_is_set_and_what_is_not_is_said(name, tmp
     given, config, (edge, mean, std, others) = PREPARED[name]
     if given is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
-    found = preprocessing(Source("source", tmp_path, config, {"model.safetensors": None}, {}), 6)
+    found = preprocessing(
+        Source("source", tmp_path, config, {"model.safetensors": None}, {}), FAMILIES["vit"].model(VIT)
+    )
     assert found[:3] == (edge, mean, std)
     assert re.search(others, "; ".join(found.others)), found.others
 
@@ -177,6 +179,17 @@ def test_without_a_word_of_images_that_is_said():
     lines = said(None, model, Path("run"))
     assert "does not say how images are prepared" in lines[0]
     assert lines[-1] == "it has no classifier, so that it gives features (model.pooling=none)"
+
+
+def test_of_spectrograms_nothing_is_asked_that_is_said_of_images(tmp_path):
+    """A feature extractor's file has other keys, which would not be understood."""
+    config = ALONE["ast"][0]
+    model = FAMILIES[config["model_type"]].model(config)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"num_mel_bins": 9, "mean": -4.2, "std": 4.5}))
+    assert preprocessing(Source("source", tmp_path, config, {"model.safetensors": None}, {}), model) is None
+    assert said(None, model, Path("run")) == [
+        "it takes spectrograms, 9 mel bins × 13 frames: no data here has any to evaluate it on"
+    ]
 
 
 # --- Refused, in one line. ---
