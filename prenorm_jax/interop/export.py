@@ -15,7 +15,7 @@ from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.fit import model_differences
 from prenorm_jax.equivalence.stored import Part, Readable, convert_stored, copy_stored
 from prenorm_jax.interop import npz
-from prenorm_jax.interop.families import family_of, llama
+from prenorm_jax.interop.families import family_of, llama, timm
 from prenorm_jax.interop.family import Family
 from prenorm_jax.interop.importing import ABOUT, PART_SIZE, REST
 from prenorm_jax.interop.leaves import ForeignLeaves
@@ -68,8 +68,8 @@ def export_checkpoint(
     Args:
       workdir: an imported checkpoint, or what was converted or trained from one.
       target: must not exist.
-      to: layernorm; with the format "llama" rmsnorm.
-      form: source, or llama, where the network can be told as one.
+      to: layernorm; with a format of RMSNorms rmsnorm.
+      form: source; or llama, timm-rmsnorm, where the network can be told as one.
       dtype: keep, each tensor's of the source; None: that too if nothing was done to it, else the run's.
       step: which checkpoint; None: the latest.
 
@@ -88,7 +88,7 @@ def export_checkpoint(
 
         def write(step: int) -> None:
             stored = checkpoints.model(step)
-            tree = stored if stored.norm == to else convert_config(stored, to, keep_affine=True)
+            tree = stored if stored.norm == to else convert_config(stored, to, keep_affine=_keeps_affine(to))
             made = FORMATS[form][1](about, tree)
             unchanged = about["unchanged"] == checkpoints.metadata(step)["digests"]["params"]
             if not (unchanged or dtype == "keep"):
@@ -137,10 +137,28 @@ def _llama_format(about: dict[str, Any], tree: ModelConfig) -> Format:
     return Format(family, config, model, {"model.safetensors": Header(tensors, {"format": "pt"})})
 
 
+def _timm_format(about: dict[str, Any], tree: ModelConfig) -> Format:
+    source = _source_format(about, tree)
+    config, model = timm.of_rmsnorms(source.config, source.model)
+    headers = {
+        file: header._replace(
+            tensors={name: entry for name, entry in header.tensors.items() if not timm.NORM_BIAS.search(name)}
+        )
+        for file, header in source.headers.items()
+    }
+    return Format(timm.FAMILY, config, model, headers)
+
+
 FORMATS: dict[str, tuple[str, Callable[[dict[str, Any], ModelConfig], Format]]] = {
     "source": ("layernorm", _source_format),
     "llama": ("rmsnorm", _llama_format),
+    "timm-rmsnorm": ("rmsnorm", _timm_format),
 }
+
+
+def _keeps_affine(to: str) -> bool:
+    """Whether a tree that is converted on its way out keeps γ and β: RMSNorms have no place for β."""
+    return to == "layernorm"
 
 
 def _in_dtype(made: Format, dtype: str) -> Format:
@@ -168,10 +186,10 @@ def _defaults(made: Format, tree: ModelConfig) -> dict[trees.Path, float]:
         raise PrenormError(f"the run is of another network than its source ({'; '.join(differences)})")
     there, wanted = param_shapes(dataclasses.replace(tree, scan=False)), param_shapes(made.model)
     if homeless := ["/".join(path) for path in there if path not in wanted]:
-        raise PrenormError(
-            f"the {made.family.model_type} format has no place for {', '.join(homeless[:4])}, into which norms were "
-            "folded: convert the source with --keep-affine, under which they keep theirs"
-        )
+        remedy = "into which norms were folded: convert the source with --keep-affine, under which they keep theirs"
+        if made.model.norm == "rmsnorm":
+            remedy = "as RMSNorms have no bias: give --to=layernorm --format=source"
+        raise PrenormError(f"the {made.family.model_type} format has no place for {', '.join(homeless[:4])}, {remedy}")
     return {path: float(path[-1].endswith("scale")) for path in wanted if path not in there}
 
 
@@ -191,7 +209,7 @@ def _write(
     if stored.norm == made.model.norm:
         copy_stored(leaves, new, param_shapes(stored), PART_SIZE)
     else:
-        convert_stored(leaves, new, stored, made.model.norm, PART_SIZE, keep_affine=True)
+        convert_stored(leaves, new, stored, made.model.norm, PART_SIZE, _keeps_affine(made.model.norm))
 
 
 def _create(workdir: Path, folder: Path, made: Format) -> dict[str, np.ndarray]:

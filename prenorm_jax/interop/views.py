@@ -151,7 +151,9 @@ class View:
         """Part of the leaf (of (), all of it), in the tensor's dtype."""
         index, shape, inside = self._cover(part)
         covered = self._array[index]
-        if max(self._merged, default=1) > 1:  # copied in the order of the file: merged as it lies, it would be transposed
+        if (
+            max(self._merged, default=1) > 1
+        ):  # copied in the order of the file: merged as it lies, it would be transposed
             covered = covered.copy(order="K")
         return covered.reshape(shape)[inside]
 
