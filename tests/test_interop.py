@@ -385,7 +385,7 @@ def test_flags_that_say_nothing_of_a_conversion_are_named(source, imported, tmp_
         ((imported / "rmsnorm", "--to=rmsnorm", "--format=source"), "--format=source is of layernorm networks"),
         (
             (imported / "rmsnorm", "--to=layernorm", "--format=gguf"),
-            "--format='gguf' is not one of source, llama, timm-rmsnorm",
+            "--format='gguf' is not one of source, llama, mistral, timm-rmsnorm",
         ),
         ((imported / "rmsnorm", "--to=rmsnorm", "--format=llama"), "a llama has no"),
         ((source, "--to=crmsnorm", "--keep-affine"), "crmsnorm has no affine to keep"),
