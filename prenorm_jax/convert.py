@@ -80,7 +80,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--format",
-        help="of an imported run: source, its source's format; llama, mistral or timm-rmsnorm, where it can be told as one",
+        help="of an imported run: source, its source's format; llama, mistral, timm-rmsnorm, if it is one",
     )
     parser.add_argument(
         "--dtype",
