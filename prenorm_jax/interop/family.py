@@ -102,6 +102,21 @@ class Given:
         self.only(key, default, *ACTIVATIONS, why="of activations these are known")
         return ACTIVATIONS[self(key, default=default)]
 
+    def masked_language_model(self, head: str) -> dict[str, Any]:
+        """An encoder's keys: with the tensor `head` the vocabulary's logits, without it the normalised tokens.
+
+        Where no tensors are known, the architecture that config.json names says which.
+        """
+        architectures = self("architectures", default=None) or [""]
+        tied, has_head = self("tie_word_embeddings", default=True), str(architectures[0]).endswith("ForMaskedLM")
+        has_head = head in self.shapes if self.shapes else has_head
+        return {
+            "family": "encoder",
+            "transform": has_head,
+            "tie_embeddings": has_head and tied,
+            "outputs": self("vocab_size", default=0) if has_head and not tied else 0,
+        }
+
     def rotary(
         self, width: int, heads: int, share: float = 1.0, base_key: str = "rope_theta", share_key: str = ""
     ) -> dict[str, Any]:

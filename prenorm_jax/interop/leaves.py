@@ -46,11 +46,13 @@ class ForeignLeaves:
         self._shapes = param_shapes(model)
         sizes, depth = axis_sizes(model) | family.sizes(model), model.depth
         places = list(read_table(family.lines(config, {name: x.shape for name, x in tensors.items()}), depth))
+        others = [place for place in places if place.copy and place.path in self._shapes]
+        places = [place for place in places if not place.copy]
         names, twice = _our_names(family, tensors)
         wanted = {place.path: place for place in places if place.path in self._shapes}
         _check_table(family, places, wanted, self._shapes)
         tied = [place for place in places if place.path == _HEAD] if model.tie_embeddings else []
-        copies = [place for place in tied if place.tensor in names]
+        copies = [place for place in (*tied, *others) if place.tensor in names]
         problems = {"twice": twice} | _compare(family, [*wanted.values(), *copies], names, tensors, sizes)
         self.ignored = set(problems.pop("ignored"))
         if any(problems.values()):
@@ -67,11 +69,13 @@ class ForeignLeaves:
             for path, place in wanted.items()
             if place.tensor != NOTHING
         }
-        for place in copies:  # of the table, whose layout its own line says
-            copy = View(tensors[names[place.tensor]], place._replace(layout=wanted[_TABLE].layout), sizes)
+        for place in copies:  # a head's is of the table, whose layout its own line says
+            if place in tied:
+                place = place._replace(path=_TABLE, layout=wanted[_TABLE].layout)
+            copy = View(tensors[names[place.tensor]], place, sizes)
             if not unread:
-                self._check_equal(names[place.tensor], copy)
-            self.views[_TABLE].append(copy)
+                self._check_equal(names[place.tensor], place.path, copy)
+            self.views[place.path].append(copy)
         if wrong := [path for path, views in self.views.items() if views[0].shape != self._shapes[path].shape]:
             raise ValueError(f"the table of {family.model_type} gives {'/'.join(wrong[0])} another shape than it has")
 
@@ -95,12 +99,14 @@ class ForeignLeaves:
             values = view.read(part) + array if path in self._summed else array
             view.write(part, _in_dtype(path, values, view.dtype))
 
-    def _check_equal(self, name: str, copy: View) -> None:
-        """Raises PrenormError unless a tied head is its table, bit for bit."""
-        table = self.views[_TABLE][0]
-        for start in range(0, table.shape[0], 4096):
-            rows = (slice(start, min(start + 4096, table.shape[0])), slice(None))
-            if not np.array_equal(copy.read(rows).view(np.uint8), table.read(rows).view(np.uint8)):
+    def _check_equal(self, name: str, path: Path, copy: View) -> None:
+        """Raises PrenormError unless a copy, such as a tied head, is the leaf of this path, bit for bit."""
+        leaf = self.views[path][0]
+        for start in range(0, leaf.shape[0], 4096):
+            rows = (slice(start, min(start + 4096, leaf.shape[0])), *[slice(None)] * (len(leaf.shape) - 1))
+            if not np.array_equal(copy.read(rows).view(np.uint8), leaf.read(rows).view(np.uint8)):
+                if path != _TABLE:
+                    raise PrenormError(f"{name} should be the same as {'/'.join(path)} and is not: remove it")
                 raise PrenormError(
                     f"{name} is not the token embedding, which config.json says it is (tie_word_embeddings): set that "
                     "to false there to take the head as it is, or remove it"

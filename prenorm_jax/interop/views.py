@@ -8,13 +8,15 @@ A line is two layouts over axes that have names, as einops writes them:
     embed_positions.weight      n@2 d          position_embedding
     -                           d              block_{i}/attention/out/bias
     +classifier.bias            v              head/mean/bias
+    =decoder.bias               v              head_bias
 
 Columns stand two spaces apart, and what follows # is a comment. Our axes are the foreign ones where they are left out.
 {i} is a block; where only our name has it, the foreign axis `l` counts the blocks. {a,b} on both sides are tensors side
 by side; on our side alone, the parts of the foreign axis `p`. Each part is 1 wide, and `p` can then be left out on our
 side, unless the sizes follow it, as in (g p=r,1,1 k). n@2 leaves out the first two rows. A number is an axis of that
 size; a 1 may stand on one side alone. `-` is no tensor: zeros. + is a tensor that another line has, too: read, it is
-zeros; written, added to the other. How wide an axis is, the model says: `axis_sizes`.
+zeros; written, added to the other. = is a copy, there or not, of what another line has. How wide an axis is, the model
+says: `axis_sizes`.
 
 Reading a view is import, and assigning to it export: the inverse of a line is the same line. No byte is read before
 that, so `convert_stored` streams foreign files as it does checkpoints.
@@ -33,8 +35,10 @@ from prenorm_jax.models.config import ModelConfig
 
 NOTHING = "-"  # in place of a tensor's name
 ADDED = "+"  # before one
+COPY = "="  # before one
 _OF_MODEL = [("d", "d_model"), ("h", "heads"), ("g", "kv_heads"), ("k", "head_dim"), ("f", "mlp_dim")]
 _OF_MODEL += [("v", "vocab_size"), ("n", "max_len")]
+_OF_MODEL += [("o", "outputs"), ("s", "token_types")]  # of an encoder
 _OF_MODEL += [("v", "classes"), ("n", "position_rows"), ("t", "registers")]  # of a ViT, and of its patches:
 _OF_MODEL += [("y", "patch_size"), ("x", "patch_size"), ("c", "channels")]
 
@@ -43,7 +47,7 @@ class Place(NamedTuple):
     """Where one leaf of ours lies: the foreign tensor, its layout, the leaf, its layout.
 
     `part`: of an axis of parts, the number of the part that it is, and how many there are. `added`: whether the leaf is
-    added to what else lies there.
+    added to what else lies there. `copy`: whether the leaf lies elsewhere, and here once more.
     """
 
     tensor: str
@@ -52,6 +56,7 @@ class Place(NamedTuple):
     layout: str
     part: dict[str, tuple[int, int]]
     added: bool = False
+    copy: bool = False
 
 
 def read_table(table: str, depth: int) -> Iterator[Place]:
@@ -66,9 +71,9 @@ def read_table(table: str, depth: int) -> Iterator[Place]:
             for i in range(depth) if "{i}" in leaf else [0]:
                 if "{i}" in leaf and "{i}" not in tensor:
                     part["l"] = (i, depth)
-                name, path = (name.replace("{i}", str(i)) for name in (tensor.removeprefix(ADDED), leaf))
-                added = tensor.startswith(ADDED)
-                yield Place(name, axes, tuple(path.split("/")), *(layout or [axes]), dict(part), added)
+                name, path = (name.replace("{i}", str(i)) for name in (tensor.lstrip(ADDED + COPY), leaf))
+                marks = tensor.startswith(ADDED), tensor.startswith(COPY)
+                yield Place(name, axes, tuple(path.split("/")), *(layout or [axes]), dict(part), *marks)
 
 
 def _options(name: str) -> list[str]:

@@ -45,17 +45,20 @@ def attend(
     dropout_key: jax.Array | None = None,
     kernel: str = "auto",
     window: int | None = None,
+    mask_BxS: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
 
     Scores and softmax are in float32 at least; its sum, where it is a column of the product (`Platform.sum_as_column`),
     adds the probabilities as they are multiplied with the values, rounded to v's dtype. With a `dropout_key`, each
     probability is dropped with `dropout_rate`.
-    `kernel` is `ModelConfig.attention_kernel`; `window`, of causal attention, is `GPTConfig.window`.
+    `kernel` is `ModelConfig.attention_kernel`; `window`, of causal attention, is `GPTConfig.window`. `mask_BxS`: the
+    keys that may be seen, those of no padding; what a query gets that sees none is finite, and no more.
     """
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
-    if kernel == "auto" and dropout_key is None and (T == S or not causal) and _cudnn_serves(q_BxTxHxK, S, G):
+    plain = kernel == "auto" and dropout_key is None and mask_BxS is None and (T == S or not causal)
+    if plain and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
         sides = None if window is None else (window - 1, 0)  # before and after a query's own position
         options = {"is_causal": causal, "local_window_size": sides, "implementation": "cudnn"}
@@ -80,7 +83,8 @@ def attend(
         @jax.checkpoint
         def block(q, k, v, key, start=start, end=end, seen=seen, position=position):  # defaults bind this iteration's
             seen_kv = (x[..., seen, :] for x in (k, v))
-            return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate, window)
+            mask = None if mask_BxS is None else mask_BxS[:, seen]
+            return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate, window, mask)
 
         blocks.append(block(q_LxRxTxK, k_LxSxK, v_LxSxK, key))
     return _ungroup(jnp.concatenate(blocks, axis=-2), B, G)
@@ -150,6 +154,7 @@ def _attend_block(
     position: jax.Array | int | None,
     dropout_rate: float,
     window: int | None,
+    mask_BxS: jax.Array | None = None,
 ) -> jax.Array:
     """`attend` of T queries, of which the first stands at key `position`; None: each sees all keys. (L, R, T, K).
 
@@ -168,6 +173,10 @@ def _attend_block(
         if window is not None:
             seen &= jnp.arange(S) > last_seen - window
         scores = jnp.where(seen, scores, -jnp.inf)
+    if mask_BxS is not None:  # finite, for a query that sees no key: NaN would spread from its value to all
+        mask_LxS = jnp.repeat(mask_BxS != 0, leading[0] // len(mask_BxS), axis=0)
+        mask_LxS = mask_LxS.reshape(-1, *[1] * (scores.ndim - 2), S)
+        scores = jnp.where(mask_LxS, scores, jnp.finfo(scores.dtype).min)
     # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True) if v_LxSxK.shape[-1] == K else None

@@ -33,7 +33,7 @@ class ModelConfig:
     comment" and is resolved by `resolve`.
     """
 
-    family: str = "gpt"  # gpt | vit: decides the other keys
+    family: str = "gpt"  # gpt | encoder | vit: decides the other keys
     norm: str = "layernorm"  # layernorm | rmsnorm | crmsnorm
     coordinates: str = "drop"  # drop | reflect: how crmsnorm's stream is d-1 numbers (models/coordinates.py)
     coordinates_entry: int | None = None  # the entry, from 0, that is dropped or reflected; None: the last
@@ -80,6 +80,8 @@ class ModelConfig:
     window: ClassVar[int | None] = None
     tie_embeddings: ClassVar[bool] = False
     decodes: ClassVar[bool] = False  # whether its module takes a cache, and so writes text (`decoding.py`)
+    trains: ClassVar[bool] = True  # whether train.py has a loss for it
+    token_outputs: ClassVar[bool] = False  # whether its outputs are one for each token
     inputs: ClassVar[str]  # the kind of data that it takes: a key of `data.KINDS`
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm": NORMS,

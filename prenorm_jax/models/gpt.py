@@ -41,6 +41,7 @@ class GPTConfig(ModelConfig):
 
     causal: ClassVar[bool] = True
     decodes: ClassVar[bool] = True
+    token_outputs: ClassVar[bool] = True
     inputs: ClassVar[str] = "text"
     choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
     at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1, "rotary_base": 1, "rotary_dim": 2, "window": 1}
@@ -74,18 +75,18 @@ class GPTConfig(ModelConfig):
 
 
 @jax.custom_jvp
-def _embed(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+def embed_tokens(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
     """The rows of the tokens: (B, T, W)."""
     return jnp.take(table_VxW, tokens_BxT, axis=0)
 
 
 # In float32 at least, so that its transpose, a scatter-add, sums in it: over the thousands of times that a frequent
 # token comes, bfloat16 sums stop growing, and GPUs add bfloat16 numbers one after the other.
-@_embed.defjvp
+@embed_tokens.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (table, tokens), (dtable, _) = primals, tangents
     wide = dtable.astype(jnp.promote_types(table.dtype, jnp.float32))
-    return _embed(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
+    return embed_tokens(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
 
 
 class GPT(StreamModel):
@@ -118,7 +119,7 @@ class GPT(StreamModel):
         if cache_size is not None or position is not None:
             cache = CacheUse(cache_size, 0 if position is None else position)
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab").astype(config.dtype)
-        x_BxTxW = self._add_positions(_embed(table_VxW, tokens_BxT), position)
+        x_BxTxW = self._add_positions(embed_tokens(table_VxW, tokens_BxT), position)
         x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
         if at_B is not None:
             x_BxTxD = jnp.take_along_axis(x_BxTxD, at_B[:, None, None], axis=1)

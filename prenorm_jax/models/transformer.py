@@ -149,11 +149,17 @@ def leave_stream(config: ModelConfig, x: jax.Array) -> jax.Array:
     return x
 
 
-def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
-    """All of the model's blocks: (B, T, D) -> (B, T, D)."""
+def blocks(
+    config: ModelConfig,
+    x_BxTxD: jax.Array,
+    train: bool,
+    cache: CacheUse | None = None,
+    mask_BxT: jax.Array | None = None,
+) -> jax.Array:
+    """All of the model's blocks: (B, T, D) -> (B, T, D). `mask_BxT`: the tokens that are seen, those of no padding."""
 
     def apply(block: Block, stream: Stream) -> Stream:
-        return block(stream, train, cache)
+        return block(stream, train, cache, mask_BxT)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
@@ -181,7 +187,13 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, normed: Normed, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
+    def __call__(
+        self,
+        normed: Normed,
+        train: bool = False,
+        cache: CacheUse | None = None,
+        mask_BxT: jax.Array | None = None,
+    ) -> jax.Array:
         config = self.config
         B, T, _ = normed.x.shape
         H, G, K = config.heads, config.kv_heads, config.head_dim
@@ -213,7 +225,7 @@ class Attention(nn.Module):
             heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, cache.position, config.window)
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
-            options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window
+            options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window, mask_BxT
             heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
 
@@ -262,9 +274,15 @@ class Block(nn.Module):
     drop_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, stream: Stream, train: bool = False, cache: CacheUse | None = None) -> Stream:
+    def __call__(
+        self,
+        stream: Stream,
+        train: bool = False,
+        cache: CacheUse | None = None,
+        mask_BxT: jax.Array | None = None,
+    ) -> Stream:
         config = self.config
-        attention = functools.partial(Attention(config, name="attention"), cache=cache)
+        attention = functools.partial(Attention(config, name="attention"), cache=cache, mask_BxT=mask_BxT)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
         def update(name: str, normed: Normed) -> jax.Array:

@@ -7,12 +7,15 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.families import (
     clip,
     dinov2,
+    esm,
     falcon,
     gpt2,
     gpt_bigcode,
     gpt_neox,
     olmo,
     opt,
+    roberta_prelayernorm,
+    siglip_text,
     starcoder2,
     timm,
     vit,
@@ -21,8 +24,9 @@ from prenorm_jax.interop.families import (
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
+_ENCODERS = (roberta_prelayernorm.FAMILY, esm.FAMILY, clip.TEXT, siglip_text.FAMILY)
 _IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_IMAGES)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_ENCODERS, *_IMAGES)}
 
 # Those that no table could bring here, and why.
 _RMSNORM = "its norms are RMSNorms, which keep the stream's mean: it is no Pre-LN network, and has no equivalent of one"

@@ -1,7 +1,7 @@
-"""CLIP's image tower (transformers' `clip_vision_model`), by itself or within a whole `clip`.
+"""CLIP's towers (transformers' `clip_vision_model`, `clip_text_model`); of a whole `clip` its image tower.
 
-It gives the pooled output, which the projection reads. Text tower and projections are no part of the network and go
-along into an export as they are. `last_hidden_state` is the raw stream: a conversion removes its mean.
+They give the pooled output, which the projection reads. Projections and the other tower are no part of the network and
+go along into an export as they are. An image's `last_hidden_state` is the raw stream: a conversion removes its mean.
 """
 
 from typing import Any
@@ -39,11 +39,14 @@ def _within(given: Given) -> dict[str, Any]:
     return _config(Given(vision, given.shapes))
 
 
-_TABLE = """
+_EMBEDDING = """
     embeddings.class_embedding                         d        class_token                       1 d
     embeddings.position_embedding.weight               n d      position_embedding
     embeddings.patch_embedding.weight                  d c y x  patch_embedding/kernel            y x c d
     pre_layrnorm.{weight,bias}                         d        embedding_norm/{scale,bias}
+"""
+# SigLIP has the same.
+LAYERS = """
     encoder.layers.{i}.layer_norm1.{weight,bias}       d        block_{i}/attention_norm/{scale,bias}
     encoder.layers.{i}.self_attn.{q,k,v}_proj.weight   (h k) d  block_{i}/attention/{query,key,value}/kernel  d (h k)
     encoder.layers.{i}.self_attn.{q,k,v}_proj.bias     (h k)    block_{i}/attention/{query,key,value}/bias
@@ -54,10 +57,66 @@ _TABLE = """
     encoder.layers.{i}.mlp.fc1.bias                    f        block_{i}/mlp/up/bias
     encoder.layers.{i}.mlp.fc2.weight                  d f      block_{i}/mlp/down/kernel         f d
     encoder.layers.{i}.mlp.fc2.bias                    d        block_{i}/mlp/down/bias
+"""
+_TABLE = (
+    _EMBEDDING
+    + LAYERS
+    + """
     post_layernorm.{weight,bias}                       d        head_affine/{scale,bias}
 """
+)
 _ALONG = (r"visual_projection\.weight", r"text_projection\.weight", r"text_model\..*", "logit_scale")
 _MASKS = (r"embeddings\.position_ids",)
 
+
 VISION = Family("clip_vision_model", _config, _TABLE, prefixes=("vision_model.",), ignored=_MASKS, along=_ALONG)
 FAMILY = Family("clip", _within, _TABLE, prefixes=("vision_model.",), ignored=_MASKS, along=_ALONG)
+
+
+def text_tower(given: Given, width: int, heads: int, mlp_dim: int) -> dict[str, Any]:
+    """What the text towers of CLIP and SigLIP have in common; the sizes are their defaults."""
+    return {
+        "family": "encoder",
+        "tie_embeddings": False,
+        "transform": False,
+        "d_model": given("hidden_size", default=width),
+        "depth": given("num_hidden_layers", default=12),
+        "heads": given("num_attention_heads", default=heads),
+        "mlp_dim": given("intermediate_size", default=mlp_dim),
+        "attention_dropout": float(given("attention_dropout", default=0.0)),
+    }
+
+
+def _text(given: Given) -> dict[str, Any]:
+    eos = given("eos_token_id", default=49407)
+    return text_tower(given, width=512, heads=8, mlp_dim=2048) | {
+        "vocab_size": given("vocab_size", default=49408),
+        "max_len": given("max_position_embeddings", default=77),
+        "causal": True,
+        "pooling": "eos",
+        "eos_token": None if eos == 2 else eos,  # transformers' sign of a file from before it knew
+        "activation": given.activation("hidden_act", default="quick_gelu"),
+        "epsilon": given("layer_norm_eps", default=1e-5),
+    }
+
+
+TEXT_EMBEDDING = """
+    embeddings.token_embedding.weight                  v d      token_embedding
+    embeddings.position_embedding.weight               n d      position_embedding
+"""
+_TEXT_TABLE = (
+    TEXT_EMBEDDING
+    + LAYERS
+    + """
+    final_layer_norm.{weight,bias}                     d        head_affine/{scale,bias}
+"""
+)
+
+TEXT = Family(
+    "clip_text_model",
+    _text,
+    _TEXT_TABLE,
+    prefixes=("text_model.",),
+    ignored=_MASKS,
+    along=(r"(text|visual)_projection\.weight", r"vision_model\..*", "logit_scale"),
+)
