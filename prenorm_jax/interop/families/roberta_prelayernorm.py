@@ -41,7 +41,9 @@ embeddings.position_embeddings.weight                      n@pad d  position_emb
 """
 BLOCK = """
 encoder.layer.{i}.attention.LayerNorm.{weight,bias}        d        block_{i}/attention_norm/{scale,bias}
-encoder.layer.{i}.attention.self.{query,key,value}.weight  (h k) d  block_{i}/attention/{query,key,value}/kernel  d (h k)
+encoder.layer.{i}.attention.self.query.weight              (h k) d  block_{i}/attention/query/kernel   d (h k)
+encoder.layer.{i}.attention.self.key.weight                (h k) d  block_{i}/attention/key/kernel     d (h k)
+encoder.layer.{i}.attention.self.value.weight              (h k) d  block_{i}/attention/value/kernel   d (h k)
 encoder.layer.{i}.attention.self.{query,key,value}.bias    (h k)    block_{i}/attention/{query,key,value}/bias
 encoder.layer.{i}.attention.output.dense.weight            d (h k)  block_{i}/attention/out/kernel     (h k) d
 encoder.layer.{i}.attention.output.dense.bias              d        block_{i}/attention/out/bias
