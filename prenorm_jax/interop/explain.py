@@ -127,9 +127,9 @@ def norm_sites(model: ModelConfig) -> list[dict[str, Any]]:
 
 def _unfolded_output(model: ModelConfig) -> str:
     """What the final norm feeds, where that is no linear map of its own; "" where it is."""
-    if model.tie_embeddings:
-        return "token_embedding"
-    return "" if ("head", "kernel") in param_shapes(model) else "the output"
+    if model.final_norm_bias is not None:
+        return ""
+    return "token_embedding" if model.tie_embeddings else "the output"
 
 
 def _place(site: Report) -> tuple[int, str]:
@@ -153,6 +153,8 @@ def _kept_sites(model: ModelConfig) -> list[dict[str, Any]]:
         kept += [(f"block_{i}/attention/{name}_norm", name, mean) for i, name in sites]
     if any(path[0] == "pool" for path in param_shapes(model)):
         kept.append(("pool/mlp_norm", "up", "it stays a LayerNorm: it is behind the pooling, not on the stream"))
+    if ("transform_norm", "scale") in param_shapes(model):
+        kept.append(("transform_norm", "the head", "it stays a LayerNorm: it is in the head, not on the stream"))
     keys = ("norm", "feeds", "why")
     return [
         {**dict(zip(keys, (name, [feeds], why), strict=True)), "epsilon": model.epsilon, "becomes": "kept"}

@@ -89,6 +89,7 @@ def text_tower(given: Given, width: int, heads: int, mlp_dim: int) -> dict[str, 
 
 def _text(given: Given) -> dict[str, Any]:
     eos = given("eos_token_id", default=49407)
+    given("projection_dim", default=None)  # of what reads the output
     return text_tower(given, width=512, heads=8, mlp_dim=2048) | {
         "vocab_size": given("vocab_size", default=49408),
         "max_len": given("max_position_embeddings", default=77),

@@ -14,6 +14,7 @@ def _config(given: Given) -> dict[str, Any]:
     given.only("is_decoder", False)
     given.only("add_cross_attention", False)
     given.only("is_folding_model", False, why="no model here folds proteins")
+    given.asked |= {"esmfold_config", "vocab_list"}  # of one that does
     given.only("position_embedding_type", "absolute", "rotary")
     rotary = given("position_embedding_type", default="absolute") == "rotary"
     width, heads, pad = given("hidden_size", default=768), given("num_attention_heads", default=12), None
