@@ -1,5 +1,6 @@
 """The Pre-LN networks in NumPy, one position and one head at a time: what the models are tested against."""
 
+import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 from scipy.special import erf
@@ -23,6 +24,14 @@ def add(*lists):
     return [sum(terms) for terms in zip(*lists, strict=True)]
 
 
+def slopes(heads, largest):
+    """ALiBi's, as its authors' code finds them."""
+    if heads & (heads - 1) == 0:
+        return [2 ** (-largest / heads * (i + 1)) for i in range(heads)]
+    n = 2 ** int(np.log2(heads))
+    return slopes(n, largest) + slopes(2 * n, largest)[::2][: heads - n]
+
+
 class Transformer:
     """What both families share."""
 
@@ -38,18 +47,34 @@ class Transformer:
     def linear(self, x, name):
         return x @ self.p[f"{name}/kernel"] + self.p.get(f"{name}/bias", 0)
 
-    def turn(self, x, t):
-        if not self.c.rotary:
+    def turn(self, x, t, base):
+        if not self.c.rotary or not base:
             return x
         x, width = x.copy(), self.c.rotary_dim or self.c.head_dim
         for k in range(width // 2):
             pair = [2 * k, 2 * k + 1] if self.c.rotary_interleaved else [k, k + width // 2]
-            turned = complex(*x[pair]) * np.exp(1j * t * self.c.rotary_base ** (-2 * k / width))
+            turned = complex(*x[pair]) * np.exp(1j * t * base ** (-2 * k / width))
             x[pair] = turned.real, turned.imag
         return x
 
+    def fall(self, h, t, s):
+        c = self.c
+        if not c.alibi:
+            return 0.0
+        slope = slopes(c.heads, c.alibi_max)[h]
+        if not c.alibi_rounded:
+            return slope * (s - t)
+        slope, s = np.array(slope).astype(ml_dtypes.bfloat16), np.array(s).astype(ml_dtypes.bfloat16)
+        return float(slope * s) / np.sqrt(c.head_dim)
+
     def attend(self, xs, name):
         c, bound = self.c, np.inf if self.c.clip_qkv is None else self.c.clip_qkv
+        scale = 1 / np.sqrt(c.head_dim) if c.score_scale is None else c.score_scale
+        number = int(name[len("block_") :].split("/")[0])
+        is_local = c.attention_pattern[number % len(c.attention_pattern)] == "l"
+        window, base = c.window if is_local else None, getattr(c, "rotary_base", None)
+        if not is_local and c.global_rotary_base is not None:
+            base = c.global_rotary_base
         q, k, v = ([self.linear(x, f"{name}/{part}") for x in xs] for part in ("query", "key", "value"))
 
         def head(vectors, place, h, part):
@@ -57,16 +82,17 @@ class Transformer:
             if c.qk_norm and part != "value":
                 x = self.norm(x, f"{name}/{part}_norm")
             x = np.array([min(max(number, -bound), bound) for number in x])
-            return x if part == "value" else self.turn(x, place)
+            return x if part == "value" else self.turn(x, place, base)
 
         outputs = []
         for t in range(len(xs)):
             heads = []
             for h in range(c.heads):
                 g = h // (c.heads // c.kv_heads)
-                seen = range(0 if c.window is None else max(t + 1 - c.window, 0), t + 1 if c.causal else len(xs))
-                scores = np.array([head(q, t, h, "query") @ head(k, s, g, "key") for s in seen])
-                weights = np.exp((scores - scores.max()) / np.sqrt(c.head_dim))
+                seen = range(0 if window is None else max(t + 1 - window, 0), t + 1 if c.causal else len(xs))
+                products = [scale * head(q, t, h, "query") @ head(k, s, g, "key") for s in seen]
+                scores = np.array([product + self.fall(h, t, s) for product, s in zip(products, seen, strict=True)])
+                weights = np.exp(scores - scores.max())
                 values = [head(v, s, g, "value") for s in seen]
                 heads.append(sum(w * value for w, value in zip(weights / weights.sum(), values, strict=True)))
             outputs.append(self.linear(np.concatenate(heads), f"{name}/out") * self.p.get(f"{name}/out_scale", 1))

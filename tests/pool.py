@@ -23,6 +23,7 @@ TRANSFORMER = {
     "depth": (1, 2),
     "heads": (1, 2, 4),
     "kv_heads": (1, 2, 4),
+    "score_scale": (None, 1.0),
     "head_dim": (2, 6),
     "mlp_dim": (1, 9),
     "gated_mlp": FLAG,
@@ -58,7 +59,10 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "positions": GPTConfig.choices["positions"],
         "rotary_dim": (None, 2, 4),
         "rotary_interleaved": FLAG,
+        "alibi_rounded": FLAG,
         "window": (None, 3),
+        "attention_pattern": ("l", "gl"),
+        "global_rotary_base": (None, 0.0, 50.0),
         "tie_embeddings": FLAG,
     },
     "vit": TRANSFORMER
@@ -75,18 +79,21 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "norm_after_pooling": FLAG,
     },
 }
-SIZE, SEED = 12, 553  # networks a family; of the order in which their options are chosen
+SIZE, SEED = 14, 889  # networks a family; of the order in which their options are chosen
 
 
 def possible(options: Mapping[str, Any]) -> bool:
     """Whether there are networks with these options, which need not be all, that convert."""
     get = options.get
+    needs_rotary = get("rotary_dim") or get("rotary_interleaved") or get("global_rotary_base") is not None
     return not (
         get("heads", 4) % get("kv_heads", 1)
         or (get("shared_norm") and get("parallel") is False)
         or (get("positions") == "sincos2d" and get("d_model", 4) % 4)
-        or (get("positions", "rotary") != "rotary" and (get("rotary_dim") or get("rotary_interleaved")))
+        or (needs_rotary and (get("positions", "rotary") != "rotary" or get("alibi_rounded")))
         or (get("rotary_dim") or 0) > get("head_dim", 6)
+        or (get("positions", "alibi") != "alibi" and get("alibi_rounded"))
+        or (get("attention_pattern") == "l" and get("global_rotary_base") is not None)
         or (get("pooling", "mean").startswith("class") and get("class_token") is False)
         or (get("pooling") == "attention" and get("norm_after_pooling"))
     )

@@ -51,6 +51,7 @@ class ModelConfig:
     final_norm: bool = True  # the norm between the last block and the head
     embed_norm: bool = False  # a LayerNorm on the embedding, before it enters the stream (BLOOM, CLIP's ViT)
     qk_norm: bool = False  # a LayerNorm on each query and key, over head_dim (ViT-22B); an RMSNorm in the variants
+    score_scale: float | None = None  # of queries times keys; None: 1/√head_dim
     clip_qkv: float | None = None  # queries, keys, values are clipped to ± this, after qk_norm; None: they are not
     layer_scale: float | None = None  # initial value of a learned scale of each branch's output; None: no such scale
     use_bias: bool = True  # in every linear layer of a block
@@ -77,7 +78,10 @@ class ModelConfig:
 
     causal: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
+    alibi: ClassVar[bool] = False
     window: ClassVar[int | None] = None
+    attention_pattern: ClassVar[str] = "l"
+    global_rotary_base: ClassVar[float | None] = None
     tie_embeddings: ClassVar[bool] = False
     decodes: ClassVar[bool] = False  # whether its module takes a cache, and so writes text (`decoding.py`)
     trains: ClassVar[bool] = True  # whether train.py has a loss for it
@@ -97,7 +101,7 @@ class ModelConfig:
     at_least: ClassVar[dict[str, float]] = {
         **dict.fromkeys(("depth", "heads", "kv_heads", "head_dim", "mlp_dim"), 1),
         "d_model": 2,
-        **dict.fromkeys(("epsilon", "layer_scale", "clip_qkv"), 0),
+        **dict.fromkeys(("epsilon", "layer_scale", "clip_qkv", "score_scale"), 0),
     }
     rates: ClassVar[tuple[str, ...]] = ("dropout", "attention_dropout", "branch_dropout", "embed_dropout")
 
@@ -163,11 +167,38 @@ class ModelConfig:
             raise PrenormError("model.clip_qkv=0.0 makes queries, keys and values zero: give a larger bound, or none")
         if self.post_norm and self.parallel:
             raise PrenormError("model.post_norm=True and model.parallel=True exclude each other: set one to False")
+        self._check_pattern()
         if self.scan and self.stochastic_depth and self.stochastic_depth_schedule == "linear":
             raise PrenormError(
                 "model.scan=True makes all blocks one, but model.stochastic_depth differs by block: set "
                 "model.stochastic_depth_schedule='constant', or model.scan=False"
             )
+
+    def _check_pattern(self) -> None:
+        pattern = self.attention_pattern
+        if not pattern or set(pattern) - {"l", "g"}:
+            raise PrenormError(f"model.attention_pattern={pattern!r} must be of the letters l and g, one a block")
+        if self.scan and len(set(pattern[: self.depth])) > 1:
+            raise PrenormError(
+                f"model.scan=True makes all blocks one, but by model.attention_pattern={pattern!r} they differ: set "
+                "model.scan=False"
+            )
+        if self.global_rotary_base is not None and not (self.rotary and "g" in pattern):
+            raise PrenormError(
+                f"model.global_rotary_base={self.global_rotary_base:g} needs model.positions='rotary', and a g in "
+                f"model.attention_pattern, not {pattern!r}"
+            )
+
+    def of_block(self, number: int) -> ModelConfig:
+        """The config as block `number` is built from it: what differs from block to block, settled."""
+        if self.attention_pattern[number % len(self.attention_pattern)] == "l":
+            return self
+        changes: dict[str, Any] = {"attention_pattern": "l", "global_rotary_base": None, "window": None}
+        if self.global_rotary_base == 0:
+            changes |= {"positions": "none", "rotary_dim": None, "rotary_interleaved": False}
+        elif self.global_rotary_base is not None:
+            changes["rotary_base"] = self.global_rotary_base
+        return dataclasses.replace(self, **changes)
 
     @property
     def stream_width(self) -> int:

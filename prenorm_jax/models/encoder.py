@@ -83,8 +83,6 @@ class EncoderConfig(GPTConfig):
             )
         if self.transform and not self.has_head:
             raise PrenormError("model.transform=True needs a head: set it to False, or model.outputs to more than 0")
-        if self.window is not None and not self.causal:
-            raise PrenormError("model.window needs model.causal=True in an encoder")
 
     @property
     def final_norm_bias(self) -> str | None:

@@ -32,28 +32,43 @@ class GPTConfig(ModelConfig):
 
     vocab_size: int = 257  # at least the tokenizer's ids; more are padding
     max_len: int = 1024  # longest sequence; the length of a learned position table
-    positions: str = "learned"  # learned | sinusoidal | rotary | none
+    positions: str = "learned"  # learned | sinusoidal | rotary | alibi: scores fall with the distance | none
     rotary_base: float = 10000.0  # of rotary positions
     rotary_dim: int | None = None  # numbers of each head that are turned, the first; None: all
     rotary_interleaved: bool = False  # in pairs (0, 1), (2, 3), ... (GPT-J), not of one half and the other
+    alibi_max: float = 8.0  # of H heads the slopes are 2^(-alibi_max/H), ..., 2^-alibi_max
+    alibi_rounded: bool = False  # slope · position is of bfloat16, and divided by √head_dim as the scores are (Falcon)
     window: int | None = None  # positions that a query sees, the last its own; None: all up to its own
+    attention_pattern: str = "l"  # of the blocks, repeated: l, local: as the keys above say; g, global: without window
+    global_rotary_base: float | None = None  # rotary_base in global blocks; 0: these have no positions; None: the same
     tie_embeddings: bool = True  # the head's kernel is the token embedding
 
     causal: ClassVar[bool] = True
     decodes: ClassVar[bool] = True
     token_outputs: ClassVar[bool] = True
     inputs: ClassVar[str] = "text"
-    choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
-    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1, "rotary_base": 1, "rotary_dim": 2, "window": 1}
+    choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "alibi", "none")}
+    at_least = ModelConfig.at_least | {
+        **dict.fromkeys(("vocab_size", "max_len", "rotary_base", "window"), 1),
+        **dict.fromkeys(("alibi_max", "global_rotary_base"), 0),
+        "rotary_dim": 2,
+    }
 
     @property
     def rotary(self) -> bool:
         """Whether queries and keys are turned by their position."""
         return self.positions == "rotary"
 
+    @property
+    def alibi(self) -> bool:
+        """Whether scores fall with the distance."""
+        return self.positions == "alibi"
+
     def check(self) -> None:
         """Raises PrenormError for keys that contradict each other."""
         super().check()
+        if self.alibi_rounded and not self.alibi:
+            raise PrenormError(f"model.alibi_rounded needs model.positions='alibi', not {self.positions!r}")
         if not self.rotary:
             for key in ("rotary_dim", "rotary_interleaved"):
                 if getattr(self, key):

@@ -32,6 +32,40 @@ def rotate(
     return rotated.astype(x_BxTxHxK.dtype)
 
 
+def alibi_slopes(heads: int, largest: float) -> np.ndarray:
+    """The slope of each head, (H,) float64 (arXiv 2108.12409, and its code for heads that are no power of two).
+
+    Of n = 2^k heads they are 2^(-largest · i/n), i = 1 to n. Of others, those of the next smaller n, and then of 2n the
+    first, the third and so on.
+    """
+    n = 2 ** (heads.bit_length() - 1)
+    exponents = [*(i / n for i in range(1, n + 1)), *(i / (2 * n) for i in range(1, 2 * (heads - n), 2))]
+    return 2.0 ** (-largest * np.array(exponents))
+
+
+def alibi(
+    heads: int, largest: float, rounded: bool, scale: float, dtype: jax.typing.DTypeLike, t_T: jax.Array, s_S: jax.Array
+) -> jax.Array:
+    """What is added to the scores of queries at t and keys at s: scale · slope · (s - t), in this dtype: (H, T, S).
+
+    `rounded`: slope, positions and each product of the two are those of bfloat16, so that distances at high positions
+    are not those at low ones.
+    """
+    slopes_Hx1 = jnp.asarray(alibi_slopes(heads, largest), dtype)[:, None]
+
+    def near(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # which no compiler leaves out
+
+    def falls(positions: jax.Array) -> jax.Array:
+        return near(near(slopes_Hx1) * near(positions.astype(dtype)))
+
+    if rounded:
+        bias_HxTxS = falls(s_S)[:, None] - falls(t_T)[:, :, None]
+    else:
+        bias_HxTxS = slopes_Hx1[:, None] * (s_S - t_T[:, None]).astype(dtype)
+    return bias_HxTxS if scale == 1 else scale * bias_HxTxS
+
+
 def sincos2d_table(side: int, width: int) -> np.ndarray:
     """(side², width) float64 position table: sine and cosine of x, then of y (arXiv 2205.01580).
 

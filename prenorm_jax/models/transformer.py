@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.base.trees import at_least_float32
-from prenorm_jax.models.attention import CacheUse, attend, attend_cached
+from prenorm_jax.models.attention import CacheUse, ScoreBias, attend, attend_cached
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
 from prenorm_jax.models.norms import Affine, LayerNorm, Norm, Normed, RMSNorm, Statistics
 from prenorm_jax.models.parameters import NormSite, annotated
 from prenorm_jax.models.placement import constrain, fusion_barrier
-from prenorm_jax.models.positions import rotate
+from prenorm_jax.models.positions import alibi, rotate
 from prenorm_jax.models.stacking import LAYER, STACKED
 
 
@@ -172,12 +172,12 @@ def blocks(
             length=config.depth,
             metadata_params={nn.PARTITION_NAME: LAYER},
         )
-        return scanned(Block(config, config.stochastic_depth, name=STACKED), stream, None)[0].x
+        return scanned(Block(config.of_block(0), config.stochastic_depth, name=STACKED), stream, None)[0].x
     for i in range(config.depth):
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        stream = apply(Block(config, rate, name=f"block_{i}"), stream)
+        stream = apply(Block(config.of_block(i), rate, name=f"block_{i}"), stream)
     return stream.x
 
 
@@ -222,12 +222,23 @@ class Attention(nn.Module):
             k_NxSxK = self._remember("keys", k_BxSxGxK, cache)
             v_NxSxK = self._remember("values", v_BxSxGxK, cache)
         if cache is not None and cache.size is None:
-            heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, cache.position, config.window)
+            options = cache.position, config.window, config.score_scale, self._score_bias()
+            heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, *options)
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
-            options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window, mask_BxT
+            options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window
+            options += config.score_scale, self._score_bias(), mask_BxT
             heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
+
+    def _score_bias(self) -> ScoreBias | None:
+        """What is added to the scores, if anything is."""
+        config = self.config
+        if not config.alibi:
+            return None
+        scale = config.head_dim**-0.5 if config.alibi_rounded else 1.0
+        dtype = jnp.promote_types(config.dtype, jnp.float32)
+        return functools.partial(alibi, config.heads, config.alibi_max, config.alibi_rounded, scale, dtype)
 
     def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:
         """Writes the tokens' keys or values into the cache, and returns all of it: (B·G, S, K).
