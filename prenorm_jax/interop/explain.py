@@ -146,7 +146,10 @@ def _kept_sites(model: ModelConfig) -> list[dict[str, Any]]:
         why = "the tied table cannot take them up" if model.tie_embeddings else "nothing that has weights reads it"
         kept.append(("head_norm", output, f"its γ and β stay: {why}"))
     if model.embed_norm:
-        kept.append(("embedding_norm", "the stream", "it stays a LayerNorm, and its output is centred at run time"))
+        feeds, why = "the stream", "it stays a LayerNorm, and its output is centred at run time"
+        if not model.first_norm:
+            feeds, why = "block 0's attention, the stream", f"{why}, for the stream alone"
+        kept.append(("embedding_norm", feeds, why))
     if model.qk_norm:
         mean = "an RMSNorm over each head: the mean leaves the weights of query and key; its γ and β stay"
         sites = [(i, name) for i in range(model.depth) for name in ("query", "key")]

@@ -77,6 +77,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # of the parameters
 
     causal: ClassVar[bool] = False
+    first_norm: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
     alibi: ClassVar[bool] = False
     window: ClassVar[int | None] = None
@@ -209,10 +210,10 @@ class ModelConfig:
     def raw_embedding(self) -> bool:
         """Whether the embedding tables stay d wide and uncentred, and their output is centred at run time.
 
-        So it must be where they are read as well (tied head), or where what follows them does not keep a zero mean
-        (dropout, a norm with an affine of its own).
+        So it must be where they are read as well (tied head, block 0 without first_norm), or where what follows them
+        does not keep a zero mean (dropout, a norm with an affine of its own).
         """
-        return self.tie_embeddings or self.embed_norm or self.embed_dropout > 0
+        return self.tie_embeddings or self.embed_norm or self.embed_dropout > 0 or not self.first_norm
 
     @property
     def raw_branches(self) -> bool:

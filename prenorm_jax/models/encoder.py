@@ -22,6 +22,7 @@ from prenorm_jax.models.transformer import (
     StreamModel,
     activate,
     blocks,
+    end_embedding,
     enter_stream,
     kept_norm,
     leave_stream,
@@ -40,6 +41,7 @@ class EncoderConfig(GPTConfig):
     activation: str = "gelu"
     head_bias: bool = True
 
+    first_norm: bool = True  # False: block 0's attention reads the embedding, not a norm of the stream (ModernBERT)
     causal: bool = False  # a token sees those before it alone (CLIP's text tower)
     pad_token: int | None = None  # id that positions do not count: it has the first row of their table (RoBERTa)
     mask_token: int | None = None  # id of rows of zeros, for which a text's others are larger (ESM-2)
@@ -81,6 +83,9 @@ class EncoderConfig(GPTConfig):
                 "model.tie_embeddings=True is an encoder's masked language model: it goes with model.transform=True, "
                 "model.outputs=0 and model.pooling='none'"
             )
+        for key in ("scan", "parallel", "post_norm"):
+            if not self.first_norm and getattr(self, key):
+                raise PrenormError(f"model.first_norm=False leaves block 0 one norm fewer: set model.{key}=False")
         if self.transform and not self.has_head:
             raise PrenormError("model.transform=True needs a head: set it to False, or model.outputs to more than 0")
 
@@ -127,7 +132,9 @@ class Encoder(StreamModel):
         tokens_BxT = jnp.asarray(tokens_BxT)
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab").astype(config.dtype)
         x_BxTxW = self._embed(tokens_BxT, table_VxW, mask_BxT, types_BxT)
-        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, mask_BxT=mask_BxT)
+        x_BxTxW = end_embedding(config, x_BxTxW, train)
+        embedding_BxTxW = None if config.first_norm else x_BxTxW
+        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW), train, None, mask_BxT, embedding_BxTxW)
         if config.pooling not in ("none", "mean"):
             x_BxTxD = jnp.take_along_axis(x_BxTxD, self._pooled(tokens_BxT)[:, None, None], axis=1)[:, 0]
         if not config.has_head:

@@ -19,6 +19,7 @@ from prenorm_jax.models.transformer import (
     StreamModel,
     blocks,
     constant_table,
+    end_embedding,
     enter_stream,
     leave_stream,
     make_norm,
@@ -135,7 +136,7 @@ class GPT(StreamModel):
             cache = CacheUse(cache_size, 0 if position is None else position)
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab").astype(config.dtype)
         x_BxTxW = self._add_positions(embed_tokens(table_VxW, tokens_BxT), position)
-        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
+        x_BxTxD = blocks(config, enter_stream(config, end_embedding(config, x_BxTxW, train)), train, cache)
         if at_B is not None:
             x_BxTxD = jnp.take_along_axis(x_BxTxD, at_B[:, None, None], axis=1)
         if config.tie_embeddings:

@@ -127,11 +127,15 @@ def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
     return (table_TxW if config.raw_embedding else coordinates(config).enter(table_TxW)).astype(config.dtype)
 
 
-def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
-    """The embedding's norm and dropout, if it has them, and what they make necessary: (B, T, D or W) -> (B, T, D)."""
+def end_embedding(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
+    """The embedding's norm and dropout, if it has them: (B, T, D or W) -> (B, T, D or W)."""
     if config.embed_norm:
         x_BxTxW = kept_norm(config, "embedding_norm", LayerNorm, axis="raw")(x_BxTxW)
-    x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+    return nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+
+
+def enter_stream(config: ModelConfig, x_BxTxW: jax.Array) -> jax.Array:
+    """What the embedding ends in, in the stream's coordinates: (B, T, D or W) -> (B, T, D)."""
     return coordinates(config).enter(x_BxTxW) if config.raw_embedding else x_BxTxW
 
 
@@ -155,11 +159,16 @@ def blocks(
     train: bool,
     cache: CacheUse | None = None,
     mask_BxT: jax.Array | None = None,
+    embedding_BxTxW: jax.Array | None = None,
 ) -> jax.Array:
-    """All of the model's blocks: (B, T, D) -> (B, T, D). `mask_BxT`: the tokens that are seen, those of no padding."""
+    """All of the model's blocks: (B, T, D) -> (B, T, D).
 
-    def apply(block: Block, stream: Stream) -> Stream:
-        return block(stream, train, cache, mask_BxT)
+    `mask_BxT`: the tokens that are seen, those of no padding. `embedding_BxTxW`: what block 0's attention reads in
+    place of the stream, where that has no norm (`first_norm`).
+    """
+
+    def apply(block: Block, stream: Stream, embedding_BxTxW: jax.Array | None = None) -> Stream:
+        return block(stream, train, cache, mask_BxT, embedding_BxTxW)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
@@ -177,14 +186,20 @@ def blocks(
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        stream = apply(Block(config.of_block(i), rate, name=f"block_{i}"), stream)
+        stream = apply(Block(config.of_block(i), rate, name=f"block_{i}"), stream, embedding_BxTxW)
+        embedding_BxTxW = None
     return stream.x
 
 
 class Attention(nn.Module):
-    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D)."""
+    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D).
+
+    Attributes:
+      reads: the logical name of the axis that query, key and value read along: read, of the stream, or raw.
+    """
 
     config: ModelConfig
+    reads: str = "read"
 
     @nn.compact
     def __call__(
@@ -200,9 +215,9 @@ class Attention(nn.Module):
 
         prefix, width = ("normed_", K) if config.qk_norm else ("", None)
         projections = [
-            reader(config, "query", H * K, f"{prefix}heads", config.qkv_bias, width),
-            reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width),
-            reader(config, "value", G * K, "kv_heads", config.qkv_bias),
+            reader(config, "query", H * K, f"{prefix}heads", config.qkv_bias, width, self.reads),
+            reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width, self.reads),
+            reader(config, "value", G * K, "kv_heads", config.qkv_bias, None, self.reads),
         ]
         q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (
             y.reshape(B, T, y.shape[-1] // K, K) for y in apply_fused(projections, normed)
@@ -291,9 +306,11 @@ class Block(nn.Module):
         train: bool = False,
         cache: CacheUse | None = None,
         mask_BxT: jax.Array | None = None,
+        embedding_BxTxW: jax.Array | None = None,
     ) -> Stream:
         config = self.config
-        attention = functools.partial(Attention(config, name="attention"), cache=cache, mask_BxT=mask_BxT)
+        attention = Attention(config, "read" if embedding_BxTxW is None else "raw", name="attention")
+        attention = functools.partial(attention, cache=cache, mask_BxT=mask_BxT)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
         def update(name: str, normed: Normed) -> jax.Array:
@@ -309,6 +326,8 @@ class Block(nn.Module):
             if config.post_norm:
                 x_BxTxD = stream.x + update(name, Normed(stream.x))
                 x_BxTxD = make_norm(config, f"{name}_norm", config.norm_affine)(x_BxTxD)
+            elif name == "attention" and embedding_BxTxW is not None:
+                x_BxTxD = stream.x + update(name, Normed(embedding_BxTxW))
             else:
                 x_BxTxD = stream.x + update(name, self._normalise(f"{name}_norm", stream))
             stream = as_stream(config, x_BxTxD, train)

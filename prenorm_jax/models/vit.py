@@ -21,6 +21,7 @@ from prenorm_jax.models.transformer import (
     blocks,
     constant_table,
     embedding_axis,
+    end_embedding,
     enter_stream,
     kept_norm,
     leave_stream,
@@ -209,7 +210,7 @@ class ViT(StreamModel):
         expected = (config.image_size, config.image_size, config.channels)
         if images.shape[1:] != expected:
             raise PrenormError(f"images of shape {images.shape[1:]} do not fit the model's, {expected}")
-        x_BxTxD = blocks(config, enter_stream(config, self._embed(images), train), train)
+        x_BxTxD = blocks(config, enter_stream(config, end_embedding(config, self._embed(images), train)), train)
         if config.pooling == "attention":
             return self._attention_head(x_BxTxD)
         return self._head(x_BxTxD) if config.classes else self._features(x_BxTxD)

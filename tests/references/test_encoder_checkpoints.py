@@ -25,6 +25,13 @@ ROBERTA = BASE | {"max_position_embeddings": T + 3, "pad_token_id": 2, "layer_no
 ESM = BASE | {"pad_token_id": 1, "mask_token_id": 4, "token_dropout": True, "layer_norm_eps": 3e-4}
 ESM2 = ESM | {"position_embedding_type": "rotary"}
 ESM1 = ESM | {"max_position_embeddings": T + 2, "emb_layer_norm_before": True}
+MODERN = BASE | {"num_hidden_layers": 5, "local_attention": 4, "pad_token_id": 1, "norm_eps": 3e-4}
+LOCAL = {
+    "rope_parameters": {
+        name: {"rope_theta": base} for name, base in (("full_attention", 7.0), ("sliding_attention", 90.0))
+    }
+}
+CLASSIFIER = {"num_labels": 3, "classifier_bias": True, "norm_bias": True}
 CLIP = BASE | {"projection_dim": 7, "eos_token_id": 5, "layer_norm_eps": 3e-4}
 
 # name -> (class, config.json, which of its outputs, whether all that is folded has a bias to go to in the format)
@@ -37,6 +44,16 @@ CASES = {
     "esm1b": ("EsmForMaskedLM", ESM1, "logits", True),
     "clip": ("CLIPTextModel", CLIP, "pooler_output", True),
     "clip-old": ("CLIPTextModelWithProjection", CLIP | {"eos_token_id": 2}, None, True),
+    "modernbert": ("ModernBertForMaskedLM", MODERN, "logits", True),
+    "modernbert-untied": ("ModernBertForMaskedLM", MODERN | LOCAL | {"tie_word_embeddings": False}, "logits", True),
+    "modernbert-tokens": ("ModernBertModel", MODERN | {"mlp_bias": True}, "last_hidden_state", True),
+    "modernbert-classes": (
+        "ModernBertForSequenceClassification",
+        MODERN | CLASSIFIER | {"attention_bias": True, "classifier_pooling": "mean"},
+        "logits",
+        False,
+    ),
+    "modernbert-labels": ("ModernBertForTokenClassification", MODERN | CLASSIFIER, "logits", False),
     "siglip": ("SiglipTextModel", BASE | {"projection_size": 7}, "pooler_output", True),
 }
 

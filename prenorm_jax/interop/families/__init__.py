@@ -12,6 +12,7 @@ from prenorm_jax.interop.families import (
     gpt2,
     gpt_bigcode,
     gpt_neox,
+    modernbert,
     olmo,
     opt,
     roberta_prelayernorm,
@@ -24,7 +25,7 @@ from prenorm_jax.interop.families import (
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
-_ENCODERS = (roberta_prelayernorm.FAMILY, esm.FAMILY, clip.TEXT, siglip_text.FAMILY)
+_ENCODERS = (roberta_prelayernorm.FAMILY, esm.FAMILY, clip.TEXT, siglip_text.FAMILY, modernbert.FAMILY)
 _IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_ENCODERS, *_IMAGES)}
 
