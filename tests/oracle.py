@@ -6,6 +6,7 @@ from flax.traverse_util import flatten_dict
 from scipy.special import erf
 
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.encoder import EncoderConfig
 from prenorm_jax.models.gpt import GPTConfig
 from prenorm_jax.models.vit import ViTConfig
 
@@ -35,8 +36,8 @@ def slopes(heads, largest):
 class Transformer:
     """What both families share."""
 
-    def __init__(self, config: ModelConfig, params: dict):
-        self.c = config
+    def __init__(self, config: ModelConfig, params: dict, mask=None):
+        self.c, self.mask = config, mask  # of keys that are none of padding
         self.p = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
 
     def norm(self, x, name):
@@ -89,7 +90,9 @@ class Transformer:
             heads = []
             for h in range(c.heads):
                 g = h // (c.heads // c.kv_heads)
-                seen = range(0 if window is None else max(t + 1 - window, 0), t + 1 if c.causal else len(xs))
+                near = [s for s in range(len(xs)) if window is None or abs(s - t) < window]
+                near = [s for s in near if s <= t or not c.causal]
+                seen = [s for s in near if self.mask is None or self.mask[s]] or near  # what padding sees is nothing
                 products = [scale * head(q, t, h, "query") @ head(k, s, g, "key") for s in seen]
                 scores = np.array([product + self.fall(h, t, s) for product, s in zip(products, seen, strict=True)])
                 weights = np.exp(scores - scores.max())
@@ -121,7 +124,8 @@ class Transformer:
                 xs = [self.norm(x, names[0]) for x in add(xs, self.attend(xs, f"{b}/attention"))]
                 xs = [self.norm(x, names[1]) for x in add(xs, self.feed(xs, f"{b}/mlp"))]
             else:
-                xs = add(xs, self.attend([self.norm(x, names[0]) for x in xs], f"{b}/attention"))
+                read = xs if i == 0 and not c.first_norm else [self.norm(x, names[0]) for x in xs]
+                xs = add(xs, self.attend(read, f"{b}/attention"))
                 xs = add(xs, self.feed([self.norm(x, names[1]) for x in xs], f"{b}/mlp"))
         return xs
 
@@ -147,6 +151,40 @@ def numpy_gpt(c: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
         else:
             rows.append([net.linear(x, "head") for x in xs])
     return np.array(rows)
+
+
+def numpy_encoder(c: EncoderConfig, params: dict, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.array([_encoded(Transformer(c, params, own), row) for row, own in zip(tokens, mask, strict=True)])
+
+
+def _encoded(net: Transformer, tokens: np.ndarray) -> np.ndarray:
+    c, p, mask = net.c, net.p, net.mask
+    xs = [p["token_embedding"][token] for token in tokens]
+    if c.mask_token is not None:
+        share = sum(token == c.mask_token for token in tokens) / sum(mask)
+        xs = [x * (token != c.mask_token) * 0.88 / (1 - share) for x, token in zip(xs, tokens, strict=True)]
+    if c.token_types:
+        xs = [x + p["token_type_embedding"][0] for x in xs]
+    if c.positions == "learned":
+        place = -1 if c.pad_token is None else 0
+        for t, token in enumerate(tokens):
+            place += token != c.pad_token
+            xs[t] = xs[t] + p["position_embedding"][0 if token == c.pad_token else place]
+    xs = net.stream(xs)
+    has_head = c.tie_embeddings or c.outputs
+    xs = [net.norm(x, "head_norm" if has_head else "head_affine") for x in xs]
+    ends = [token == (max(tokens) if c.eos_token is None else c.eos_token) for token in tokens]
+    if c.pooling == "mean":
+        xs = [sum(x * own for x, own in zip(xs, mask, strict=True)) / sum(mask)]
+    elif c.pooling != "none":
+        xs = [xs[{"first": 0, "last": -1, "eos": ends.index(True) if True in ends else 0}[c.pooling]]]
+    if c.transform:
+        xs = [net.norm(ACTIVATE[c.activation](net.linear(x, "transform")), "transform_norm") for x in xs]
+    if c.tie_embeddings:
+        xs = [p["token_embedding"] @ x + p.get("head_bias", 0) for x in xs]
+    elif c.outputs:
+        xs = [net.linear(x, "head") for x in xs]
+    return np.array(xs if c.pooling == "none" else xs[0])
 
 
 def numpy_vit(c: ViTConfig, params: dict, images: np.ndarray) -> np.ndarray:
