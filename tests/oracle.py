@@ -25,12 +25,12 @@ def add(*lists):
     return [sum(terms) for terms in zip(*lists, strict=True)]
 
 
-def slopes(heads, largest):
+def slopes(heads):
     """ALiBi's, as its authors' code finds them."""
     if heads & (heads - 1) == 0:
-        return [2 ** (-largest / heads * (i + 1)) for i in range(heads)]
+        return [2 ** (-8 / heads * (i + 1)) for i in range(heads)]
     n = 2 ** int(np.log2(heads))
-    return slopes(n, largest) + slopes(2 * n, largest)[::2][: heads - n]
+    return slopes(n) + slopes(2 * n)[::2][: heads - n]
 
 
 class Transformer:
@@ -40,10 +40,11 @@ class Transformer:
         self.c, self.mask = config, mask  # of keys that are none of padding
         self.p = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
 
-    def norm(self, x, name):
+    def norm(self, x, name, h=None):
         mean = x.mean()
         y = (x - mean) / np.sqrt(((x - mean) ** 2).mean() + self.c.epsilon)
-        return y * self.p.get(f"{name}/scale", 1) + self.p.get(f"{name}/bias", 0)
+        scale, bias = self.p.get(f"{name}/scale", np.ones(1)), self.p.get(f"{name}/bias", np.zeros(1))
+        return y * scale + bias if scale.ndim == 1 or h is None else y * scale[h] + (bias[h] if bias.ndim > 1 else 0)
 
     def linear(self, x, name):
         return x @ self.p[f"{name}/kernel"] + self.p.get(f"{name}/bias", 0)
@@ -62,7 +63,7 @@ class Transformer:
         c = self.c
         if not c.alibi:
             return 0.0
-        slope = slopes(c.heads, c.alibi_max)[h]
+        slope = slopes(c.heads)[h]
         if not c.alibi_rounded:
             return slope * (s - t)
         slope, s = np.array(slope).astype(ml_dtypes.bfloat16), np.array(s).astype(ml_dtypes.bfloat16)
@@ -81,7 +82,7 @@ class Transformer:
         def head(vectors, place, h, part):
             x = vectors[place][h * c.head_dim : (h + 1) * c.head_dim]
             if c.qk_norm and part != "value":
-                x = self.norm(x, f"{name}/{part}_norm")
+                x = self.norm(x, f"{name}/{part}_norm", h)
             x = np.array([min(max(number, -bound), bound) for number in x])
             return x if part == "value" else self.turn(x, place, base)
 
@@ -135,13 +136,17 @@ def numpy_gpt(c: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
     p = net.p
     rows = []
     for row in tokens:
-        xs = [p["token_embedding"][token] for token in row]
+        xs = [p["token_embedding"][token] * c.embed_scale for token in row]
         if c.positions == "learned":
             xs = add(xs, p["position_embedding"][: len(xs)])
         if c.positions == "sinusoidal":
             i = np.arange((c.d_model + 1) // 2)
             angles = [t / 10000 ** (2 * i / c.d_model) for t in range(len(xs))]
             xs = add(xs, [np.concatenate([np.sin(a), np.cos(a)])[: c.d_model] for a in angles])
+        if c.positions == "fairseq":
+            i = np.arange(c.d_model // 2)
+            angles = [(t + 2) * np.exp(-np.log(10000) * i / max(len(i) - 1, 1)) for t in range(len(xs))]
+            xs = add(xs, [np.concatenate([np.sin(a), np.cos(a), np.zeros(c.d_model % 2)]) for a in angles])
         xs = net.stream(xs)
         if c.final_norm:
             xs = [net.norm(x, "head_norm") for x in xs]
@@ -150,7 +155,7 @@ def numpy_gpt(c: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
             rows.append([p["token_embedding"] @ x + p.get("head_bias", 0) for x in xs])
         else:
             rows.append([net.linear(x, "head") for x in xs])
-    return np.array(rows)
+    return np.array(rows) * c.logit_scale
 
 
 def numpy_encoder(c: EncoderConfig, params: dict, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

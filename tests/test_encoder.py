@@ -89,6 +89,7 @@ def test_what_stands_at_padding_is_never_felt():
         ({"first_norm": False, "parallel": True}, "one norm fewer: set model.parallel=False"),
         ({"pooling": "max"}, "model.pooling='max' is not one of"),
         ({"positions": "alibi"}, "model.positions='alibi' is not one of"),
+        ({"embed_scale": 2.0}, "model.embed_scale=2 is a GPT's: an encoder has none"),
         ({"pad_token": -1}, "model.pad_token=-1 must be at least 0"),
     ],
 )

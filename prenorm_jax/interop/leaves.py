@@ -11,7 +11,7 @@ from prenorm_jax.base.trees import Path
 from prenorm_jax.equivalence.stored import Part
 from prenorm_jax.interop.family import Family
 from prenorm_jax.interop.safetensors import FLOATS
-from prenorm_jax.interop.views import NOTHING, Place, View, axis_sizes, read_table, tensor_shape
+from prenorm_jax.interop.views import NOTHING, Place, Rows, View, axis_sizes, read_table, tensor_names, tensor_shape
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 
@@ -64,8 +64,8 @@ class ForeignLeaves:
         summed = {place.tensor for place in wanted.values() if place.added}
         self._added = {path for path, place in wanted.items() if place.added}
         self._summed = {path for path, place in wanted.items() if place.tensor in summed}
-        self.views = {
-            path: [View(tensors[names[place.tensor]], place, sizes)]
+        self.views: dict[Path, list[View | Rows]] = {
+            path: [_view(place, [tensors[names[name]] for name in tensor_names(place, sizes)], sizes)]
             for path, place in wanted.items()
             if place.tensor != NOTHING
         }
@@ -84,7 +84,8 @@ class ForeignLeaves:
         leaf = self._shapes[path]
         if path not in self.views or path in self._added:
             return np.zeros(leaf.shape, leaf.dtype)[part]
-        return _in_dtype(path, self.views[path][0].read(part), leaf.dtype)
+        view = self.views[path][0]
+        return _in_dtype(path, _more(view.read(part), view.more), leaf.dtype)
 
     def write(self, path: Path, part: Part, array: np.ndarray) -> None:
         """Assigns to part of a leaf; to each copy of it. Leaves that are added up are so in a tensor of zeros.
@@ -97,7 +98,7 @@ class ForeignLeaves:
             return
         for view in self.views[path]:
             values = view.read(part) + array if path in self._summed else array
-            view.write(part, _in_dtype(path, values, view.dtype))
+            view.write(part, _in_dtype(path, _more(values, -view.more), view.dtype))
 
     def _check_equal(self, name: str, path: Path, copy: View) -> None:
         """Raises PrenormError unless a copy, such as a tied head, is the leaf of this path, bit for bit."""
@@ -111,6 +112,18 @@ class ForeignLeaves:
                     f"{name} is not the token embedding, which config.json says it is (tie_word_embeddings): set that "
                     "to false there to take the head as it is, or remove it"
                 )
+
+
+def _view(place: Place, tensors: list[np.ndarray], sizes: Mapping[str, int]) -> View | Rows:
+    if len(tensors) == 1 and "{" not in place.tensor:
+        return View(tensors[0], place, sizes)
+    row = place._replace(layout=place.layout.partition(" ")[2])
+    return Rows([View(tensor, row, sizes) for tensor in tensors])
+
+
+def _more(array: np.ndarray, by: float) -> np.ndarray:
+    """The numbers and so much more, before they are rounded."""
+    return array.astype(np.float64) + by if by else array
 
 
 def _in_dtype(path: Path, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -140,7 +153,7 @@ def _compare(
     sizes: Mapping[str, int],
 ) -> dict[str, list[str]]:
     """What is wrong, by kind; and under "ignored" the tensors that are left out."""
-    wanted = {place.tensor: place for place in places if place.tensor != NOTHING}
+    wanted = {name: place for place in places for name in tensor_names(place, sizes) if name != NOTHING}
     found: dict[str, list[str]] = {kind: [] for kind in ("missing", "surplus", "shape", "dtype", "ignored")}
     found["missing"] = [name for name in wanted if name not in names]
     for name, own in names.items():

@@ -51,6 +51,7 @@ class ModelConfig:
     final_norm: bool = True  # the norm between the last block and the head
     embed_norm: bool = False  # a LayerNorm on the embedding, before it enters the stream (BLOOM, CLIP's ViT)
     qk_norm: bool = False  # a LayerNorm on each query and key, over head_dim (ViT-22B); an RMSNorm in the variants
+    qk_norm_by_head: bool = False  # with qk_norm: scales, and biases, of each head's own (StableLM 2, Cohere)
     score_scale: float | None = None  # of queries times keys; None: 1/√head_dim
     clip_qkv: float | None = None  # queries, keys, values are clipped to ± this, after qk_norm; None: they are not
     layer_scale: float | None = None  # initial value of a learned scale of each branch's output; None: no such scale
@@ -164,6 +165,8 @@ class ModelConfig:
             raise PrenormError(
                 "model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn"
             )
+        if self.qk_norm_by_head and not self.qk_norm:
+            raise PrenormError("model.qk_norm_by_head=True needs model.qk_norm=True")
         if self.clip_qkv == 0:
             raise PrenormError("model.clip_qkv=0.0 makes queries, keys and values zero: give a larger bound, or none")
         if self.post_norm and self.parallel:

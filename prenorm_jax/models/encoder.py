@@ -83,6 +83,9 @@ class EncoderConfig(GPTConfig):
                 "model.tie_embeddings=True is an encoder's masked language model: it goes with model.transform=True, "
                 "model.outputs=0 and model.pooling='none'"
             )
+        for key in ("embed_scale", "logit_scale"):
+            if getattr(self, key) != 1.0:
+                raise PrenormError(f"model.{key}={getattr(self, key):g} is a GPT's: an encoder has none")
         for key in ("scan", "parallel", "post_norm"):
             if not self.first_norm and getattr(self, key):
                 raise PrenormError(f"model.first_norm=False leaves block 0 one norm fewer: set model.{key}=False")

@@ -102,11 +102,13 @@ def as_stream(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Stream:
         return Stream(x_BxTxD, coordinates(config).norm.normalise(x_BxTxD, config.epsilon).statistics)
 
 
-def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
-    """A norm outside the stream: its affine stays where it is in all variants."""
+def kept_norm(
+    config: ModelConfig, name: str, norm: type[nn.Module], axis: str, of_each: str | None = None
+) -> nn.Module:
+    """A norm outside the stream: its affine stays where it is in all variants. `axis`, `of_each` as of `Affine`."""
     affine = config.kept_norm_affine
-    bias = affine and config.norm_bias
-    return norm(config.epsilon, affine, bias, param_dtype=config.param_dtype, axis=axis, name=name)
+    options = {"param_dtype": config.param_dtype, "axis": axis, "of_each": of_each, "name": name}
+    return norm(config.epsilon, affine, affine and config.norm_bias, **options)
 
 
 def embedding_axis(config: ModelConfig) -> tuple[int, str]:
@@ -224,8 +226,9 @@ class Attention(nn.Module):
         )
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
-            q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
-            k_BxSxGxK = kept_norm(config, "key_norm", norm, axis="head_dim")(k_BxSxGxK)
+            of_each = ("heads", "kv_heads") if config.qk_norm_by_head else (None, None)
+            q_BxTxHxK = kept_norm(config, "query_norm", norm, "head_dim", of_each[0])(q_BxTxHxK)
+            k_BxSxGxK = kept_norm(config, "key_norm", norm, "head_dim", of_each[1])(k_BxSxGxK)
         if (bound := config.clip_qkv) is not None:
             q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (jnp.clip(x, -bound, bound) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK))
         if config.rotary:
@@ -253,7 +256,7 @@ class Attention(nn.Module):
             return None
         scale = config.head_dim**-0.5 if config.alibi_rounded else 1.0
         dtype = jnp.promote_types(config.dtype, jnp.float32)
-        return functools.partial(alibi, config.heads, config.alibi_max, config.alibi_rounded, scale, dtype)
+        return functools.partial(alibi, config.heads, config.alibi_rounded, scale, dtype)
 
     def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:
         """Writes the tokens' keys or values into the cache, and returns all of it: (B·G, S, K).

@@ -5,26 +5,39 @@ from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.families import (
+    bloom,
     clip,
+    codegen,
+    cohere,
     dinov2,
     esm,
     falcon,
     gpt2,
     gpt_bigcode,
+    gpt_neo,
     gpt_neox,
+    gptj,
     modernbert,
+    mpt,
+    nemotron,
     olmo,
     opt,
+    persimmon,
+    phi,
     roberta_prelayernorm,
     siglip_text,
+    stablelm,
     starcoder2,
     timm,
     vit,
     vit_npz,
+    xglm,
 )
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
+_TEXT += (gpt_neo.FAMILY, gptj.FAMILY, codegen.FAMILY, phi.FAMILY, stablelm.FAMILY, bloom.FAMILY, mpt.FAMILY)
+_TEXT += (cohere.FAMILY, cohere.COHERE2, persimmon.FAMILY, nemotron.FAMILY, xglm.FAMILY, xglm.BIOGPT)
 _ENCODERS = (roberta_prelayernorm.FAMILY, esm.FAMILY, clip.TEXT, siglip_text.FAMILY, modernbert.FAMILY)
 _IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_ENCODERS, *_IMAGES)}
