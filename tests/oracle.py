@@ -50,6 +50,8 @@ class Transformer:
         return x @ self.p[f"{name}/kernel"] + self.p.get(f"{name}/bias", 0)
 
     def turn(self, x, t, base):
+        if self.c.rotary2d:
+            return self.turn_patch(x, t - self.c.prefix)
         if not self.c.rotary or not base:
             return x
         x, width = x.copy(), self.c.rotary_dim or self.c.head_dim
@@ -58,6 +60,30 @@ class Transformer:
             turned = complex(*x[pair]) * np.exp(1j * t * base ** (-2 * k / width))
             x[pair] = turned.real, turned.imag
         return x
+
+    def turn_patch(self, x, patch):
+        x, width = x.copy(), self.c.head_dim
+        for k in range(width // 2 if patch >= 0 else 0):
+            place, size = [*zip(divmod(patch, self.c.grid[1]), self.c.grid, strict=True)][k // (width // 4)]
+            middle, k_of_axis = 2 * (place + 0.5) / size - 1, k % (width // 4)
+            pair = [k, k + width // 2]
+            angle = 2 * np.pi * middle / self.c.rotary_base ** (4 * k_of_axis / width)
+            turned = complex(*x[pair]) * np.exp(1j * angle)
+            x[pair] = turned.real, turned.imag
+        return x
+
+    def apart(self, h, t, s, name):
+        c = self.c
+        if c.relative_bias == "none":
+            return 0.0
+        table, (rows, columns) = (
+            self.p["relative_bias/table" if c.relative_bias == "shared" else f"{name}/relative_bias/table"],
+            c.grid,
+        )
+        if t < c.prefix or s < c.prefix:
+            return table[{(True, False): -3, (False, True): -2, (True, True): -1}[t < c.prefix, s < c.prefix], h]
+        (y, x), (v, u) = divmod(t - c.prefix, columns), divmod(s - c.prefix, columns)
+        return table[:-3].reshape(2 * rows - 1, 2 * columns - 1, -1)[y - v + rows - 1, x - u + columns - 1, h]
 
     def fall(self, h, t, s):
         c = self.c
@@ -95,7 +121,12 @@ class Transformer:
                 near = [s for s in near if s <= t or not c.causal]
                 seen = [s for s in near if self.mask is None or self.mask[s]] or near  # what padding sees is nothing
                 products = [scale * head(q, t, h, "query") @ head(k, s, g, "key") for s in seen]
-                scores = np.array([product + self.fall(h, t, s) for product, s in zip(products, seen, strict=True)])
+                scores = np.array(
+                    [
+                        product + self.fall(h, t, s) + self.apart(h, t, s, name)
+                        for product, s in zip(products, seen, strict=True)
+                    ]
+                )
                 weights = np.exp(scores - scores.max())
                 values = [head(v, s, g, "value") for s in seen]
                 heads.append(sum(w * value for w, value in zip(weights / weights.sum(), values, strict=True)))
@@ -199,14 +230,14 @@ def numpy_vit(c: ViTConfig, params: dict, images: np.ndarray) -> np.ndarray:
 
 def _logits_of(net: Transformer, image: np.ndarray) -> np.ndarray:
     c, p = net.c, net.p
-    side = c.image_size // c.patch_size
+    stride = c.patch_stride or c.patch_size
     xs = []
-    for row in range(side):
-        for column in range(side):
+    for row in range((image.shape[0] - c.patch_size) // stride + 1):
+        for column in range((image.shape[1] - c.patch_size) // stride + 1):
             x = p.get("patch_embedding/bias", np.zeros(c.d_model)).copy()
             for i in range(c.patch_size):
                 for j in range(c.patch_size):
-                    pixel = image[row * c.patch_size + i, column * c.patch_size + j]
+                    pixel = image[row * stride + i, column * stride + j]
                     x += pixel @ p["patch_embedding/kernel"][i, j]
             if c.positions == "sincos2d":
                 quarter = c.d_model // 4
@@ -214,11 +245,12 @@ def _logits_of(net: Transformer, image: np.ndarray) -> np.ndarray:
                 parts = (np.sin(column * angle), np.cos(column * angle), np.sin(row * angle), np.cos(row * angle))
                 x += np.concatenate(parts)
             xs.append(x)
-    first = [*p["class_token"]] if c.class_token else []
+    number = len(xs)
+    first = [*p.get("class_token", []), *p.get("distillation_token", [])]
     if c.positions == "learned":
-        if c.class_token and c.class_position:
+        if c.class_position:
             xs = add([*first, *xs], p["position_embedding"])
-            first, xs = xs[:1], xs[1:]
+            first, xs = xs[: len(first)], xs[len(first) :]
         else:
             xs = add(xs, p["position_embedding"])
     xs = net.stream([*first, *p.get("registers", []), *xs])
@@ -241,16 +273,21 @@ def _logits_of(net: Transformer, image: np.ndarray) -> np.ndarray:
         x = x + net.linear(hidden, "pool/down")
         x = final(x, "pooled_norm") if c.norm_after_pooling else x
         return net.linear(x, "head") if c.classes else x
-    if not c.classes:
+    if not c.classes or c.pooled_norm:
 
         def final(x, name="head_affine"):
             return net.norm(x, name) if c.final_norm else x
 
         if c.pooling == "none":
             return np.array([final(x) for x in xs])
-    patches = xs[len(xs) - side * side :]
+    patches = xs[len(xs) - number :]
     mean = final(np.mean(patches, axis=0)) if c.norm_after_pooling else np.mean([final(x) for x in patches], axis=0)
+    if c.pooling == "distilled":
+        return (net.linear(final(xs[0]), "head/class") + net.linear(final(xs[1]), "head/distillation")) / 2
     if c.pooling != "class_mean":
         x = mean if c.pooling == "mean" else final(xs[0])
+        if c.pooling == "class_pair":
+            x = (final(xs[0]) + final(xs[1])) / 2
+        x = net.norm(x, "pooled_norm") if c.pooled_norm else x
         return net.linear(x, "head") if c.classes else x
     return net.linear(final(xs[0]), "head/class") + net.linear(mean, "head/mean")

@@ -70,16 +70,20 @@ OPTIONS: dict[str, dict[str, tuple]] = {
     },
     "vit": TRANSFORMER
     | {
-        "activation": (*TRANSFORMER["activation"], "quick_gelu", "tanh"),
+        "activation": ("gelu", "gelu_tanh", "quick_gelu", "tanh"),
         "d_model": (2, 4, 5, 8, 13, 16),
+        "head_dim": (4, 6),
         "patch_size": (2, 3, 6),
         "patch_bias": FLAG,
         "positions": ViTConfig.choices["positions"],
+        "relative_bias": ViTConfig.choices["relative_bias"],
         "class_token": FLAG,
+        "distillation_token": FLAG,
         "class_position": FLAG,
         "registers": (0, 2),
-        "pooling": ("class", "mean", "class_mean", "attention"),
+        "pooling": tuple(pooling for pooling in ViTConfig.choices["pooling"] if pooling != "none"),
         "norm_after_pooling": FLAG,
+        "pooled_norm": FLAG,
     },
 }
 SIZE, SEED = 14, 1239  # networks a family; of the order in which their options are chosen
@@ -93,12 +97,16 @@ def possible(options: Mapping[str, Any]) -> bool:
         get("heads", 4) % get("kv_heads", 1)
         or (get("shared_norm") and get("parallel") is False)
         or (get("positions") == "sincos2d" and get("d_model", 4) % 4)
+        or (get("positions") == "rotary2d" and get("head_dim", 4) % 4)
         or (needs_rotary and (get("positions", "rotary") != "rotary" or get("alibi_rounded")))
         or (get("qk_norm_by_head") and get("qk_norm") is False)
         or (get("rotary_dim") or 0) > get("head_dim", 6)
         or (get("positions", "alibi") != "alibi" and get("alibi_rounded"))
         or (get("attention_pattern") == "l" and get("global_rotary_base") is not None)
         or (get("pooling", "mean").startswith("class") and get("class_token") is False)
+        or (get("distillation_token") and get("class_token") is False)
+        or (get("pooling") in ("distilled", "class_pair") and False in (get("distillation_token"), get("class_token")))
+        or (get("pooled_norm") and get("pooling", "class") not in ("class", "mean", "class_pair"))
         or (get("pooling") == "attention" and get("norm_after_pooling"))
     )
 

@@ -124,7 +124,7 @@ def _constant_positions(source: ModelConfig) -> Any:
     if source.positions == "sinusoidal":
         table = sinusoidal_table(source.max_len, source.d_model)
     elif source.positions == "sincos2d":
-        table = sincos2d_table(source.image_size // source.patch_size, source.d_model)
+        table = sincos2d_table(source.grid[0], source.d_model)
     else:
         return 0.0
     return (center(table) ** 2).mean(0)

@@ -176,7 +176,7 @@ def _sha256_of_file(path: Path) -> str:
 def _named_output(model: ModelConfig) -> str:
     if model.inputs == "text" and not model.token_outputs:
         return "pooled output"
-    has_head = model.tie_embeddings or ("head", "kernel") in param_shapes(model)
+    has_head = model.tie_embeddings or any(path[0] == "head" for path in param_shapes(model))
     return "logits" if has_head else "features"
 
 

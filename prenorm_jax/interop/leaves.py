@@ -43,7 +43,7 @@ class ForeignLeaves:
         Raises PrenormError, listing all that is missing, too much, of another shape, no floating-point numbers or there
         twice.
         """
-        self._shapes = param_shapes(model)
+        self._shapes, self._name, self._key_bias_counts = param_shapes(model), family.model_type, model.key_bias_counts
         sizes, depth = axis_sizes(model) | family.sizes(model), model.depth
         places = list(read_table(family.lines(config, {name: x.shape for name, x in tensors.items()}), depth))
         others = [place for place in places if place.copy and place.path in self._shapes]
@@ -79,6 +79,11 @@ class ForeignLeaves:
         if wrong := [path for path, views in self.views.items() if views[0].shape != self._shapes[path].shape]:
             raise ValueError(f"the table of {family.model_type} gives {'/'.join(wrong[0])} another shape than it has")
 
+    @property
+    def absent(self) -> list[Path]:
+        """The leaves that lie in no tensor of their own, and are zero."""
+        return [path for path in self._shapes if path not in self.views or path in self._added]
+
     def read(self, path: Path, part: Part = ()) -> np.ndarray:
         """Part of a leaf (of (), all of it), in the model's dtype."""
         leaf = self._shapes[path]
@@ -90,11 +95,15 @@ class ForeignLeaves:
     def write(self, path: Path, part: Part, array: np.ndarray) -> None:
         """Assigns to part of a leaf; to each copy of it. Leaves that are added up are so in a tensor of zeros.
 
-        Raises PrenormError for numbers that have no place.
+        A bias of keys that does nothing may be without a place. Raises PrenormError for other numbers that have none.
         """
         if path not in self.views:
-            if np.any(array):
-                raise PrenormError(f"{'/'.join(path)} is not zero, and the format has no tensor for it")
+            without_effect = path[-2:] == ("key", "bias") and not self._key_bias_counts
+            if np.any(array) and not without_effect:
+                raise PrenormError(
+                    f"the {self._name} format has no place for {'/'.join(path)}, which is not zero: if a norm was "
+                    "folded into it, convert the source with --keep-affine"
+                )
             return
         for view in self.views[path]:
             values = view.read(part) + array if path in self._summed else array

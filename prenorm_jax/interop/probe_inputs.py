@@ -65,7 +65,7 @@ def _texts(config: ModelConfig, length: int | None, rng: np.random.Generator) ->
 
 
 def _images(config: ModelConfig, rng: np.random.Generator) -> list[Probe]:
-    shape = (1, config.image_size, config.image_size, config.channels)
+    shape = (1, *config.image_shape)
     ramp = np.linspace(-2, 2, int(np.prod(shape))).reshape(shape)
     found = {
         "noise": (

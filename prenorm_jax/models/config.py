@@ -80,7 +80,9 @@ class ModelConfig:
     causal: ClassVar[bool] = False
     first_norm: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
+    rotary2d: ClassVar[bool] = False  # whether queries and keys of an image's patches are turned by their place in it
     alibi: ClassVar[bool] = False
+    relative_bias: ClassVar[str] = "none"
     window: ClassVar[int | None] = None
     attention_pattern: ClassVar[str] = "l"
     global_rotary_base: ClassVar[float | None] = None
@@ -222,6 +224,14 @@ class ModelConfig:
     def raw_branches(self) -> bool:
         """Whether branch outputs stay d wide and uncentred, because dropout comes between them and the stream."""
         return self.branch_dropout > 0
+
+    @property
+    def key_bias_counts(self) -> bool:
+        """Whether a bias of keys does anything: else it adds one number to all scores of a query, and softmax drops it.
+
+        (A ViT's attention pooling is another matter, in which it never does.)
+        """
+        return self.rotary or self.rotary2d or self.qk_norm or self.clip_qkv is not None
 
     # What conversion asks of a family (`equivalence/convert.py`).
 

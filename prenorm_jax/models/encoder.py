@@ -136,8 +136,8 @@ class Encoder(StreamModel):
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab").astype(config.dtype)
         x_BxTxW = self._embed(tokens_BxT, table_VxW, mask_BxT, types_BxT)
         x_BxTxW = end_embedding(config, x_BxTxW, train)
-        embedding_BxTxW = None if config.first_norm else x_BxTxW
-        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW), train, None, mask_BxT, embedding_BxTxW)
+        beside = {"mask_BxT": mask_BxT, "embedding_BxTxW": None if config.first_norm else x_BxTxW}
+        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW), train, **beside)
         if config.pooling not in ("none", "mean"):
             x_BxTxD = jnp.take_along_axis(x_BxTxD, self._pooled(tokens_BxT)[:, None, None], axis=1)[:, 0]
         if not config.has_head:

@@ -22,7 +22,7 @@ from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
 from prenorm_jax.models.norms import Affine, LayerNorm, Norm, Normed, RMSNorm, Statistics
 from prenorm_jax.models.parameters import NormSite, annotated
 from prenorm_jax.models.placement import constrain, fusion_barrier
-from prenorm_jax.models.positions import alibi, rotate
+from prenorm_jax.models.positions import alibi, patch_distances, rotate, rotate_patches
 from prenorm_jax.models.stacking import LAYER, STACKED
 
 
@@ -160,17 +160,18 @@ def blocks(
     x_BxTxD: jax.Array,
     train: bool,
     cache: CacheUse | None = None,
+    bias: ScoreBias | None = None,
     mask_BxT: jax.Array | None = None,
     embedding_BxTxW: jax.Array | None = None,
 ) -> jax.Array:
     """All of the model's blocks: (B, T, D) -> (B, T, D).
 
-    `mask_BxT`: the tokens that are seen, those of no padding. `embedding_BxTxW`: what block 0's attention reads in
-    place of the stream, where that has no norm (`first_norm`).
+    `bias`: what all of them add to their scores. `mask_BxT`: the tokens that are seen, those of no padding.
+    `embedding_BxTxW`: what block 0's attention reads in place of the stream, where that has no norm (`first_norm`).
     """
 
     def apply(block: Block, stream: Stream, embedding_BxTxW: jax.Array | None = None) -> Stream:
-        return block(stream, train, cache, mask_BxT, embedding_BxTxW)
+        return block(stream, train, cache, bias, mask_BxT, embedding_BxTxW)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
@@ -193,6 +194,24 @@ def blocks(
     return stream.x
 
 
+class RelativeBias(nn.Module):
+    """A learned number for each head and each distance between patches, to be added to scores: -> a `ScoreBias`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> ScoreBias:
+        config = self.config
+        distances_TxT = patch_distances(config.tokens(0), config.grid)
+        init = annotated(nn.initializers.zeros_init(), "position", "heads")
+        table_NxH = self.param("table", init, (config.distances, config.heads), config.param_dtype)
+
+        def bias(t_T: jax.Array, s_S: jax.Array) -> jax.Array:
+            return jnp.moveaxis(at_least_float32(table_NxH)[jnp.asarray(distances_TxT)[t_T[:, None], s_S]], -1, 0)
+
+        return bias
+
+
 class Attention(nn.Module):
     """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D).
 
@@ -209,6 +228,7 @@ class Attention(nn.Module):
         normed: Normed,
         train: bool = False,
         cache: CacheUse | None = None,
+        bias: ScoreBias | None = None,
         mask_BxT: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
@@ -235,23 +255,27 @@ class Attention(nn.Module):
             position = 0 if cache is None else cache.position
             options = config.rotary_base, position, config.rotary_dim, config.rotary_interleaved
             q_BxTxHxK, k_BxSxGxK = (rotate(x, *options) for x in (q_BxTxHxK, k_BxSxGxK))
+        if config.rotary2d:
+            q_BxTxHxK, k_BxSxGxK = (rotate_patches(x, config.rotary_base, config.grid) for x in (q_BxTxHxK, k_BxSxGxK))
 
         if cache is not None:
             k_NxSxK = self._remember("keys", k_BxSxGxK, cache)
             v_NxSxK = self._remember("values", v_BxSxGxK, cache)
         if cache is not None and cache.size is None:
-            options = cache.position, config.window, config.score_scale, self._score_bias()
+            options = cache.position, config.window, config.score_scale, bias or self._score_bias()
             heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, *options)
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
             options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window
-            options += config.score_scale, self._score_bias(), mask_BxT
+            options += config.score_scale, bias or self._score_bias(), mask_BxT
             heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
 
     def _score_bias(self) -> ScoreBias | None:
         """What is added to the scores, if anything is."""
         config = self.config
+        if config.relative_bias == "layer":
+            return RelativeBias(config, name="relative_bias")()
         if not config.alibi:
             return None
         scale = config.head_dim**-0.5 if config.alibi_rounded else 1.0
@@ -308,12 +332,13 @@ class Block(nn.Module):
         stream: Stream,
         train: bool = False,
         cache: CacheUse | None = None,
+        bias: ScoreBias | None = None,
         mask_BxT: jax.Array | None = None,
         embedding_BxTxW: jax.Array | None = None,
     ) -> Stream:
         config = self.config
         attention = Attention(config, "read" if embedding_BxTxW is None else "raw", name="attention")
-        attention = functools.partial(attention, cache=cache, mask_BxT=mask_BxT)
+        attention = functools.partial(attention, cache=cache, bias=bias, mask_BxT=mask_BxT)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
         def update(name: str, normed: Normed) -> jax.Array:

@@ -99,7 +99,7 @@ def awkward(model: Any, seed: int = 0) -> Any:
     for name, parameter in model.named_parameters():
         module, kind_of = name.rpartition(".")[::2]
         value = rng.normal(size=parameter.shape)
-        if (module in norms and kind_of == "weight") or kind_of in ("lambda1", "gamma"):
+        if (module in norms and kind_of == "weight") or kind_of in ("lambda1", "lambda_1", "lambda_2", "gamma"):
             value = 10 ** rng.uniform(-1, 1, parameter.shape) * rng.choice([-1, 1], parameter.shape)
         elif any(name.startswith(f"{table}.") for table in tables) or (value.ndim == 3 and len(value) == 1):
             value += 3  # a table by itself: class token, registers, positions
@@ -148,14 +148,26 @@ def tokens_of(folder: Path, text: str) -> list[int]:
 
 
 def features(model: Any, images: np.ndarray, output: str | None) -> np.ndarray:
-    """(B, H, W, C) -> one of the outputs; "": the only one; None: the pooled one of the image tower in it."""
+    """(B, H, W, C) -> one of the outputs; "": the only one; None: the pooled one of the image tower in it.
+
+    Of a spectrogram (B, mel bins, frames, 1) the library takes (B, frames, mel bins); a masked autoencoder masks and
+    shuffles nothing.
+    """
     import torch
 
+    pixels = torch.tensor(images).permute(0, 3, 1, 2)
     with torch.no_grad():
         if output == "":
-            return model(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+            return model(pixels).numpy()
         tower = model if output else model.vision_model
-        return tower(pixel_values=torch.tensor(images).permute(0, 3, 1, 2))[output or "pooler_output"].numpy()
+        given = {tower.main_input_name: pixels}
+        if "input_values" in given:
+            given = {"input_values": pixels[:, 0].transpose(1, 2)}
+        if hasattr(tower.config, "mask_ratio"):
+            assert tower.config.mask_ratio == 0
+            given["noise"] = torch.arange(10**4, dtype=torch.float64)[: tower.embeddings.patch_embeddings.num_patches]
+            given["noise"] = given["noise"].repeat(len(images), 1)
+        return tower(**given)[output or "pooler_output"].numpy()
 
 
 def embeds(model: Any, images: np.ndarray) -> np.ndarray:

@@ -5,11 +5,15 @@ from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.families import (
+    audio_spectrogram,
+    beit,
     bloom,
     clip,
     codegen,
     cohere,
+    deit,
     dinov2,
+    dinov3,
     esm,
     falcon,
     gpt2,
@@ -25,11 +29,13 @@ from prenorm_jax.interop.families import (
     persimmon,
     phi,
     roberta_prelayernorm,
-    siglip_text,
+    siglip,
     stablelm,
     starcoder2,
+    text_towers,
     timm,
     vit,
+    vit_mae,
     vit_npz,
     xglm,
 )
@@ -38,8 +44,18 @@ from prenorm_jax.interop.family import Family
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
 _TEXT += (gpt_neo.FAMILY, gptj.FAMILY, codegen.FAMILY, phi.FAMILY, stablelm.FAMILY, bloom.FAMILY, mpt.FAMILY)
 _TEXT += (cohere.FAMILY, cohere.COHERE2, persimmon.FAMILY, nemotron.FAMILY, xglm.FAMILY, xglm.BIOGPT)
-_ENCODERS = (roberta_prelayernorm.FAMILY, esm.FAMILY, clip.TEXT, siglip_text.FAMILY, modernbert.FAMILY)
-_IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
+_ENCODERS = (roberta_prelayernorm.FAMILY, esm.FAMILY, modernbert.FAMILY)
+_ENCODERS += (text_towers.CLIP, text_towers.IN_CLIP, text_towers.SIGLIP, text_towers.IN_SIGLIP)
+_IMAGES = (vit.FAMILY, deit.FAMILY, beit.FAMILY, vit_mae.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, dinov3.FAMILY)
+_IMAGES += (
+    clip.VISION,
+    clip.FAMILY,
+    siglip.VISION,
+    siglip.FAMILY,
+    audio_spectrogram.FAMILY,
+    timm.FAMILY,
+    vit_npz.FAMILY,
+)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_ENCODERS, *_IMAGES)}
 
 # Those that no table could bring here, and why.
@@ -49,6 +65,12 @@ _REFUSED = dict.fromkeys(
     ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "t5"), _RMSNORM
 )
 _REFUSED |= dict.fromkeys(("bert", "roberta", "distilbert", "electra", "albert", "openai-gpt", "bart"), _POST_LN)
+
+_REFUSED |= dict.fromkeys(
+    ("swin", "swinv2"), "where it merges patches a norm takes four tokens at once, and with them how their means differ"
+)
+_REFUSED |= dict.fromkeys(("sam", "sam_vision_model"), "its neck reads the raw stream, whose mean conversion removes")
+_REFUSED |= dict.fromkeys(("convnext", "convnextv2"), "convolutions read the raw stream, before the norms")
 
 
 def model_type(config: Mapping[str, Any]) -> str | None:

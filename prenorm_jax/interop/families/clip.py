@@ -1,7 +1,7 @@
-"""CLIP's towers (transformers' `clip_vision_model`, `clip_text_model`); of a whole `clip` its image tower.
+"""CLIP's image tower (transformers' `clip_vision_model`), by itself or within a whole `clip`.
 
-They give the pooled output, which the projection reads. Projections and the other tower are no part of the network and
-go along into an export as they are. An image's `last_hidden_state` is the raw stream: a conversion removes its mean.
+It gives the pooled output, which the projection reads. Text tower and projections are no part of the network and go
+along into an export as they are. `last_hidden_state` is the raw stream: a conversion removes its mean.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from prenorm_jax.interop.family import Family, Given
 
 
 def _config(given: Given) -> dict[str, Any]:
-    if "classifier.weight" in given.shapes:
+    if given.labels():
         raise PrenormError(
             "a CLIP's classifier reads the raw stream, whose mean conversion removes: it has no equivalent"
         )
@@ -35,18 +35,13 @@ def _config(given: Given) -> dict[str, Any]:
 
 
 def _within(given: Given) -> dict[str, Any]:
-    vision = given("vision_config", default={}) | given("vision_config_dict", default={})
-    return _config(Given(vision, given.shapes))
+    """Of a whole CLIP. The older `vision_config_dict`, where it is, counts alone, its defaults included."""
+    return _config(given.within("vision_config", "vision_config_dict"))
 
 
-_EMBEDDING = """
-    embeddings.class_embedding                         d        class_token                       1 d
+TOWER = """
     embeddings.position_embedding.weight               n d      position_embedding
     embeddings.patch_embedding.weight                  d c y x  patch_embedding/kernel            y x c d
-    pre_layrnorm.{weight,bias}                         d        embedding_norm/{scale,bias}
-"""
-# SigLIP has the same.
-LAYERS = """
     encoder.layers.{i}.layer_norm1.{weight,bias}       d        block_{i}/attention_norm/{scale,bias}
     encoder.layers.{i}.self_attn.{q,k,v}_proj.weight   (h k) d  block_{i}/attention/{query,key,value}/kernel  d (h k)
     encoder.layers.{i}.self_attn.{q,k,v}_proj.bias     (h k)    block_{i}/attention/{query,key,value}/bias
@@ -57,67 +52,17 @@ LAYERS = """
     encoder.layers.{i}.mlp.fc1.bias                    f        block_{i}/mlp/up/bias
     encoder.layers.{i}.mlp.fc2.weight                  d f      block_{i}/mlp/down/kernel         f d
     encoder.layers.{i}.mlp.fc2.bias                    d        block_{i}/mlp/down/bias
+    post_layernorm.{weight,bias}                       d        head_affine/{scale,bias}
 """
 _TABLE = (
-    _EMBEDDING
-    + LAYERS
+    TOWER
     + """
-    post_layernorm.{weight,bias}                       d        head_affine/{scale,bias}
+    embeddings.class_embedding                         d        class_token                       1 d
+    pre_layrnorm.{weight,bias}                         d        embedding_norm/{scale,bias}
 """
 )
 _ALONG = (r"visual_projection\.weight", r"text_projection\.weight", r"text_model\..*", "logit_scale")
 _MASKS = (r"embeddings\.position_ids",)
 
-
 VISION = Family("clip_vision_model", _config, _TABLE, prefixes=("vision_model.",), ignored=_MASKS, along=_ALONG)
 FAMILY = Family("clip", _within, _TABLE, prefixes=("vision_model.",), ignored=_MASKS, along=_ALONG)
-
-
-def text_tower(given: Given, width: int, heads: int, mlp_dim: int) -> dict[str, Any]:
-    """What the text towers of CLIP and SigLIP have in common; the sizes are their defaults."""
-    return {
-        "family": "encoder",
-        "tie_embeddings": False,
-        "transform": False,
-        "d_model": given("hidden_size", default=width),
-        "depth": given("num_hidden_layers", default=12),
-        "heads": given("num_attention_heads", default=heads),
-        "mlp_dim": given("intermediate_size", default=mlp_dim),
-        "attention_dropout": float(given("attention_dropout", default=0.0)),
-    }
-
-
-def _text(given: Given) -> dict[str, Any]:
-    eos = given("eos_token_id", default=49407)
-    given("projection_dim", default=None)  # of what reads the output
-    return text_tower(given, width=512, heads=8, mlp_dim=2048) | {
-        "vocab_size": given("vocab_size", default=49408),
-        "max_len": given("max_position_embeddings", default=77),
-        "causal": True,
-        "pooling": "eos",
-        "eos_token": None if eos == 2 else eos,  # transformers' sign of a file from before it knew
-        "activation": given.activation("hidden_act", default="quick_gelu"),
-        "epsilon": given("layer_norm_eps", default=1e-5),
-    }
-
-
-TEXT_EMBEDDING = """
-    embeddings.token_embedding.weight                  v d      token_embedding
-    embeddings.position_embedding.weight               n d      position_embedding
-"""
-_TEXT_TABLE = (
-    TEXT_EMBEDDING
-    + LAYERS
-    + """
-    final_layer_norm.{weight,bias}                     d        head_affine/{scale,bias}
-"""
-)
-
-TEXT = Family(
-    "clip_text_model",
-    _text,
-    _TEXT_TABLE,
-    prefixes=("text_model.",),
-    ignored=_MASKS,
-    along=(r"(text|visual)_projection\.weight", r"vision_model\..*", "logit_scale"),
-)
