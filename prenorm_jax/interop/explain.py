@@ -14,7 +14,7 @@ from prenorm_jax.base.trees import count
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.interop.families import family_of
-from prenorm_jax.interop.files import is_workdir, open_config, open_source
+from prenorm_jax.interop.files import is_workdir, open_config, open_source, tower_of
 from prenorm_jax.interop.leaves import ForeignLeaves
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
@@ -75,7 +75,7 @@ def _of_workdir(name: str | Path) -> ModelConfig:
 
 def _of_library(name: str | Path, notes: list[str]) -> tuple[ModelConfig, str, dict[str, float]]:
     """The Pre-LN model, its family's name, the dropout that is left out. Adds to the notes."""
-    is_here = Path(name).exists()
+    is_here = Path(tower_of(name)[0]).exists()
     _, _, config = open_config(name, weights=is_here)
     family, source = family_of(config), None
     try:

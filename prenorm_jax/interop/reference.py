@@ -114,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
         if name in state and torch.allclose(state[name].to(exact.dtype), exact, rtol=1e-6, atol=0):
             state[name] = exact
     model.load_state_dict(state)
+    model = getattr(model, "text_model", model)  # the tower of a whole model
     said = {"use_cache": False} if output == "logits" and hasattr(model, "generate") else {}
     with torch.no_grad():
         found = [model(torch.tensor(tokens.astype(np.int64)), **said)[output].numpy() for tokens in inputs]

@@ -193,12 +193,13 @@ def check_function(folder: Path, inputs: np.ndarray, expected: np.ndarray) -> No
     assert relative(logits_of(naive, params, inputs), expected) > 1e-2
 
 
-def check_way_back(folder: Path, place: Path, one_more: str = "") -> None:
+def check_way_back(folder: Path, place: Path, one_more: str = "", tower: str = "") -> None:
     """What is imported and exported again is bit for bit what it was.
 
-    `one_more`: of names, of tensors that 1 is added to: these within the rounding of that sum.
+    `one_more`: of names, of tensors that 1 is added to: these within the rounding of that sum. `tower`: ":text" for the
+    text tower of a whole model.
     """
-    import_checkpoint(folder, place / "run", "layernorm")
+    import_checkpoint(f"{folder}{tower}", place / "run", "layernorm")
     export_checkpoint(place / "run", place / "back", "layernorm")
     source, back = (map_file(where / "model.safetensors")[1] for where in (folder, place / "back"))
     assert source.keys() == back.keys()

@@ -34,6 +34,11 @@ LOCAL = {
 CLASSIFIER = {"num_labels": 3, "classifier_bias": True, "norm_bias": True}
 CLIP = BASE | {"projection_dim": 7, "eos_token_id": 5, "layer_norm_eps": 3e-4}
 
+TOWER = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 8}
+TOWER |= {"image_size": 4, "patch_size": 2}
+WHOLE = {"text_config": CLIP, "vision_config": TOWER | {"projection_dim": 7}, "projection_dim": 7}
+SIGLIP = {"text_config": BASE | {"projection_size": 12}, "vision_config": TOWER}
+
 # name -> (class, config.json, which of its outputs, whether all that is folded has a bias to go to in the format)
 CASES = {
     "roberta": ("RobertaPreLayerNormForMaskedLM", ROBERTA, "logits", True),
@@ -44,6 +49,8 @@ CASES = {
     "esm1b": ("EsmForMaskedLM", ESM1, "logits", True),
     "clip": ("CLIPTextModel", CLIP, "pooler_output", True),
     "clip-old": ("CLIPTextModelWithProjection", CLIP | {"eos_token_id": 2}, None, True),
+    "clip-whole": ("CLIPModel", WHOLE, None, True),
+    "siglip-whole": ("SiglipModel", SIGLIP, None, True),
     "modernbert": ("ModernBertForMaskedLM", MODERN, "logits", True),
     "modernbert-untied": ("ModernBertForMaskedLM", MODERN | LOCAL | {"tie_word_embeddings": False}, "logits", True),
     "modernbert-tokens": ("ModernBertModel", MODERN | {"mlp_bias": True}, "last_hidden_state", True),
@@ -92,6 +99,8 @@ class Case:
         kind = getattr(theirs.transformers(), kind)
         self.model = theirs.awkward(kind(kind.config_class(**config)))
         self.model.save_pretrained(folder)
+        self.tower = ":text" if name.endswith("whole") else ""
+        self.name = f"{folder}{self.tower}"
         self.folder, self.padding = folder, config.get("pad_token_id", 0)
         self.inputs = [self.padded(mask) for mask in (None, texts()[1])]
         self.expected = [outputs(self.model, self.output, *given) for given in self.inputs]
@@ -116,7 +125,7 @@ def case(request, tmp_path_factory):
 
 
 def test_an_import_is_the_librarys_function_under_every_norm_with_padding_and_without(case):
-    config, params = prenorm_jax.load(case.folder)
+    config, params = prenorm_jax.load(case.name)
     assert case.off(config, params) < 1e-9
     for to in ("rmsnorm", "crmsnorm"):
         assert case.off(convert_config(config, to), convert_params(params, config, to)) < 1e-9, to
@@ -124,12 +133,12 @@ def test_an_import_is_the_librarys_function_under_every_norm_with_padding_and_wi
 
 
 def test_an_import_comes_back_bit_for_bit(case, tmp_path):
-    theirs.check_way_back(case.folder, tmp_path)
+    theirs.check_way_back(case.folder, tmp_path, tower=case.tower)
 
 
 @pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
 def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
-    import_checkpoint(case.folder, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not case.folds)
+    import_checkpoint(case.name, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not case.folds)
     if to == "crmsnorm" and not case.folds:
         with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
             export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")

@@ -73,6 +73,9 @@ _REFUSED |= dict.fromkeys(("sam", "sam_vision_model"), "its neck reads the raw s
 _REFUSED |= dict.fromkeys(("convnext", "convnextv2"), "convolutions read the raw stream, before the norms")
 
 
+TOWER = "_tower"  # in a config.json as it is used here: which tower of a whole model is meant, as in NAME:text
+
+
 def model_type(config: Mapping[str, Any]) -> str | None:
     """What a config.json says that its network is, if it is one of a network: timm's name an architecture alone."""
     return config.get("model_type", timm.FAMILY.model_type if "architecture" in config else None)
@@ -81,6 +84,8 @@ def model_type(config: Mapping[str, Any]) -> str | None:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises PrenormError for one that is unknown, or cannot be converted."""
     name = model_type(config)
+    if tower := config.get(TOWER):
+        name = f"{name}:{tower}"
     if name in _REFUSED:
         raise PrenormError(f"config.json: model_type={name!r}: {_REFUSED[name]}")
     if name not in FAMILIES:
