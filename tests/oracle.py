@@ -6,6 +6,7 @@ from flax.traverse_util import flatten_dict
 from scipy.special import erf
 
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.encoder import EncoderConfig
 from prenorm_jax.models.gpt import GPTConfig
 from prenorm_jax.models.vit import ViTConfig
 
@@ -24,25 +25,26 @@ def add(*lists):
     return [sum(terms) for terms in zip(*lists, strict=True)]
 
 
-def slopes(heads, largest):
+def slopes(heads):
     """ALiBi's, as its authors' code finds them."""
     if heads & (heads - 1) == 0:
-        return [2 ** (-largest / heads * (i + 1)) for i in range(heads)]
+        return [2 ** (-8 / heads * (i + 1)) for i in range(heads)]
     n = 2 ** int(np.log2(heads))
-    return slopes(n, largest) + slopes(2 * n, largest)[::2][: heads - n]
+    return slopes(n) + slopes(2 * n)[::2][: heads - n]
 
 
 class Transformer:
     """What both families share."""
 
-    def __init__(self, config: ModelConfig, params: dict):
-        self.c = config
+    def __init__(self, config: ModelConfig, params: dict, mask=None):
+        self.c, self.mask = config, mask  # of keys that are none of padding
         self.p = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
 
-    def norm(self, x, name):
+    def norm(self, x, name, h=None):
         mean = x.mean()
         y = (x - mean) / np.sqrt(((x - mean) ** 2).mean() + self.c.epsilon)
-        return y * self.p.get(f"{name}/scale", 1) + self.p.get(f"{name}/bias", 0)
+        scale, bias = self.p.get(f"{name}/scale", np.ones(1)), self.p.get(f"{name}/bias", np.zeros(1))
+        return y * scale + bias if scale.ndim == 1 or h is None else y * scale[h] + (bias[h] if bias.ndim > 1 else 0)
 
     def linear(self, x, name):
         return x @ self.p[f"{name}/kernel"] + self.p.get(f"{name}/bias", 0)
@@ -87,7 +89,7 @@ class Transformer:
         c = self.c
         if not c.alibi:
             return 0.0
-        slope = slopes(c.heads, c.alibi_max)[h]
+        slope = slopes(c.heads)[h]
         if not c.alibi_rounded:
             return slope * (s - t)
         slope, s = np.array(slope).astype(ml_dtypes.bfloat16), np.array(s).astype(ml_dtypes.bfloat16)
@@ -106,7 +108,7 @@ class Transformer:
         def head(vectors, place, h, part):
             x = vectors[place][h * c.head_dim : (h + 1) * c.head_dim]
             if c.qk_norm and part != "value":
-                x = self.norm(x, f"{name}/{part}_norm")
+                x = self.norm(x, f"{name}/{part}_norm", h)
             x = np.array([min(max(number, -bound), bound) for number in x])
             return x if part == "value" else self.turn(x, place, base)
 
@@ -115,7 +117,9 @@ class Transformer:
             heads = []
             for h in range(c.heads):
                 g = h // (c.heads // c.kv_heads)
-                seen = range(0 if window is None else max(t + 1 - window, 0), t + 1 if c.causal else len(xs))
+                near = [s for s in range(len(xs)) if window is None or abs(s - t) < window]
+                near = [s for s in near if s <= t or not c.causal]
+                seen = [s for s in near if self.mask is None or self.mask[s]] or near  # what padding sees is nothing
                 products = [scale * head(q, t, h, "query") @ head(k, s, g, "key") for s in seen]
                 scores = np.array(
                     [
@@ -152,7 +156,8 @@ class Transformer:
                 xs = [self.norm(x, names[0]) for x in add(xs, self.attend(xs, f"{b}/attention"))]
                 xs = [self.norm(x, names[1]) for x in add(xs, self.feed(xs, f"{b}/mlp"))]
             else:
-                xs = add(xs, self.attend([self.norm(x, names[0]) for x in xs], f"{b}/attention"))
+                read = xs if i == 0 and not c.first_norm else [self.norm(x, names[0]) for x in xs]
+                xs = add(xs, self.attend(read, f"{b}/attention"))
                 xs = add(xs, self.feed([self.norm(x, names[1]) for x in xs], f"{b}/mlp"))
         return xs
 
@@ -162,13 +167,17 @@ def numpy_gpt(c: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
     p = net.p
     rows = []
     for row in tokens:
-        xs = [p["token_embedding"][token] for token in row]
+        xs = [p["token_embedding"][token] * c.embed_scale for token in row]
         if c.positions == "learned":
             xs = add(xs, p["position_embedding"][: len(xs)])
         if c.positions == "sinusoidal":
             i = np.arange((c.d_model + 1) // 2)
             angles = [t / 10000 ** (2 * i / c.d_model) for t in range(len(xs))]
             xs = add(xs, [np.concatenate([np.sin(a), np.cos(a)])[: c.d_model] for a in angles])
+        if c.positions == "fairseq":
+            i = np.arange(c.d_model // 2)
+            angles = [(t + 2) * np.exp(-np.log(10000) * i / max(len(i) - 1, 1)) for t in range(len(xs))]
+            xs = add(xs, [np.concatenate([np.sin(a), np.cos(a), np.zeros(c.d_model % 2)]) for a in angles])
         xs = net.stream(xs)
         if c.final_norm:
             xs = [net.norm(x, "head_norm") for x in xs]
@@ -177,7 +186,41 @@ def numpy_gpt(c: GPTConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
             rows.append([p["token_embedding"] @ x + p.get("head_bias", 0) for x in xs])
         else:
             rows.append([net.linear(x, "head") for x in xs])
-    return np.array(rows)
+    return np.array(rows) * c.logit_scale
+
+
+def numpy_encoder(c: EncoderConfig, params: dict, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.array([_encoded(Transformer(c, params, own), row) for row, own in zip(tokens, mask, strict=True)])
+
+
+def _encoded(net: Transformer, tokens: np.ndarray) -> np.ndarray:
+    c, p, mask = net.c, net.p, net.mask
+    xs = [p["token_embedding"][token] for token in tokens]
+    if c.mask_token is not None:
+        share = sum(token == c.mask_token for token in tokens) / sum(mask)
+        xs = [x * (token != c.mask_token) * 0.88 / (1 - share) for x, token in zip(xs, tokens, strict=True)]
+    if c.token_types:
+        xs = [x + p["token_type_embedding"][0] for x in xs]
+    if c.positions == "learned":
+        place = -1 if c.pad_token is None else 0
+        for t, token in enumerate(tokens):
+            place += token != c.pad_token
+            xs[t] = xs[t] + p["position_embedding"][0 if token == c.pad_token else place]
+    xs = net.stream(xs)
+    has_head = c.tie_embeddings or c.outputs
+    xs = [net.norm(x, "head_norm" if has_head else "head_affine") for x in xs]
+    ends = [token == (max(tokens) if c.eos_token is None else c.eos_token) for token in tokens]
+    if c.pooling == "mean":
+        xs = [sum(x * own for x, own in zip(xs, mask, strict=True)) / sum(mask)]
+    elif c.pooling != "none":
+        xs = [xs[{"first": 0, "last": -1, "eos": ends.index(True) if True in ends else 0}[c.pooling]]]
+    if c.transform:
+        xs = [net.norm(ACTIVATE[c.activation](net.linear(x, "transform")), "transform_norm") for x in xs]
+    if c.tie_embeddings:
+        xs = [p["token_embedding"] @ x + p.get("head_bias", 0) for x in xs]
+    elif c.outputs:
+        xs = [net.linear(x, "head") for x in xs]
+    return np.array(xs if c.pooling == "none" else xs[0])
 
 
 def numpy_vit(c: ViTConfig, params: dict, images: np.ndarray) -> np.ndarray:

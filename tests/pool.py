@@ -23,7 +23,7 @@ TRANSFORMER = {
     "depth": (1, 2),
     "heads": (1, 2, 4),
     "kv_heads": (1, 2, 4),
-    "score_scale": (None, 1.0),
+    "score_scale": (0.7,),
     "head_dim": (2, 6),
     "mlp_dim": (1, 9),
     "gated_mlp": FLAG,
@@ -32,6 +32,7 @@ TRANSFORMER = {
     "shared_norm": FLAG,
     "embed_norm": FLAG,
     "qk_norm": FLAG,
+    "qk_norm_by_head": FLAG,
     "clip_qkv": (None, 0.5),
     "layer_scale": (None, 0.1),
     "use_bias": FLAG,
@@ -63,6 +64,8 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "window": (None, 3),
         "attention_pattern": ("l", "gl"),
         "global_rotary_base": (None, 0.0, 50.0),
+        "embed_scale": (3.0,),
+        "logit_scale": (0.1,),
         "tie_embeddings": FLAG,
     },
     "vit": TRANSFORMER
@@ -83,7 +86,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "pooled_norm": FLAG,
     },
 }
-SIZE, SEED = 14, 889  # networks a family; of the order in which their options are chosen
+SIZE, SEED = 14, 1239  # networks a family; of the order in which their options are chosen
 
 
 def possible(options: Mapping[str, Any]) -> bool:
@@ -96,6 +99,7 @@ def possible(options: Mapping[str, Any]) -> bool:
         or (get("positions") == "sincos2d" and get("d_model", 4) % 4)
         or (get("positions") == "rotary2d" and get("head_dim", 4) % 4)
         or (needs_rotary and (get("positions", "rotary") != "rotary" or get("alibi_rounded")))
+        or (get("qk_norm_by_head") and get("qk_norm") is False)
         or (get("rotary_dim") or 0) > get("head_dim", 6)
         or (get("positions", "alibi") != "alibi" and get("alibi_rounded"))
         or (get("attention_pattern") == "l" and get("global_rotary_base") is not None)

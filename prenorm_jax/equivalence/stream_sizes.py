@@ -46,11 +46,14 @@ def estimate_sites(stored: Readable, source: ModelConfig) -> Sites:
         before = x
         for branch in BRANCHES:
             squares.append(before if source.parallel else x)
-            n = squares[-1] / (squares[-1].mean() + source.epsilon)
+            raw = not (updates or source.first_norm)  # of the embedding itself
+            n = x if raw else squares[-1] / (squares[-1].mean() + source.epsilon)
             updates.append(found.update(source, block, branch, n))
             x = x + updates[-1]
     head = found.head if found.head.any() else np.ones(source.d_model)  # of a classifier that begins as zero
     shares = [float(update @ head) / max(float(x @ head), np.finfo(float).tiny) for update in updates]
+    if not source.first_norm:
+        shares[0] = 0.0  # nothing reads the stream there
     return Sites(np.stack([*squares, x]), np.array([*shares, 1.0]))
 
 
@@ -71,7 +74,9 @@ class _Statistics:
         biases = {role.bias for role in roles.values() if role.bias is not None}
         for block, path, leaf in _folded(stored, source):
             key = block, path[-2] if len(path) > 1 else path[0]
-            reader = _reader(source, path, leaf, scale)
+            reader, role = _reader(source, path, leaf, scale), roles.get(path)
+            if block is not None and reader is None and role is not None and role.bias is not None:
+                reader = np.moveaxis(leaf, -2, -1)  # of the embedding, beside the stream
             if reader is not None:
                 _add(self.readers, key, column_squares(reader), 0.0, len(reader))
             elif path in biases:

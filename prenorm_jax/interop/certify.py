@@ -42,7 +42,7 @@ from prenorm_jax.interop.forms import (
 )
 from prenorm_jax.interop.probe_inputs import Probe, compared_positions, probes_of
 from prenorm_jax.interop.probes import shifted
-from prenorm_jax.interop.reference import Reference, by_library, output_of, why_not
+from prenorm_jax.interop.reference import Reference, by_library, why_not
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.flops import model_flops, norm_operations
@@ -134,7 +134,7 @@ def _certify(workdir: Path, name: str | Path, step: int | None, length: int | No
             "sha256": hashlib.sha256(kept.getvalue()).hexdigest(),
         },
         "probes": [{"name": probe.name, "for": probe.why, "shape": list(probe.inputs.shape)} for probe in probes],
-        "compared": {"positions": len(positions), "of": inputs.shape[2] if inputs.ndim == 3 else 1},
+        "compared": {"positions": len(positions), "of": inputs.shape[2] if plain.config.token_outputs else 1},
         "bounds": {"exact": EXACT, "multiple": MULTIPLE, "power": POWER},
         "sizes": {"source": _sizes(source, probes), "result": _sizes(result, probes)},
         "files": {"source": source.about, "result": result.about},
@@ -175,6 +175,8 @@ def _sha256_of_file(path: Path) -> str:
 
 
 def _named_output(model: ModelConfig) -> str:
+    if model.inputs == "text" and not model.token_outputs:
+        return "pooled output"
     has_head = model.tie_embeddings or any(path[0] == "head" for path in param_shapes(model))
     return "logits" if has_head else "features"
 
@@ -197,7 +199,7 @@ def _reference(
     inputs, note = np.stack([probe.inputs for probe in probes]), why_not(source.folder, str(name), source.form.config)
     if not note:
         try:
-            return by_library(source.folder, inputs, positions, output_of(source.form.config)), ""
+            return by_library(source.folder, source.form.config, inputs, positions), ""
         except PrenormError as error:
             note = str(error)
     if how == "library":

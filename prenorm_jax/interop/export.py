@@ -16,7 +16,7 @@ from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.fit import model_differences
 from prenorm_jax.equivalence.stored import Part, Readable, convert_stored, copy_stored
 from prenorm_jax.interop import npz
-from prenorm_jax.interop.families import family_of, llama, timm
+from prenorm_jax.interop.families import TOWER, family_of, llama, timm
 from prenorm_jax.interop.family import Family
 from prenorm_jax.interop.importing import ABOUT, PART_SIZE, REST
 from prenorm_jax.interop.leaves import ForeignLeaves
@@ -247,7 +247,7 @@ def _create(workdir: Path, folder: Path, made: Format) -> dict[str, np.ndarray]:
     for file, header in made.headers.items():
         tensors |= create_file(_place(folder, file), header)
     if not made.is_npz:
-        write_json(folder / "config.json", made.config)
+        write_json(folder / "config.json", {key: value for key, value in made.config.items() if key != TOWER})
     if not made.is_npz and list(made.headers) != ["model.safetensors"]:
         weight_map = {name: file for file, header in made.headers.items() for name in header.tensors}
         write_json(

@@ -136,23 +136,50 @@ class Given:
                 f"config.json: {key}={value!r} changes the function and is not supported: {why} (known: {supported})"
             )
 
+    def said(self, *keys: str) -> None:
+        """Raises PrenormError, naming the key, for one that is null: the family's library then computes otherwise."""
+        for key in keys:
+            if self.values.get(key, key) is None:
+                raise PrenormError(f"config.json: {key}=null changes the function and is not supported: give a number")
+
     def activation(self, key: str, default: str) -> str:
         """Our name of an activation. Raises PrenormError for one that is not known."""
         self.only(key, default, *ACTIVATIONS, why="of activations these are known")
         return ACTIVATIONS[self(key, default=default)]
 
+    def masked_language_model(self, head: str) -> dict[str, Any]:
+        """An encoder's keys: with the tensor `head` the vocabulary's logits, without it the normalised tokens.
+
+        Where no tensors are known, the architecture that config.json names says which.
+        """
+        architectures = self("architectures", default=None) or [""]
+        tied, has_head = self("tie_word_embeddings", default=True), str(architectures[0]).endswith("ForMaskedLM")
+        has_head = head in self.shapes if self.shapes else has_head
+        return {
+            "family": "encoder",
+            "transform": has_head,
+            "tie_embeddings": has_head and tied,
+            "outputs": self("vocab_size", default=0) if has_head and not tied else 0,
+        }
+
     def rotary(
-        self, width: int, heads: int, share: float = 1.0, base_key: str = "rope_theta", share_key: str = ""
+        self,
+        width: int,
+        heads: int,
+        share: float = 1.0,
+        base_key: str = "rope_theta",
+        share_key: str = "",
+        base: float = 10000.0,
     ) -> dict[str, Any]:
         """The keys of our rotary positions, in the family's old spelling or the new.
 
-        `share`, of a head, where none is given. Raises PrenormError for a spelling of other families, which this one's
-        library does not read, if it says anything else.
+        `share`, of a head, and `base` where none is given. Raises PrenormError for a spelling of other families, which
+        this one's library does not read, if it says anything else.
         """
         rope = self("rope_scaling", default=None) or self("rope_parameters", default={})
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise PrenormError(f"config.json: rope_type={kind!r} changes the function and is not supported: default is")
-        base = rope.get("rope_theta") or self(base_key, default=10000.0)
+        base = rope.get("rope_theta") or self(base_key, default=base)
         if not share_key and rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise PrenormError(
                 "config.json: partial_rotary_factor changes the function, and this family has none: remove it"

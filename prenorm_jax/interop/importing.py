@@ -66,7 +66,7 @@ def import_checkpoint(
         model, chosen = with_coordinates(found.leaves, model, coordinates)
         made |= chosen
     new_model = model if to == model.norm else convert_config(model, to, keep_affine)
-    texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.decodes else None
+    texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.inputs == "text" else None
     config = run_config(new_model, target, texts)
     images = preprocessing(source, model) if model.inputs == "images" else None
     if images:
@@ -169,6 +169,9 @@ def _say_what_is_left(
         print(f"not looked at in config.json, which should say nothing of the function: {', '.join(unread)}")
     if found.model.inputs == "images":
         print(*said(images, found.model, target), sep="\n")
+        return
+    if not found.model.trains:
+        print("it fills masks and gives embeddings from Python: docs/checkpoints.md")
         return
     made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
     print("it has no data and no optimizer: name data, and the optimizer starts anew")

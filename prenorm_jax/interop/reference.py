@@ -59,21 +59,14 @@ def _is_timms(folder: Path) -> bool:
     return path.is_file() and "architecture" in read_json(path)
 
 
-def output_of(model: ModelConfig) -> str:
-    """What transformers calls the output that a model of ours gives."""
-    if model.inputs == "text" or model.classes:
-        return "logits"
-    return "last_hidden_state" if model.pooling == "none" else "pooler_output"
-
-
-def by_library(folder: Path, inputs: np.ndarray, positions: np.ndarray, output: str = "logits") -> Reference:
+def by_library(folder: Path, model: ModelConfig, inputs: np.ndarray, positions: np.ndarray) -> Reference:
     """What the library of the folder's checkpoint makes of the inputs. Raises PrenormError if it fails.
 
-    Of (probes, 1, T) tokens the logits at these positions; of (probes, 1, height, width, C) images this output.
+    Of (probes, 1, T) tokens the outputs at these positions; or of (probes, 1, height, width, C) images.
     """
     with tempfile.TemporaryDirectory() as place:
         given, made = Path(place) / "probes.npz", Path(place) / "outputs.npz"
-        np.savez(given, inputs=inputs, positions=positions, output=output)
+        np.savez(given, inputs=inputs, positions=positions, asked=asked(model))
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": path}
@@ -88,28 +81,40 @@ def by_library(folder: Path, inputs: np.ndarray, positions: np.ndarray, output: 
     return Reference(outputs, f"{by}, in float64 throughout", True, versions)
 
 
+def asked(model: ModelConfig) -> tuple[str, str]:
+    """The class of transformers' that computes what the model does, and which of its outputs that is.
+
+    Of a classifier it is that of config.json, where it names one.
+    """
+    if model.inputs == "images":
+        if model.classes:
+            return "AutoModelForImageClassification", "logits"
+        return "AutoModel", "last_hidden_state" if model.pooling == "none" else "pooler_output"
+    if model.decodes:
+        return "AutoModelForCausalLM", "logits"
+    if model.tie_embeddings or model.outputs == model.vocab_size:
+        return "AutoModelForMaskedLM", "logits"
+    return "AutoModel", "last_hidden_state" if model.token_outputs else "pooler_output"
+
+
 def main(argv: Sequence[str]) -> None:
     """The process. Raises what the library raises, and ValueError for a checkpoint that lacks tensors."""
     folder, given, made = argv
     import torch
 
     with np.load(given) as arrays:
-        inputs, positions, output = arrays["inputs"], arrays["positions"], str(arrays["output"])
+        inputs, positions, (kind, output) = arrays["inputs"], arrays["positions"], arrays["asked"].tolist()
+    model = _timm(folder) if _is_timms(Path(folder)) else _transformers(folder, kind)
     with torch.no_grad():
-        if inputs.ndim == 3:
-            model = _transformers(folder, "AutoModelForCausalLM")
-            outputs = [
-                model(torch.tensor(tokens.astype(np.int64)), use_cache=False).logits[0, positions] for tokens in inputs
-            ]
-        else:
-            model = (
-                _timm(folder) if _is_timms(Path(folder)) else _transformers(folder, _class_of_images(folder, output))
-            )
+        if inputs.ndim > 3:
             pixels = torch.tensor(inputs.astype(np.float64)).permute(0, 1, 4, 2, 3)
-            outputs = [_of_image(model, pixels_1xCxHxW, output) for pixels_1xCxHxW in pixels]
+            outputs = [_of_image(model, pixels_1xCxHxW, output).numpy() for pixels_1xCxHxW in pixels]
+        else:
+            outputs = [_of_text(model, tokens, output).numpy() for tokens in inputs]
+            outputs = outputs if output == "pooler_output" else [each[0, positions] for each in outputs]
     names = [name for name in ("transformers", "timm", "torch") if name in sys.modules]
     versions = json.dumps({name: str(sys.modules[name].__version__) for name in names})
-    np.savez(made, outputs=np.stack([x.numpy() for x in outputs]).astype(np.float64), versions=versions)
+    np.savez(made, outputs=np.stack(outputs).astype(np.float64), versions=versions)
 
 
 def _in_float64() -> None:
@@ -121,26 +126,41 @@ def _in_float64() -> None:
     torch.Tensor.float = torch.Tensor.double
 
 
-def _transformers(folder: str, kind: str) -> Any:
-    """The model in the folder, by a class of transformers."""
+def _transformers(folder: str, asked: str) -> Any:
+    """The model in the folder, by the class asked for."""
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, kind)
+    kind = _class(transformers, folder, asked)
     options = {"dtype": torch.float64, "local_files_only": True, "output_loading_info": True}
     stored, said = kind.from_pretrained(folder, **options)
-    if missing := sorted(name for name in said["missing_keys"] if not name.startswith("pooler.dense.")):
+    not_asked = ("pooler.dense.", "vision_model.pooler.dense.")
+    if missing := sorted(name for name in said["missing_keys"] if not name.startswith(not_asked)):
         raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}, which the library then draws at random")
     state, config = stored.state_dict(), stored.config
     del stored
     _in_float64()
-    if hasattr(config, "mask_ratio"):
+    if hasattr(config, "mask_ratio"):  # of a masked autoencoder, which masks nothing here
         config.mask_ratio = 0.0
-    made = (getattr(kind, "from_config", None) or kind._from_config)(config, dtype=torch.float64).eval()
-    made.load_state_dict(state)
-    return made
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    model = make(config, dtype=torch.float64).eval()
+    for name, exact in model.named_buffers():  # frequencies that are stored, if they are these in float32
+        if name in state and torch.allclose(state[name].to(exact.dtype), exact, rtol=1e-6, atol=0):
+            state[name] = exact
+    model.load_state_dict(state)
+    return model
+
+
+def _class(library: Any, folder: str, asked: str) -> Any:
+    """The class asked for, or, for a classifier and a tower that it does not know, that of config.json."""
+    config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind, (named, *_) = getattr(library, asked), config.architectures or [""]
+    if named == "BeitForMaskedImageModeling":
+        raise ValueError("the library does not give the tokens that the head of masked image modelling reads")
+    classifies = asked == "AutoModelForImageClassification"
+    return kind if type(config) in kind._model_mapping and not (classifies and named) else getattr(library, named)
 
 
 def _timm(folder: str) -> Any:
@@ -155,17 +175,17 @@ def _timm(folder: str) -> Any:
     return made
 
 
-def _class_of_images(folder: str, output: str) -> str:
-    """The class that gives the output: with a head the one that config.json names, without the bare network's."""
-    config = read_json(Path(folder) / "config.json")
-    name = (config.get("architectures") or [""])[0]
-    if name == "BeitForMaskedImageModeling":
-        raise ValueError("the library does not give the tokens that the head of masked image modelling reads")
-    return "AutoModel" if output != "logits" else name or "AutoModelForImageClassification"
+def _of_text(model: Any, tokens: np.ndarray, output: str) -> Any:
+    """An output of one text; of a whole CLIP or SigLIP its tower's."""
+    import torch
+
+    model = getattr(model, "text_model", model)
+    said = {"use_cache": False} if output == "logits" and hasattr(model, "generate") else {}
+    return model(torch.tensor(tokens.astype(np.int64)), **said)[output]
 
 
 def _of_image(model: Any, pixels_1xCxHxW: Any, output: str) -> Any:
-    """An output of one image; of a whole CLIP or SigLIP its tower's. Nothing is masked or shuffled."""
+    """An output of one image; of a whole CLIP or SigLIP its tower's. Nothing is shuffled."""
     import torch
 
     if "timm" in sys.modules:

@@ -73,6 +73,7 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     bias: ScoreBias | None = None,
+    mask_BxS: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale · q kᵀ + bias) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
 
@@ -81,11 +82,12 @@ def attend(
     probability is dropped with `dropout_rate`.
     `kernel` is `ModelConfig.attention_kernel`. With a `window` a query sees its own position and so many less one
     before it, and behind it if attention is not causal. `scale` is 1/√K where it is None. The last query stands at the
-    last key.
+    last key. `mask_BxS`: the keys that may be seen, those of no padding; what a query gets that sees none is finite,
+    and no more.
     """
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
-    plain = kernel == "auto" and dropout_key is None and bias is None
+    plain = kernel == "auto" and dropout_key is None and bias is None and mask_BxS is None
     if plain and (T == S or not (causal or window)) and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
         # Before and after a query's own position.
@@ -109,7 +111,8 @@ def attend(
         @jax.checkpoint
         def block(q, k, v, key, start=start, end=end, seen=seen, position=position):  # defaults bind this iteration's
             seen_kv = (x[..., seen, :] for x in (k, v))
-            return _attend_block(q[..., start:end, :], *seen_kv, key, dropout_rate, sight, position, seen.start)
+            mask = None if mask_BxS is None else mask_BxS[:, seen]
+            return _attend_block(q[..., start:end, :], *seen_kv, key, dropout_rate, sight, position, seen.start, mask)
 
         blocks.append(block(q_LxRxTxK, k_LxSxK, v_LxSxK, key))
     return _ungroup(jnp.concatenate(blocks, axis=-2), B, G)
@@ -185,6 +188,7 @@ def _attend_block(
     sight: Sight,
     position: jax.Array | int,
     first: jax.Array | int,
+    mask_BxS: jax.Array | None = None,
 ) -> jax.Array:
     """`attend` of T queries from `position` on, to S keys from `first` on: (L, R, T, K).
 
@@ -205,6 +209,10 @@ def _attend_block(
     if sight.causal or sight.window is not None:
         own = position - first + jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
         scores = jnp.where(sight.mask(own, jnp.arange(S)), scores, -jnp.inf)
+    if mask_BxS is not None:  # finite, for a query that sees no key: NaN would spread from its value to all
+        mask_LxS = jnp.repeat(mask_BxS != 0, leading[0] // len(mask_BxS), axis=0)
+        mask_LxS = mask_LxS.reshape(-1, *[1] * (scores.ndim - 2), S)
+        scores = jnp.where(mask_LxS, scores, jnp.finfo(scores.dtype).min)
     # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True) if v_LxSxK.shape[-1] == K else None

@@ -33,7 +33,7 @@ class ModelConfig:
     comment" and is resolved by `resolve`.
     """
 
-    family: str = "gpt"  # gpt | vit: decides the other keys
+    family: str = "gpt"  # gpt | encoder | vit: decides the other keys
     norm: str = "layernorm"  # layernorm | rmsnorm | crmsnorm
     coordinates: str = "drop"  # drop | reflect: how crmsnorm's stream is d-1 numbers (models/coordinates.py)
     coordinates_entry: int | None = None  # the entry, from 0, that is dropped or reflected; None: the last
@@ -51,6 +51,7 @@ class ModelConfig:
     final_norm: bool = True  # the norm between the last block and the head
     embed_norm: bool = False  # a LayerNorm on the embedding, before it enters the stream (BLOOM, CLIP's ViT)
     qk_norm: bool = False  # a LayerNorm on each query and key, over head_dim (ViT-22B); an RMSNorm in the variants
+    qk_norm_by_head: bool = False  # with qk_norm: scales, and biases, of each head's own (StableLM 2, Cohere)
     score_scale: float | None = None  # of queries times keys; None: 1/√head_dim
     clip_qkv: float | None = None  # queries, keys, values are clipped to ± this, after qk_norm; None: they are not
     layer_scale: float | None = None  # initial value of a learned scale of each branch's output; None: no such scale
@@ -77,6 +78,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # of the parameters
 
     causal: ClassVar[bool] = False
+    first_norm: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
     rotary2d: ClassVar[bool] = False  # whether queries and keys of an image's patches are turned by their place in it
     alibi: ClassVar[bool] = False
@@ -86,6 +88,8 @@ class ModelConfig:
     global_rotary_base: ClassVar[float | None] = None
     tie_embeddings: ClassVar[bool] = False
     decodes: ClassVar[bool] = False  # whether its module takes a cache, and so writes text (`decoding.py`)
+    trains: ClassVar[bool] = True  # whether train.py has a loss for it
+    token_outputs: ClassVar[bool] = False  # whether its outputs are one for each token
     inputs: ClassVar[str]  # the kind of data that it takes: a key of `data.KINDS`
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm": NORMS,
@@ -163,6 +167,8 @@ class ModelConfig:
             raise PrenormError(
                 "model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn"
             )
+        if self.qk_norm_by_head and not self.qk_norm:
+            raise PrenormError("model.qk_norm_by_head=True needs model.qk_norm=True")
         if self.clip_qkv == 0:
             raise PrenormError("model.clip_qkv=0.0 makes queries, keys and values zero: give a larger bound, or none")
         if self.post_norm and self.parallel:
@@ -209,10 +215,10 @@ class ModelConfig:
     def raw_embedding(self) -> bool:
         """Whether the embedding tables stay d wide and uncentred, and their output is centred at run time.
 
-        So it must be where they are read as well (tied head), or where what follows them does not keep a zero mean
-        (dropout, a norm with an affine of its own).
+        So it must be where they are read as well (tied head, block 0 without first_norm), or where what follows them
+        does not keep a zero mean (dropout, a norm with an affine of its own).
         """
-        return self.tie_embeddings or self.embed_norm or self.embed_dropout > 0
+        return self.tie_embeddings or self.embed_norm or self.embed_dropout > 0 or not self.first_norm
 
     @property
     def raw_branches(self) -> bool:

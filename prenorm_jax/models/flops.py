@@ -33,5 +33,5 @@ def norm_operations(config: ModelConfig) -> int:
     def operations(norms: int, has_affine: bool) -> int:
         return norms * config.stream_width * (a_number + affine * has_affine)
 
-    in_blocks = config.depth * (1 if config.parallel and config.shared_norm else 2)
+    in_blocks = config.depth * (1 if config.parallel and config.shared_norm else 2) - (not config.first_norm)
     return operations(in_blocks, config.norm_affine) + operations(config.final_norm, bool(config.final_norm_affine))

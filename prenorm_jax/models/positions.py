@@ -36,26 +36,26 @@ def _turn(x_BxTxHxK: jax.Array, angles_TxN: jax.Array, interleaved: bool = False
     return rotated.astype(x_BxTxHxK.dtype)
 
 
-def alibi_slopes(heads: int, largest: float) -> np.ndarray:
+def alibi_slopes(heads: int) -> np.ndarray:
     """The slope of each head, (H,) float64 (arXiv 2108.12409, and its code for heads that are no power of two).
 
-    Of n = 2^k heads they are 2^(-largest · i/n), i = 1 to n. Of others, those of the next smaller n, and then of 2n the
+    Of n = 2^k heads they are 2^(-8 i/n), i = 1 to n. Of others, those of the next smaller n, and then of 2n the
     first, the third and so on.
     """
     n = 2 ** (heads.bit_length() - 1)
     exponents = [*(i / n for i in range(1, n + 1)), *(i / (2 * n) for i in range(1, 2 * (heads - n), 2))]
-    return 2.0 ** (-largest * np.array(exponents))
+    return 2.0 ** (-8 * np.array(exponents))
 
 
 def alibi(
-    heads: int, largest: float, rounded: bool, scale: float, dtype: jax.typing.DTypeLike, t_T: jax.Array, s_S: jax.Array
+    heads: int, rounded: bool, scale: float, dtype: jax.typing.DTypeLike, t_T: jax.Array, s_S: jax.Array
 ) -> jax.Array:
     """What is added to the scores of queries at t and keys at s: scale · slope · (s - t), in this dtype: (H, T, S).
 
     `rounded`: slope, positions and each product of the two are those of bfloat16, so that distances at high positions
     are not those at low ones.
     """
-    slopes_Hx1 = jnp.asarray(alibi_slopes(heads, largest), dtype)[:, None]
+    slopes_Hx1 = jnp.asarray(alibi_slopes(heads), dtype)[:, None]
 
     def near(x: jax.Array) -> jax.Array:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # which no compiler leaves out
@@ -120,3 +120,15 @@ def sinusoidal_table(length: int, width: int) -> np.ndarray:
     frequencies = 10000.0 ** (-np.arange(0, width, 2) / width)
     angles = np.arange(length)[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :width]
+
+
+def fairseq_table(length: int, width: int) -> np.ndarray:
+    """(length, width) float64 position table of fairseq, after tensor2tensor's: sines first, then cosines.
+
+    The frequencies run from 1 to 1/10000, both ends included, and the first position is 2: those before it are kept
+    for padding.
+    """
+    half = width // 2
+    frequencies = 10000.0 ** (-np.arange(half) / max(half - 1, 1))
+    angles = (np.arange(length)[:, None] + 2) * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles), np.zeros((length, width % 2))], axis=1)

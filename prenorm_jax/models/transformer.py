@@ -102,11 +102,13 @@ def as_stream(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Stream:
         return Stream(x_BxTxD, coordinates(config).norm.normalise(x_BxTxD, config.epsilon).statistics)
 
 
-def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
-    """A norm outside the stream: its affine stays where it is in all variants."""
+def kept_norm(
+    config: ModelConfig, name: str, norm: type[nn.Module], axis: str, of_each: str | None = None
+) -> nn.Module:
+    """A norm outside the stream: its affine stays where it is in all variants. `axis`, `of_each` as of `Affine`."""
     affine = config.kept_norm_affine
-    bias = affine and config.norm_bias
-    return norm(config.epsilon, affine, bias, param_dtype=config.param_dtype, axis=axis, name=name)
+    options = {"param_dtype": config.param_dtype, "axis": axis, "of_each": of_each, "name": name}
+    return norm(config.epsilon, affine, affine and config.norm_bias, **options)
 
 
 def embedding_axis(config: ModelConfig) -> tuple[int, str]:
@@ -127,11 +129,15 @@ def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
     return (table_TxW if config.raw_embedding else coordinates(config).enter(table_TxW)).astype(config.dtype)
 
 
-def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
-    """The embedding's norm and dropout, if it has them, and what they make necessary: (B, T, D or W) -> (B, T, D)."""
+def end_embedding(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
+    """The embedding's norm and dropout, if it has them: (B, T, D or W) -> (B, T, D or W)."""
     if config.embed_norm:
         x_BxTxW = kept_norm(config, "embedding_norm", LayerNorm, axis="raw")(x_BxTxW)
-    x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+    return nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+
+
+def enter_stream(config: ModelConfig, x_BxTxW: jax.Array) -> jax.Array:
+    """What the embedding ends in, in the stream's coordinates: (B, T, D or W) -> (B, T, D)."""
     return coordinates(config).enter(x_BxTxW) if config.raw_embedding else x_BxTxW
 
 
@@ -155,11 +161,17 @@ def blocks(
     train: bool,
     cache: CacheUse | None = None,
     bias: ScoreBias | None = None,
+    mask_BxT: jax.Array | None = None,
+    embedding_BxTxW: jax.Array | None = None,
 ) -> jax.Array:
-    """All of the model's blocks: (B, T, D) -> (B, T, D). `bias`: what all of them add to their scores."""
+    """All of the model's blocks: (B, T, D) -> (B, T, D).
 
-    def apply(block: Block, stream: Stream) -> Stream:
-        return block(stream, train, cache, bias)
+    `bias`: what all of them add to their scores. `mask_BxT`: the tokens that are seen, those of no padding.
+    `embedding_BxTxW`: what block 0's attention reads in place of the stream, where that has no norm (`first_norm`).
+    """
+
+    def apply(block: Block, stream: Stream, embedding_BxTxW: jax.Array | None = None) -> Stream:
+        return block(stream, train, cache, bias, mask_BxT, embedding_BxTxW)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
@@ -177,7 +189,8 @@ def blocks(
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        stream = apply(Block(config.of_block(i), rate, name=f"block_{i}"), stream)
+        stream = apply(Block(config.of_block(i), rate, name=f"block_{i}"), stream, embedding_BxTxW)
+        embedding_BxTxW = None
     return stream.x
 
 
@@ -200,9 +213,14 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D)."""
+    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D).
+
+    Attributes:
+      reads: the logical name of the axis that query, key and value read along: read, of the stream, or raw.
+    """
 
     config: ModelConfig
+    reads: str = "read"
 
     @nn.compact
     def __call__(
@@ -211,6 +229,7 @@ class Attention(nn.Module):
         train: bool = False,
         cache: CacheUse | None = None,
         bias: ScoreBias | None = None,
+        mask_BxT: jax.Array | None = None,
     ) -> jax.Array:
         config = self.config
         B, T, _ = normed.x.shape
@@ -218,17 +237,18 @@ class Attention(nn.Module):
 
         prefix, width = ("normed_", K) if config.qk_norm else ("", None)
         projections = [
-            reader(config, "query", H * K, f"{prefix}heads", config.qkv_bias, width),
-            reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width),
-            reader(config, "value", G * K, "kv_heads", config.qkv_bias),
+            reader(config, "query", H * K, f"{prefix}heads", config.qkv_bias, width, self.reads),
+            reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width, self.reads),
+            reader(config, "value", G * K, "kv_heads", config.qkv_bias, None, self.reads),
         ]
         q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (
             y.reshape(B, T, y.shape[-1] // K, K) for y in apply_fused(projections, normed)
         )
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
-            q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
-            k_BxSxGxK = kept_norm(config, "key_norm", norm, axis="head_dim")(k_BxSxGxK)
+            of_each = ("heads", "kv_heads") if config.qk_norm_by_head else (None, None)
+            q_BxTxHxK = kept_norm(config, "query_norm", norm, "head_dim", of_each[0])(q_BxTxHxK)
+            k_BxSxGxK = kept_norm(config, "key_norm", norm, "head_dim", of_each[1])(k_BxSxGxK)
         if (bound := config.clip_qkv) is not None:
             q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (jnp.clip(x, -bound, bound) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK))
         if config.rotary:
@@ -247,7 +267,7 @@ class Attention(nn.Module):
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
             options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window
-            options += config.score_scale, bias or self._score_bias()
+            options += config.score_scale, bias or self._score_bias(), mask_BxT
             heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
 
@@ -260,7 +280,7 @@ class Attention(nn.Module):
             return None
         scale = config.head_dim**-0.5 if config.alibi_rounded else 1.0
         dtype = jnp.promote_types(config.dtype, jnp.float32)
-        return functools.partial(alibi, config.heads, config.alibi_max, config.alibi_rounded, scale, dtype)
+        return functools.partial(alibi, config.heads, config.alibi_rounded, scale, dtype)
 
     def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:
         """Writes the tokens' keys or values into the cache, and returns all of it: (B·G, S, K).
@@ -308,10 +328,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, stream: Stream, train: bool = False, cache: CacheUse | None = None, bias: ScoreBias | None = None
+        self,
+        stream: Stream,
+        train: bool = False,
+        cache: CacheUse | None = None,
+        bias: ScoreBias | None = None,
+        mask_BxT: jax.Array | None = None,
+        embedding_BxTxW: jax.Array | None = None,
     ) -> Stream:
         config = self.config
-        attention = functools.partial(Attention(config, name="attention"), cache=cache, bias=bias)
+        attention = Attention(config, "read" if embedding_BxTxW is None else "raw", name="attention")
+        attention = functools.partial(attention, cache=cache, bias=bias, mask_BxT=mask_BxT)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
         def update(name: str, normed: Normed) -> jax.Array:
@@ -327,6 +354,8 @@ class Block(nn.Module):
             if config.post_norm:
                 x_BxTxD = stream.x + update(name, Normed(stream.x))
                 x_BxTxD = make_norm(config, f"{name}_norm", config.norm_affine)(x_BxTxD)
+            elif name == "attention" and embedding_BxTxW is not None:
+                x_BxTxD = stream.x + update(name, Normed(embedding_BxTxW))
             else:
                 x_BxTxD = stream.x + update(name, self._normalise(f"{name}_norm", stream))
             stream = as_stream(config, x_BxTxD, train)

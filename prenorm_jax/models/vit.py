@@ -23,6 +23,7 @@ from prenorm_jax.models.transformer import (
     blocks,
     constant_table,
     embedding_axis,
+    end_embedding,
     enter_stream,
     kept_norm,
     leave_stream,
@@ -281,7 +282,8 @@ class ViT(StreamModel):
         if images.shape[1:] != config.image_shape:
             raise PrenormError(f"images of shape {images.shape[1:]} do not fit the model's, {config.image_shape}")
         bias = RelativeBias(config, name="relative_bias")() if config.relative_bias == "shared" else None
-        x_BxTxD = blocks(config, enter_stream(config, self._embed(images), train), train, bias=bias)
+        x_BxTxW = end_embedding(config, self._embed(images), train)
+        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW), train, bias=bias)
         if config.pooling == "attention":
             return self._attention_head(x_BxTxD)
         if config.pooled_norm:
