@@ -10,6 +10,7 @@ from prenorm_jax.models.config import ModelConfig
 def config(model: ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
     """The config.json of an rmsnorm network, with what its source's says of tokens. Raises PrenormError."""
     wanted = {"positions": "rotary", "rotary_dim": None, "rotary_interleaved": False, "window": None, "clip_qkv": None}
+    wanted |= {"global_rotary_base": None, "score_scale": None, "embed_scale": 1.0, "logit_scale": 1.0}
     wanted |= {"gated_mlp": True, "activation": "silu", "parallel": False, "use_bias": False, "reader_bias": False}
     wanted |= {"qkv_bias": False, "head_bias": False, "qk_norm": False, "embed_norm": False, "norm_affine": False}
     if other := [
