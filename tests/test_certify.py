@@ -197,7 +197,7 @@ def mutants(roles, has_affine):
             other = norms[(norms.index(role.norm) + 1) % len(norms)]
             found |= {"fed by another": change(norm=other), "fed by nothing": change(norm=None)}
             found |= {"a writer": Role(writes=role.reads)}
-        if role.writes is not None and has_affine:
+        if role.writes is not None:
             found |= {"a reader": Role(reads=role.writes, norm=norms[0], bias=(*path[:-1], "none"))}
         if role.affine is not None:
             found = {"nothing": Role(), "of another kind": change(affine={"scale": "bias"}.get(role.affine, "scale"))}
@@ -219,7 +219,7 @@ def test_every_mutant_of_roles_is_refused_by_the_three_probes(norm_affine):
             check_by_probes(apply, params, mutant)
             passed.append((name, what))
         except PrenormError as error:
-            assert re.match(r"fold|shift|omission|\w+/", str(error)), (name, what)
+            assert re.match(r"fold|shift|omission|scale|\w+/", str(error)), (name, what)
     assert not passed
     assert tried > (40 if norm_affine else 15)
 
