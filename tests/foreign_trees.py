@@ -1,12 +1,12 @@
 """Networks in other people's styles, tiny and in float64, each with the table of its tree: this project defined none.
 
-Their norms and widths are arguments, as a user has to make them who wants to swap a norm.
+Their norms and widths are arguments, as a user has to make them who wants to swap a norm. And tables with one mistake.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from prenorm_jax import PrenormError, convert_foreign
+from prenorm_jax.equivalence.role_table import Row, norm_of, read_rows
 
 D, H, K, F = 8, 2, 4, 8  # so wide that shapes tell little
 EPSILON = 1e-3
@@ -340,4 +343,64 @@ def _of_nnx(inputs: np.ndarray) -> Case:
     return Case(awkward(state), ENCODER_DECODER, of_layer_norms, variants)
 
 
-NAMES = ("linen-vit", "linen-gpt", "nnx", "stacked")
+# --- Tables with one mistake. ---
+
+PROBES = ("fold", "shift", "omission", "scale")
+
+
+def refusals(params: Any, table: str, apply: Callable[[Any], Any]) -> dict[str, str]:
+    """What each mutant of a table is refused with; "" for one that is not."""
+    refused = {}
+    for what, mutant in mutants(table):
+        try:
+            convert_foreign(params, mutant, apply)
+            refused[what] = ""
+        except PrenormError as error:
+            refused[what] = str(error)
+    return refused
+
+
+def mutants(table: str) -> Iterator[tuple[str, str]]:
+    """(what was done, the table) with each writer, reader, norm, feed and tie removed or swapped in turn."""
+    rows = list(read_rows(table))
+    norms = list(dict.fromkeys(norm_of(row) for row in rows if "scale" in row.axes))
+    for i, row in enumerate(rows):
+        found: dict[str, Row] = {}
+        for word in {"write", "read", "layer_scale", *[word for word in row.axes if word.startswith("normed")]}:
+            if word not in row.axes:
+                continue
+            at, others = row.axes.index(word), [j for j, axis in enumerate(row.axes) if axis not in (word, "layer")]
+            swapped = {f"{word} on axis {j}": _swapped(row.axes, at, j) for j in others}
+            removed = {f"no {word}": (*row.axes[:at], "other", *row.axes[at + 1 :])}
+            found |= {what: row._replace(axes=axes) for what, axes in (removed | swapped).items()}
+        if "read" in row.axes:
+            found |= {f"fed by {norm}": row._replace(of=norm) for norm in [*norms, "-"] if norm != row.of}
+            found["a writer"] = row._replace(axes=_renamed(row.axes, "read", "write"), of="", bias="")
+        elif "write" in row.axes:
+            axes = _renamed(row.axes, "write", "read")
+            found |= {f"a reader of {norm}": row._replace(axes=axes, of=norm, bias="-") for norm in [*norms, "-"]}
+        if (kind := next((word for word in ("scale", "bias") if word in row.axes), None)) is not None:
+            found["no affine"] = row._replace(axes=_renamed(row.axes, kind, "other"))
+            found["the other affine"] = row._replace(
+                axes=_renamed(row.axes, kind, {"scale": "bias"}.get(kind, "scale"))
+            )
+            found |= {f"of {norm}": row._replace(of=norm) for norm in norms if norm != norm_of(row)}
+        if "raw" in row.axes:
+            found["no tie"] = row._replace(axes=_renamed(row.axes, "raw", "write"))
+        for what, mutant in found.items():
+            yield f"{row.leaf}: {what}", "\n".join(_line(other) for other in [*rows[:i], mutant, *rows[i + 1 :]])
+
+
+def _swapped(axes: tuple[str, ...], i: int, j: int) -> tuple[str, ...]:
+    changed = list(axes)
+    changed[i], changed[j] = changed[j], changed[i]
+    return tuple(changed)
+
+
+def _renamed(axes: tuple[str, ...], word: str, other: str) -> tuple[str, ...]:
+    return tuple(other if axis == word else axis for axis in axes)
+
+
+def _line(row: Row) -> str:
+    columns = [row.leaf, " ".join(row.axes), row.of, row.bias]
+    return "  ".join(columns[: 4 if row.bias else 3 if row.of else 2])
