@@ -205,7 +205,7 @@ def mutants(roles, has_affine):
 
 
 @pytest.mark.parametrize("norm_affine", [True, False])
-def test_every_mutant_of_roles_is_refused_by_the_three_probes(norm_affine):
+def test_every_mutant_of_roles_is_refused_by_the_probes(norm_affine):
     options = {"depth": 1, "tie_embeddings": False, "layer_scale": 0.1, "mlp_dim": 12, "norm_affine": norm_affine}
     config = tiny(**options)
     params, tokens = random_params(config, 0), np.arange(7)[None]

@@ -35,7 +35,7 @@ def convert_foreign(
         dict, as of another library's tensors. Not changed.
       table: what the axes of each leaf are and which norm feeds it, in the language of `equivalence/role_table.py`.
       apply: the network: such a tree -> its outputs, one array or several, for inputs of your choice, without dropout.
-        With it the table is verified by the three probes (`probes.py`), in float64, on numbers that are moved off 0 and
+        With it the table is verified by the probes of `probes.py`, in float64, on numbers that are moved off 0 and
         1. It is called some three times for each leaf: jit it. None: nothing is verified.
       new_apply: the same with the norms swapped, of the converted tree: verified to be the same function.
       to: rmsnorm: writers lose their mean; shapes stay, and LayerNorms in place of the RMSNorms compute the same.
