@@ -18,19 +18,12 @@ from prenorm_jax.interop.families import (
     vit,
     vit_npz,
 )
+from prenorm_jax.interop.families.refused import REFUSED
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
 _IMAGES = (vit.FAMILY, dinov2.FAMILY, dinov2.WITH_REGISTERS, clip.VISION, clip.FAMILY, timm.FAMILY, vit_npz.FAMILY)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_IMAGES)}
-
-# Those that no table could bring here, and why.
-_RMSNORM = "its norms are RMSNorms, which keep the stream's mean: it is no Pre-LN network, and has no equivalent of one"
-_POST_LN = "it is Post-LN: each norm's affine puts a mean back into the stream, and nothing would be gained"
-_REFUSED = dict.fromkeys(
-    ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "t5"), _RMSNORM
-)
-_REFUSED |= dict.fromkeys(("bert", "roberta", "distilbert", "electra", "albert", "openai-gpt", "bart"), _POST_LN)
 
 
 def model_type(config: Mapping[str, Any]) -> str | None:
@@ -41,11 +34,14 @@ def model_type(config: Mapping[str, Any]) -> str | None:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json. Raises PrenormError for one that is unknown, or cannot be converted."""
     name = model_type(config)
-    if name in _REFUSED:
-        raise PrenormError(f"config.json: model_type={name!r}: {_REFUSED[name]}")
+    if name in REFUSED:
+        raise PrenormError(f"config.json: model_type={name!r}: {REFUSED[name]}")
     if name not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise PrenormError(f"config.json: model_type={name!r} is no family that has a table here; those are {known}")
+        raise PrenormError(
+            f"config.json: model_type={name!r} is no family that has a table here; those are {known}. Tensors of any "
+            "Pre-LN network convert by a table of your own (prenorm_jax.convert_foreign)"
+        )
     if "quantization_config" in config:
         raise PrenormError(
             "config.json: quantization_config: quantised weights are not read: save the model dequantised"

@@ -11,10 +11,7 @@ from prenorm_jax.interop.family import Family, Given
 
 
 def _config(given: Given) -> dict[str, Any]:
-    if "classifier.weight" in given.shapes:
-        raise PrenormError(
-            "a CLIP's classifier reads the raw stream, whose mean conversion removes: it has no equivalent"
-        )
+    _check_output(given)
     return {
         "family": "vit",
         "image_size": given.side("image_size", default=224),
@@ -34,7 +31,17 @@ def _config(given: Given) -> dict[str, Any]:
     }
 
 
+def _check_output(given: Given) -> None:
+    classes = [name for name in given("architectures", default=[]) if name.endswith("ForImageClassification")]
+    if found := [*classes, *(name for name in ("classifier.weight",) if name in given.shapes)]:
+        raise PrenormError(
+            f"{found[0]}: a CLIP's classifier reads the raw stream, whose mean conversion removes: it has no "
+            "equivalent; it would have to read what post_layernorm gives, as the projection does"
+        )
+
+
 def _within(given: Given) -> dict[str, Any]:
+    _check_output(given)
     vision = given("vision_config", default={}) | given("vision_config_dict", default={})
     return _config(Given(vision, given.shapes))
 
