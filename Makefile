@@ -30,7 +30,7 @@ test-wide: $(VENV)/.ready   ## searches for examples that nobody thought of: hou
 	$(BIN)/python -m pytest -n $(WORKERS) -m wide $(TESTS)
 
 measure-peers: .venv-peers/.ready  ## beside Brevitas, and with PEERS="--slicegpt=CLONE" SliceGPT: the docs' tables
-	PYTHONPATH=.:tests:tests/references .venv-peers/bin/python tests/references/measure_peers.py --write $(PEERS)
+	PYTHONPATH=.:tests:tests/references XLA_FLAGS=--xla_backend_optimization_level=0 .venv-peers/bin/python tests/references/measure_peers.py --write $(PEERS)
 
 lint: $(VENV)/.ready        ## what .ci/run checks before it tests
 	$(BIN)/ruff check .

