@@ -164,10 +164,10 @@ def ours(network: Network) -> Outcome:
             errors.append(relative(logits(convert_config(config, to), converted, network.inputs), network.expected))
     except PrenormError as error:
         return Outcome("refused by name", note=str(error))
-    on_stream = [site for site in report["norms"] if "stays a LayerNorm" not in site["why"]]
-    counts = report["parameters"]["rmsnorm"] - report["parameters"]["layernorm"]
+    norms, stay = Torch(network).norms, sum("stays a LayerNorm" in site["why"] for site in report["norms"])
+    more = report["parameters"]["rmsnorm"] - report["parameters"]["layernorm"]
     tie = "kept" if report["tie"] else ""
-    return Outcome(verdict(max(errors), 1, 1), (len(on_stream), len(report["norms"])), max(errors), tie, counts)
+    return Outcome(verdict(max(errors), 1, 1), (norms - stay, norms), max(errors), tie, more)
 
 
 class Torch:
@@ -177,7 +177,7 @@ class Torch:
         self.model = theirs.load(network.folder)
         self.tower = network.tower(self.model)
         self.norms = sum(type(module).__name__.endswith("LayerNorm") for module in self.tower.modules())
-        self.parameters = sum(parameter.numel() for parameter in self.tower.parameters())
+        self.parameters = count(self.tower)
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         table = self.model.get_input_embeddings().weight if head is not None else None
         self.table = table.shape if head is not None and head.weight is table else None
@@ -187,11 +187,16 @@ class Torch:
         """What has become of it."""
         changed = sum(type(module).__name__ in ("RMSNorm", "RMSN") for module in converted.modules())
         tie = "" if self.table is None else "kept" if self._tables(converted) == self.tables else "broken"
-        more = sum(parameter.numel() for parameter in converted.parameters()) - self.parameters
+        more = count(converted) - self.parameters
         return Outcome(verdict(error, changed, self.norms), (changed, self.norms), error, tie, more)
 
     def _tables(self, module: Any) -> int:
         return sum(parameter.shape == self.table for parameter in module.parameters())
+
+
+def count(module: Any) -> int:
+    """Its parameters, each once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def brevitas(network: Network) -> Outcome:
@@ -211,6 +216,7 @@ def brevitas(network: Network) -> Outcome:
             graph, _ = torch._dynamo.export(before.tower)(*args, **kwargs)
         if not (off := network.off(graph(*args, **kwargs))) < EXACT:
             return Outcome("crashed", note=f"the trace alone is off by {off:.1e}")
+        before.parameters = min(before.parameters, count(graph))  # without those that nothing uses
         apply_layernorm_affine_merge(graph, ())
         graph = apply_layernorm_to_rmsnorm(graph)
         return before.outcome(graph, network.off(graph(*args, **kwargs)))
@@ -264,11 +270,12 @@ def long_table(results: dict[str, dict[str, Outcome]]) -> str:
 def _cell(outcome: Outcome | None) -> str:
     if outcome is None:
         return ""
-    said = [outcome.verdict if outcome.verdict == "exact" else f"**{outcome.verdict}**"]
+    said = [f"**{outcome.verdict}**" if outcome.verdict in ("silently wrong", "crashed") else outcome.verdict]
     said += [f"{outcome.norms[0]} of {outcome.norms[1]} norms"] if outcome.norms else []
     said += [f"{outcome.error:.0e}"] if outcome.error is not None else []
     said += [f"tie {outcome.tie}"] if outcome.tie else []
     said += [f"{outcome.parameters:+,} parameters"] if outcome.parameters is not None else []
+    said += [f"`{outcome.note[:60]}`"] if outcome.verdict == "crashed" else []
     return ", ".join(said)
 
 
