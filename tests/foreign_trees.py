@@ -26,11 +26,13 @@ LAYER_NORM = functools.partial(nn.LayerNorm, epsilon=EPSILON)
 class ShiftedRMSNorm(nn.Module):
     """LayerNorm's parameters without its centring: what keeps γ and β."""
 
+    epsilon: float = EPSILON
+
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * scale + bias
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + self.epsilon) * scale + bias
 
 
 PLAIN = functools.partial(nn.RMSNorm, epsilon=EPSILON, use_scale=False)
@@ -326,6 +328,7 @@ def case(name: str) -> Case:
             ("rmsnorm", "plain"): ViT(ShiftedRMSNorm),
             ("rmsnorm", "fold"): ViT(PLAIN, layer_scale=False),
             ("crmsnorm", "fold"): ViT(NARROW, D - 1, layer_scale=False),
+            ("crmsnorm", "plain"): ViT(functools.partial(ShiftedRMSNorm, EPSILON * D / (D - 1)), D - 1),
         }
         return of_linen(VIT, rng.normal(size=(2, 4, 4, 3)), ViT(), variants)
     if name == "linen-gpt":

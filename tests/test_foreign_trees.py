@@ -123,7 +123,7 @@ def test_what_cannot_be_converted_is_refused_by_name(change, message):
 
 
 FORMS = {
-    "linen-vit": ["rmsnorm-keep", "rmsnorm-plain", "rmsnorm-fold", "crmsnorm-fold"],
+    "linen-vit": ["rmsnorm-keep", "rmsnorm-plain", "rmsnorm-fold", "crmsnorm-fold", "crmsnorm-plain"],
     "linen-gpt": ["rmsnorm-keep", "rmsnorm-plain"],
     "nnx": ["rmsnorm-keep"],
     "nnx-dict": ["rmsnorm-fold", "crmsnorm-fold"],

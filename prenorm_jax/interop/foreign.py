@@ -147,8 +147,7 @@ def _converted(named: Named, roles: Roles, to: str, affine: str, entry: int | No
         )
     for (name,), role in roles.items():  # those that were folded into others
         if name not in converted:
-            narrower = to == "crmsnorm" and not role.scales
-            shape = (*named[name].shape[:-1], named[name].shape[-1] - narrower)
+            shape = (*named[name].shape[:-1], named[name].shape[-1] - (to == "crmsnorm"))
             converted[name] = np.full(shape, float(role.affine != "bias"))
     return converted
 
