@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
 
-.PHONY: demo demo-quick demo-switch test test-all test-references test-wide lint format lock clean
+.PHONY: demo demo-quick demo-switch test test-all test-references test-wide measure-peers lint format lock clean
 
 demo: $(VENV)/.ready        ## train the three variants, convert, evaluate, compare: runs/demo/report/report.html
 	$(BIN)/python -m prenorm_jax.demo --workdir=runs/demo
@@ -29,6 +29,9 @@ test-references: .venv-references/.ready  ## beside other libraries, PyTorch and
 test-wide: $(VENV)/.ready   ## searches for examples that nobody thought of: hours; after a change to what they search
 	$(BIN)/python -m pytest -n $(WORKERS) -m wide $(TESTS)
 
+measure-peers: .venv-peers/.ready  ## beside Brevitas, and with PEERS="--slicegpt=CLONE" SliceGPT: the docs' tables
+	PYTHONPATH=.:tests:tests/references XLA_FLAGS=--xla_backend_optimization_level=0 .venv-peers/bin/python tests/references/measure_peers.py --write $(PEERS)
+
 lint: $(VENV)/.ready        ## what .ci/run checks before it tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,14 +53,15 @@ clean:                      ## everything that make made but runs/
 # PyTorch by pip itself and by its exact version: pip takes a wheel for CPUs where it is given one, and of a range the
 # largest, which is CUDA's, of gigabytes. timm without what it asks for: PyPI's torchvision does not fit a PyTorch for
 # CPUs, and the tests do without it.
-.venv-references/.ready: requirements.lock requirements-references.txt $(VENV)/.ready
-	@echo "setting up .venv-references (some minutes)"
-	@$(BIN)/python -m venv --clear .venv-references
-	@.venv-references/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(BIN)/uv pip install --quiet --python .venv-references/bin/python \
-	    -r requirements.lock -r requirements-references.txt
-	@$(BIN)/uv pip install --quiet --python .venv-references/bin/python --no-deps timm==1.0.31
+.venv-references/.ready .venv-peers/.ready: requirements.lock requirements-references.txt $(VENV)/.ready
+	@echo "setting up $(@D) (some minutes)"
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/uv pip install --quiet --python $(@D)/bin/python -r requirements.lock -r requirements-references.txt $(OTHERS)
+	@$(BIN)/uv pip install --quiet --python $(@D)/bin/python --no-deps timm==1.0.31
 	@touch $@
+
+.venv-peers/.ready: OTHERS := brevitas==0.13.4
 
 # A marker file rather than the folder: a set-up that was interrupted is done again.
 $(VENV)/.ready: requirements.lock

@@ -10,16 +10,18 @@ if TYPE_CHECKING:
     from prenorm_jax.interop.certify import certify_checkpoint
     from prenorm_jax.interop.checkpoint import load
     from prenorm_jax.interop.encoder import TextEncoder
+    from prenorm_jax.interop.foreign import convert_foreign
     from prenorm_jax.models.registry import build_model
 
 __all__ = ["PrenormError", "TextEncoder", "build_model", "certify_checkpoint", "choose_coordinates", "convert_config"]
-__all__ += ["convert_params", "load"]
+__all__ += ["convert_foreign", "convert_params", "load"]
 
 _HOMES = {
     "build_model": "models.registry",
     "certify_checkpoint": "interop.certify",
     "choose_coordinates": "equivalence.choice",
     "convert_config": "equivalence.convert",
+    "convert_foreign": "interop.foreign",
     "convert_params": "equivalence.convert",
     "load": "interop.checkpoint",
     "PrenormError": "base.errors",

@@ -368,6 +368,50 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(tmp_path, tensors, nam
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+# What has no equivalent: config.json as its library writes it, the reason, what would have to be otherwise.
+NOT_CONVERTIBLE = {
+    "bert": ({"model_type": "bert"}, "it is Post-LN", "norms would have to begin the branches.*roberta-prelayernorm"),
+    "roberta": ({"model_type": "roberta"}, "it is Post-LN", "would have to begin the branches"),
+    "bart": ({"model_type": "bart"}, "it is Post-LN", "as those of mbart and pegasus do"),
+    "llama": ({"model_type": "llama"}, "RMSNorms already", "would have to be LayerNorms, as those of olmo are"),
+    "t5": ({"model_type": "t5"}, "RMSNorms already", "would have to be LayerNorms"),
+    "swin": ({"model_type": "swin"}, "one norm takes four tokens together", "be normalised before they are merged"),
+    "sam": (
+        {"model_type": "sam"},
+        "convolution behind its image encoder reads the raw",
+        "LayerNorm .* stand before it",
+    ),
+    "convnext": ({"model_type": "convnext"}, "depthwise convolution .* reads the raw stream", "to stand before it"),
+    "classifier": (
+        {"model_type": "clip", "architectures": ["CLIPForImageClassification"]},
+        "a CLIP's classifier reads the raw stream",
+        "would have to read what post_layernorm gives",
+    ),
+    "classifier's tensor": (
+        {"model_type": "clip_vision_model"},
+        "a CLIP's classifier reads the raw stream",
+        "would have to read what post_layernorm gives",
+    ),
+    "opt-350m": (
+        {"model_type": "opt", "do_layer_norm_before": False, "hidden_size": 1024, "word_embed_proj_dim": 512},
+        "do_layer_norm_before=False changes the function .* Post-LN",
+        "would have to begin the branches, as those of the other sizes do",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CONVERTIBLE)
+def test_what_has_no_equivalent_is_refused_with_the_reason_and_the_remedy_by_every_command(tmp_path, name):
+    config, reason, remedy = NOT_CONVERTIBLE[name]
+    weights = write(tmp_path / "source", {"classifier.weight": np.ones((2, 3), np.float32)}, config)
+    by_convert = error_of("-m", "prenorm_jax.convert", tmp_path / "source", tmp_path / "new", "--to=rmsnorm")
+    assert re.search(f"{reason}.*; .*{remedy}", by_convert), by_convert
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    if name != "classifier's tensor":
+        weights.unlink()  # config.json is enough
+    assert error_of("-m", "prenorm_jax.explain", tmp_path / "source") == by_convert
+
+
 def test_a_bin_without_pytorch_says_what_reads_it(tmp_path, tensors, monkeypatch):
     torchs(tmp_path / "source", tensors)
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -131,13 +131,20 @@ def convert_params(
 
 
 def convert_tree(
-    params: Mapping[str, Any], roles: Roles, norm: str, to: str, kind: str = "drop", entry: int | None = None
+    params: Mapping[str, Any],
+    roles: Roles,
+    norm: str,
+    to: str,
+    kind: str = "drop",
+    entry: int | None = None,
+    keep_affine: bool = False,
 ) -> dict[str, Any]:
     """`convert_params` of any tree whose leaves' roles are given, of a network of which `norm` are the norms.
 
     Under crmsnorm, be it `norm` or `to`, the stream is in the coordinates of this kind and entry (`coordinates_of`).
 
-    Norms lose their affine, and readers gain the biases that take it up: the network's code has to go along. Raises
+    Norms lose their affine, and readers gain the biases that take it up: the network's code has to go along. With
+    `keep_affine`, not to crmsnorm, norms stay as they are. (`interop.foreign` does all of it by a table.) Raises
     PrenormError for a tree whose leaves are not those of the roles, for roles that do not fit each other, and for
     writers that are not zero-mean.
     """
@@ -151,7 +158,7 @@ def convert_tree(
     check_roles(roles, {path: getattr(leaf, "shape", None) for path, leaf in flat.items()})
     check_choice("kind", kind, KINDS)
     source, target = (coordinates_of(name, kind, entry) for name in (norm, to))
-    return _nested(flat, convert_leaves(flat, roles, source, target))
+    return _nested(flat, convert_leaves(flat, roles, source, target, keep_affine=keep_affine))
 
 
 def _nested(flat: Flat, converted: Flat) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.parameters import HEAD_AXES, OTHER_AXES, STREAM_AXES, NormSite, Parameter
 
+UNFELT: Path = ()  # in place of a reader's bias
+
 
 @dataclasses.dataclass(frozen=True)
 class Role:
@@ -30,7 +32,8 @@ class Role:
       reads: the axis along which it consumes a normalised stream.
       norm: of a reader, the norm that feeds it (None: nothing is known of it); of γ and β, the norm they are of.
       affine: of γ "scale", of β "bias".
-      bias: of a reader, the leaf that takes up Wβ; it need not exist yet. Of what reads beside the stream, its bias.
+      bias: of a reader, the leaf that takes up Wβ; it need not exist yet. UNFELT: none, since nobody would feel it, as
+        of keys that are not turned, where softmax removes it. Of what reads beside the stream, its bias.
       scales: of a LayerScale λ, the leaves that it multiplies, each with the axis along which it does.
       heads: the axis whose every `head_dim` entries a norm over a head takes.
       head_dim: see heads.
@@ -100,7 +103,7 @@ def with_biases(roles: Roles) -> dict[Path, Role]:
             head_dim=role.head_dim,
         )
         for role in roles.values()
-        if role.bias is not None and role.bias not in roles
+        if role.bias and role.bias not in roles
     }
     return {**roles, **new}
 

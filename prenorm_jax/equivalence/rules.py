@@ -6,7 +6,7 @@ A tree is flat here, {path: array}, and may be part of one: whole modules, as `m
 from collections.abc import Callable
 
 from prenorm_jax.base.trees import Array, Flat, Path
-from prenorm_jax.equivalence.roles import Roles
+from prenorm_jax.equivalence.roles import UNFELT, Roles
 from prenorm_jax.models.coordinates import Coordinates, center
 from prenorm_jax.models.parameters import NormSite
 
@@ -19,7 +19,7 @@ def fold_norms(flat: Flat, roles: Roles) -> Flat:
         if role.reads is None or path not in flat:
             continue
         kernel, scale, shift = flat[path], affines.get((role.norm, "scale")), affines.get((role.norm, "bias"))
-        if shift is not None:
+        if shift is not None and role.bias != UNFELT:
             added = (kernel * _along(flat[shift], kernel, role.reads)).sum(role.reads)
             folded[role.bias] = folded[role.bias] + added if role.bias in folded else added
         if scale is not None:

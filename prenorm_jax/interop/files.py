@@ -12,7 +12,7 @@ import numpy as np
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.files import read_json
 from prenorm_jax.interop import npz
-from prenorm_jax.interop.families import TOWER, model_type, vit_npz
+from prenorm_jax.interop.families import TOWER, family_of, model_type, vit_npz
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, map_file
 
 # Of a folder, the first of these that is there.
@@ -96,9 +96,10 @@ def is_foreign(place: str | Path) -> bool:
 def open_source(name: str | Path) -> Source:
     """The checkpoint in a folder, of a file in it, or of a name on the Hugging Face hub.
 
-    Raises PrenormError if there is none, or if it is not whole.
+    Raises PrenormError if there is none, if it is not whole, or if it is of no family that can be converted.
     """
     folder, file, config = open_config(name)
+    family_of(config)  # before anything of weights is looked at
     if file is not None and file.endswith(".npz"):
         header, arrays = npz.map_file(folder / file)
         return Source(str(name), folder, config, {file: header}, arrays, (folder / file,))

@@ -1,17 +1,20 @@
-"""Three probes of roles that were written by hand, where of a network only its forward function is known.
+"""The probes of roles that were written by hand, where of a network only its forward function is known.
 
     fold       γ and β go into the declared readers, and become 1 and 0; the network keeps its LayerNorms
     shift      u ⊗ 1 is added to every declared writer, each with its own u: what a LayerNorm removes; and, in the same
                network with γ = 1 and β = 0, to every declared reader along what it reads, which has no mean
     omission   in that network any other leaf, shifted along any axis, is felt; one that is not is a writer or a reader
                that was not declared, which a shift alone cannot find
+    scale      of a norm without an affine the readers are still felt when all declared writers are large: an undeclared
+               one vanishes beside them
 
 The outputs stay the same under the first two, to rounding, if the roles are right. A shift under a LayerScale λ is u/λ:
 λ is folded first, and becomes 1. Each costs a few calls of the function, the last one for every axis of every leaf.
-What they cannot tell is a reader from a writer where a norm has no affine: a shift is nothing to either.
+What they cannot tell, where a norm has no affine, is its reader that is declared a writer: there to remove its mean is
+nothing, and under rmsnorm nothing else is done to it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import Flat, Path
-from prenorm_jax.equivalence.roles import Role, Roles, check_roles
+from prenorm_jax.equivalence.roles import UNFELT, Role, Roles, check_roles
 from prenorm_jax.equivalence.rules import affine_leaves, fold_layer_scales, fold_norms
 
 Apply = Callable[[Any], Any]  # a tree of parameters -> outputs, of inputs that the caller has chosen
@@ -27,14 +30,17 @@ Apply = Callable[[Any], Any]  # a tree of parameters -> outputs, of inputs that 
 TOLERANCE = 1e-9  # of float64, relative: what is the same is 1e-15 to 1e-12, what is not .02 and more
 
 
-def check_by_probes(apply: Apply, params: Mapping[str, Any], roles: Roles, tolerance: float = TOLERANCE) -> None:
-    """Raises PrenormError, naming what is wrong, unless the three probes find the roles to be the network's.
+def check_by_probes(
+    apply: Apply, params: Mapping[str, Any], roles: Roles, tolerance: float = TOLERANCE, raw: Collection[Path] = ()
+) -> None:
+    """Raises PrenormError, naming what is wrong, unless the probes find the roles to be the network's.
 
     Args:
       apply: the network's outputs of a tree such as `params`, in float64; jitted, or it takes long.
       params: the tree of a Pre-LN network, with norms' γ and β of many values: of γ = 1 and β = 0 nothing can be told.
       roles: of each of its leaves.
       tolerance: relative to the largest output.
+      raw: leaves that add to the stream, though conversion leaves them as they are.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(dict(params)).items()}
     if missing := sorted("/".join(path) for path in flat.keys() ^ roles.keys()):
@@ -52,6 +58,9 @@ def check_by_probes(apply: Apply, params: Mapping[str, Any], roles: Roles, toler
     if found := omitted(plain, roles, differ, tolerance):
         names = ", ".join(f"{'/'.join(path)} (axis {axis})" for path, axis in found[:8])
         raise PrenormError(f"omission: a mean along {names} is not felt: declare it as a writer or a reader")
+    if found := vanishing(plain, roles, apply, raw):
+        names = ", ".join("/".join(path) for path in found[:8])
+        raise PrenormError(f"scale: {names} vanishes beside large writers: it is a writer, and no reader")
 
 
 def _check_affines(flat: Flat, roles: Roles) -> None:
@@ -78,6 +87,28 @@ def _difference_from(apply: Apply, flat: Flat) -> Callable[[Flat], float]:
         return float(np.nan_to_num(delta, nan=np.inf))
 
     return differ
+
+
+def vanishing(flat: Flat, roles: Roles, apply: Apply, raw: Collection[Path]) -> list[Path]:
+    """The declared readers, of norms without an affine, that are hardly felt where all that writes is large.
+
+    A LayerNorm does not feel the size of what it takes. A writer that stays small beside large ones is lost in it, and
+    where it is the only one its own size is.
+    """
+    with_affine = {norm for norm, _ in affine_leaves(roles)}
+    writes = {path for path, role in roles.items() if role.writes is not None} | set(raw)
+    large = {path: leaf * (2.0**27 if path in writes else 1.0) for path, leaf in flat.items()}
+    found, rng = [], np.random.default_rng(2)
+    for path, role in roles.items():
+        if role.reads is None or role.norm in with_affine or path in writes:
+            continue
+        leaf = flat[path]
+        nudged = leaf + rng.normal(size=leaf.shape).astype(leaf.dtype)
+        felt = _difference_from(apply, flat)({**flat, path: nudged})
+        differ = _difference_from(apply, large)
+        if differ({**large, path: nudged}) < 1e-4 * felt or differ({**large, path: 2 * leaf}) < 0.02 * felt:
+            found.append(path)
+    return found
 
 
 _FEEDS = "a reader is missing, reads along another axis, or is fed by another norm"
@@ -126,7 +157,8 @@ def fold(flat: Flat, roles: Roles) -> Flat:
     for (norm, kind), path in affines.items():
         scale = affines.get((norm, "scale"))
         stuck = scale is not None and not flat[scale].all()
-        biased = all(role.bias in flat for role in roles.values() if role.reads is not None and role.norm == norm)
+        readers = [role for role in roles.values() if role.reads is not None and role.norm == norm]
+        biased = all(role.bias == UNFELT or role.bias in flat for role in readers)
         if stuck or (kind == "bias" and not biased):
             narrowed[path] = Role()  # to the rules, nothing that they know
             changed[path] = flat[path] if stuck or scale is None else flat[path] / flat[scale]

@@ -39,6 +39,7 @@ from prenorm_jax.interop.families import (
     vit_npz,
     xglm,
 )
+from prenorm_jax.interop.families.refused import REFUSED
 from prenorm_jax.interop.family import Family
 
 _TEXT = (gpt2.FAMILY, gpt_bigcode.FAMILY, opt.FAMILY, gpt_neox.FAMILY, olmo.FAMILY, starcoder2.FAMILY, falcon.FAMILY)
@@ -58,20 +59,6 @@ _IMAGES += (
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*_TEXT, *_ENCODERS, *_IMAGES)}
 
-# Those that no table could bring here, and why.
-_RMSNORM = "its norms are RMSNorms, which keep the stream's mean: it is no Pre-LN network, and has no equivalent of one"
-_POST_LN = "it is Post-LN: each norm's affine puts a mean back into the stream, and nothing would be gained"
-_REFUSED = dict.fromkeys(
-    ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "t5"), _RMSNORM
-)
-_REFUSED |= dict.fromkeys(("bert", "roberta", "distilbert", "electra", "albert", "openai-gpt", "bart"), _POST_LN)
-
-_REFUSED |= dict.fromkeys(
-    ("swin", "swinv2"), "where it merges patches a norm takes four tokens at once, and with them how their means differ"
-)
-_REFUSED |= dict.fromkeys(("sam", "sam_vision_model"), "its neck reads the raw stream, whose mean conversion removes")
-_REFUSED |= dict.fromkeys(("convnext", "convnextv2"), "convolutions read the raw stream, before the norms")
-
 
 TOWER = "_tower"  # in a config.json as it is used here: which tower of a whole model is meant, as in NAME:text
 
@@ -86,11 +73,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
     name = model_type(config)
     if tower := config.get(TOWER):
         name = f"{name}:{tower}"
-    if name in _REFUSED:
-        raise PrenormError(f"config.json: model_type={name!r}: {_REFUSED[name]}")
+    if name in REFUSED:
+        raise PrenormError(f"config.json: model_type={name!r}: {REFUSED[name]}")
     if name not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise PrenormError(f"config.json: model_type={name!r} is no family that has a table here; those are {known}")
+        raise PrenormError(
+            f"config.json: model_type={name!r} is no family that has a table here; those are {known}. Tensors of any "
+            "Pre-LN network convert by a table of your own (prenorm_jax.convert_foreign)"
+        )
     if "quantization_config" in config:
         raise PrenormError(
             "config.json: quantization_config: quantised weights are not read: save the model dequantised"

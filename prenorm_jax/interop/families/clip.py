@@ -13,7 +13,8 @@ from prenorm_jax.interop.family import Family, Given
 def _config(given: Given) -> dict[str, Any]:
     if given.labels():
         raise PrenormError(
-            "a CLIP's classifier reads the raw stream, whose mean conversion removes: it has no equivalent"
+            "a CLIP's classifier reads the raw stream, whose mean conversion removes: it has no equivalent; it would "
+            "have to read what post_layernorm gives, as the projection does"
         )
     return {
         "family": "vit",

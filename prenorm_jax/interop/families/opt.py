@@ -4,9 +4,14 @@ from typing import Any
 
 from prenorm_jax.interop.family import Family, Given
 
+_POST_LN = (
+    "such an OPT is Post-LN, as OPT-350m is: each norm's γ and β put a mean back into the stream, and nothing would be "
+    "gained; its norms would have to begin the branches, as those of the other sizes do"
+)
+
 
 def _config(given: Given) -> dict[str, Any]:
-    given.only("do_layer_norm_before", True, why="such an OPT is Post-LN, as OPT-350m, and has no equivalent")
+    given.only("do_layer_norm_before", True, why=_POST_LN)
     given.only("_remove_final_layer_norm", False, why="its head reads the raw stream, mean and all")
     width = given("hidden_size", default=768)
     given.only("word_embed_proj_dim", width, why="its embedding goes through a matrix, which no model here has")
