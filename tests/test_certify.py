@@ -270,15 +270,8 @@ def test_explain_tells_norms_that_are_kept_from_those_without_an_affine():
 
 
 REFUSED = {
-    "llama": ({"model_type": "llama"}, "RMSNorms"),
-    "post-ln": ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before.*Post-LN"),
     "no final norm": ({"model_type": "opt", "_remove_final_layer_norm": True}, "_remove_final_layer_norm.*raw stream"),
     "cross-attention": ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention=True changes the"),
-    "bert": ({"model_type": "bert"}, "Post-LN"),
-    "a clip's classifier": (
-        {"model_type": "clip", "architectures": ["CLIPForImageClassification"], "vision_config": {}},
-        "a CLIP's classifier reads the raw stream",
-    ),
     "unknown": ({"model_type": "mamba"}, "mamba.*no family"),
 }
 
