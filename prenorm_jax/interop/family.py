@@ -33,7 +33,7 @@ _OTHERS = re.compile(
     r"initializer_.*|.*_initializer_.*|init_.*|output_.*|return_dict.*|task_specific_params|summary_.*|problem_type|"
     r"id2label|label2id|num_labels|label_names|num_classes|gradient_checkpointing|pretraining_tp|"
     r"(transformers_)?loss_.*|prefix|pruned_heads|use_bfloat16|torchscript|finetuning_task|pretrained_cfg|"
-    r"is_(encoder_)?decoder|encoder_stride|pooler_.*|.*softmax_in_fp32|reorder_and_upcast_attn|out_(features|indices)|"
+    r"tokenizer_(class|name)|is_(encoder_)?decoder|encoder_stride|pooler_.*|.*softmax_in_fp32|reorder_and_upcast_attn|out_(features|indices)|"
     r"stage_names|reshape_hidden_states|use_mask_token|text_config|logit_scale_init_value|image_size|patch_size|"
     r"cross_attention_hidden_size|encoder_no_repeat_ngram_size|chunk_size_feed_forward|.*dropout|.*_pdrop|layerdrop"
 )
