@@ -284,7 +284,7 @@ def test_22b_has_its_parameters():
         ({"window": 7}, "unknown key model.window"),
         ({"stochastic_depth": 1.0}, "model.stochastic_depth=1.0 must be at least 0 and below 1"),
         ({"registers": -1}, "model.registers=-1 must be at least 0"),
-        ({"family": "cnn"}, "model.family='cnn' is not one of gpt, vit"),
+        ({"family": "cnn"}, "model.family='cnn' is not one of gpt, encoder, vit"),
     ],
 )
 def test_a_wrong_config_is_named(changes, message):
