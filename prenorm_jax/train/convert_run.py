@@ -78,6 +78,8 @@ def convert(
             return step
 
         step = checkpoints.of(step, write)
+    if not family(config.model.family).config_class.trains:
+        return
     made = shlex.quote(str(target))
     print(f"evaluate: python eval.py --workdir={made}")
     print(f"train on: python train.py --workdir={made} --config.steps=N   (now at step {step} of {config.steps})")
