@@ -167,7 +167,8 @@ def _reader(source: ModelConfig, path: Path, leaf: np.ndarray, tied_scale: Any) 
     role = parameter_roles(source).get(path)
     if role is not None and role.reads is not None:
         return np.moveaxis(leaf, role.reads, -1).reshape(-1, source.d_model)
-    return leaf * tied_scale if path == ("token_embedding",) and source.tie_embeddings else None
+    is_head = path == ("token_embedding",) and source.tie_embeddings and source.final_norm_bias is None
+    return leaf * tied_scale if is_head else None
 
 
 def _tied_scale(stored: Readable, source: ModelConfig) -> Any:
