@@ -48,7 +48,6 @@ CASES = {
     "clip": ("CLIPModel", CLIP, None),
     "deit": ("DeiTForImageClassificationWithTeacher", PLAIN | LABELS, "logits"),
     "deit-one-head": ("DeiTForImageClassification", PLAIN | LABELS, "logits"),
-    "deit-tokens": ("DeiTModel", PLAIN | {"qkv_bias": False}, "last_hidden_state"),
     "mae": ("ViTMAEModel", MAE, "last_hidden_state"),
     "beit": ("BeitForImageClassification", PLAIN | LABELS | {"use_relative_position_bias": True}, "logits"),
     "beit-shared": (
