@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from prenorm_jax.equivalence.convert import convert_config, convert_params
     from prenorm_jax.interop.certify import certify_checkpoint
     from prenorm_jax.interop.checkpoint import load
+    from prenorm_jax.interop.encoder import TextEncoder
     from prenorm_jax.interop.foreign import convert_foreign
     from prenorm_jax.models.registry import build_model
 
-__all__ = ["PrenormError", "build_model", "certify_checkpoint", "choose_coordinates", "convert_config"]
+__all__ = ["PrenormError", "TextEncoder", "build_model", "certify_checkpoint", "choose_coordinates", "convert_config"]
 __all__ += ["convert_foreign", "convert_params", "load"]
 
 _HOMES = {
@@ -24,6 +25,7 @@ _HOMES = {
     "convert_params": "equivalence.convert",
     "load": "interop.checkpoint",
     "PrenormError": "base.errors",
+    "TextEncoder": "interop.encoder",
 }
 
 

@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.workdir)
     override(config, rest, parser, PLACES)
     if not family(config.model.family).config_class.decodes:
-        raise PrenormError(f"{args.workdir} is the run of a {config.model.family}: only a gpt writes text")
+        kind, other = f"a {config.model.family}", ""
+        if config.model.family == "encoder":
+            kind, other = "an encoder", "; it fills masks and gives embeddings from Python (docs/checkpoints.md)"
+        raise PrenormError(f"{args.workdir} is the run of {kind}: only a gpt writes text{other}")
     configure_jax(config)
     norm = args.norm or config.model.norm
     metadata, model, params = load_as(args.workdir, norm, args.step)

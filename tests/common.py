@@ -38,6 +38,7 @@ TINY = {
     "dtype": "float64",
     "param_dtype": "float64",
 }
+TINY_ENCODER = TINY | {"family": "encoder"}
 TINY_VIT = {"family": "vit", "image_size": 6, "patch_size": 2, "channels": 2, "classes": 5}
 TINY_VIT |= {key: TINY[key] for key in ("depth", "d_model", "heads", "dtype", "param_dtype")}
 
@@ -45,6 +46,11 @@ TINY_VIT |= {key: TINY[key] for key in ("depth", "d_model", "heads", "dtype", "p
 def tiny(**changes: Any) -> ModelConfig:
     """A float64 GPT that compiles in a second."""
     return model_config(TINY | changes)
+
+
+def tiny_encoder(**changes: Any) -> ModelConfig:
+    """A float64 text encoder: a masked language model."""
+    return model_config(TINY_ENCODER | changes)
 
 
 def tiny_vit(**changes: Any) -> ModelConfig:

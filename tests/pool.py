@@ -23,6 +23,7 @@ TRANSFORMER = {
     "depth": (1, 2),
     "heads": (1, 2, 4),
     "kv_heads": (1, 2, 4),
+    "score_scale": (0.7,),
     "head_dim": (2, 6),
     "mlp_dim": (1, 9),
     "gated_mlp": FLAG,
@@ -31,6 +32,7 @@ TRANSFORMER = {
     "shared_norm": FLAG,
     "embed_norm": FLAG,
     "qk_norm": FLAG,
+    "qk_norm_by_head": FLAG,
     "clip_qkv": (None, 0.5),
     "layer_scale": (None, 0.1),
     "use_bias": FLAG,
@@ -58,36 +60,53 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "positions": GPTConfig.choices["positions"],
         "rotary_dim": (None, 2, 4),
         "rotary_interleaved": FLAG,
+        "alibi_rounded": FLAG,
         "window": (None, 3),
+        "attention_pattern": ("l", "gl"),
+        "global_rotary_base": (None, 0.0, 50.0),
+        "embed_scale": (3.0,),
+        "logit_scale": (0.1,),
         "tie_embeddings": FLAG,
     },
     "vit": TRANSFORMER
     | {
-        "activation": (*TRANSFORMER["activation"], "quick_gelu", "tanh"),
+        "activation": ("gelu", "gelu_tanh", "quick_gelu", "tanh"),
         "d_model": (2, 4, 5, 8, 13, 16),
+        "head_dim": (4, 6),
         "patch_size": (2, 3, 6),
         "patch_bias": FLAG,
         "positions": ViTConfig.choices["positions"],
+        "relative_bias": ViTConfig.choices["relative_bias"],
         "class_token": FLAG,
+        "distillation_token": FLAG,
         "class_position": FLAG,
         "registers": (0, 2),
-        "pooling": ("class", "mean", "class_mean", "attention"),
+        "pooling": tuple(pooling for pooling in ViTConfig.choices["pooling"] if pooling != "none"),
         "norm_after_pooling": FLAG,
+        "pooled_norm": FLAG,
     },
 }
-SIZE, SEED = 12, 553  # networks a family; of the order in which their options are chosen
+SIZE, SEED = 14, 1239  # networks a family; of the order in which their options are chosen
 
 
 def possible(options: Mapping[str, Any]) -> bool:
     """Whether there are networks with these options, which need not be all, that convert."""
     get = options.get
+    needs_rotary = get("rotary_dim") or get("rotary_interleaved") or get("global_rotary_base") is not None
     return not (
         get("heads", 4) % get("kv_heads", 1)
         or (get("shared_norm") and get("parallel") is False)
         or (get("positions") == "sincos2d" and get("d_model", 4) % 4)
-        or (get("positions", "rotary") != "rotary" and (get("rotary_dim") or get("rotary_interleaved")))
+        or (get("positions") == "rotary2d" and get("head_dim", 4) % 4)
+        or (needs_rotary and (get("positions", "rotary") != "rotary" or get("alibi_rounded")))
+        or (get("qk_norm_by_head") and get("qk_norm") is False)
         or (get("rotary_dim") or 0) > get("head_dim", 6)
+        or (get("positions", "alibi") != "alibi" and get("alibi_rounded"))
+        or (get("attention_pattern") == "l" and get("global_rotary_base") is not None)
         or (get("pooling", "mean").startswith("class") and get("class_token") is False)
+        or (get("distillation_token") and get("class_token") is False)
+        or (get("pooling") in ("distilled", "class_pair") and False in (get("distillation_token"), get("class_token")))
+        or (get("pooled_norm") and get("pooling", "class") not in ("class", "mean", "class_pair"))
         or (get("pooling") == "attention" and get("norm_after_pooling"))
     )
 

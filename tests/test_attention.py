@@ -21,14 +21,16 @@ def platform(request, monkeypatch):
     return request.param
 
 
-def plain(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, causal, window=None):
+def plain(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, causal, window=None, scale=None, bias=None):
     """One product, one softmax; key heads repeated. Of a window the width is that of a band of the scores."""
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
     k, v = (jnp.repeat(x, H // G, axis=2) for x in (k_BxSxGxK, v_BxSxGxK))
-    scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) / np.sqrt(K)
-    if causal:
-        scores = jnp.where(np.tri(T, S, S - T) - np.tri(T, S, S - T - (window or S)) > 0, scores, -jnp.inf)
+    scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) * (scale or K**-0.5)
+    if bias:
+        scores += bias(S - T + jnp.arange(T), jnp.arange(S))
+    ahead = 0 if causal else S if window is None else window - 1
+    scores = jnp.where(np.tri(T, S, S - T + ahead) - np.tri(T, S, S - T - (window or S)) > 0, scores, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores), v).reshape(B, T, H * K)
 
 
@@ -37,10 +39,17 @@ def random_heads(T, H=4, G=2, seed=0):
     return [jnp.asarray(rng.normal(size=(2, T, heads, 3))) for heads in (H, G, G)]
 
 
+def biased(t_T, s_S):
+    """Of four heads; no function of the distance alone."""
+    return jnp.sin(jnp.arange(1, 5)[:, None, None] * t_T[:, None] + s_S)
+
+
 # Blocks of queries there are where a query does not see all keys: of 32 tokens at least (33), else four (130). Windows
 # within a block, over two of them, and wider than the sequence.
+# Both ways, too.
 LENGTHS = [(1, False, None), (1, True, None), (31, False, None), (33, True, None), (130, True, None), (130, True, 40)]
-MORE_LENGTHS = [(130, False, None), (128, True, None), (33, True, 2), (130, True, 999)]
+LENGTHS += [(130, False, 40)]
+MORE_LENGTHS = [(130, False, None), (128, True, None), (33, True, 2), (130, True, 999), (33, False, 1)]
 MOST_LENGTHS = [(31, True, None), (33, False, None), (128, False, None), (257, False, None), (257, True, None)]
 MOST_LENGTHS += [(31, True, 1), (128, True, 32)]
 
@@ -58,7 +67,8 @@ def test_blocks_are_the_plain_formula_and_so_are_their_derivatives(T, causal, wi
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=(2, T, 12)))
 
     def results(function):
-        function = functools.partial(function, causal=causal, window=window)
+        more = {"scale": 0.7, "bias": biased} if window else {}
+        function = functools.partial(function, causal=causal, window=window, **more)
         value, pull_back = jax.vjp(function, *inputs)
         tangent = jax.jvp(function, inputs, directions)[1]
         return [value, tangent, *pull_back(cotangent)]
@@ -114,7 +124,9 @@ def two_byte_heads(T, S, K, H=4, G=2):
         (34, True, None, True),
         (34, True, 5, True),
         (34, False, None, True),
+        (34, False, 5, True),
         (2, False, None, True),
+        (2, False, 5, False),
         (2, True, None, False),
         (2, True, 5, False),
     ],

@@ -275,6 +275,13 @@ REFUSED = {
     "no final norm": ({"model_type": "opt", "_remove_final_layer_norm": True}, "_remove_final_layer_norm.*raw stream"),
     "cross-attention": ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention=True changes the"),
     "bert": ({"model_type": "bert"}, "Post-LN"),
+    "swin": ({"model_type": "swin"}, "one norm takes four tokens together"),
+    "sam": ({"model_type": "sam"}, "a convolution behind its image encoder reads the raw"),
+    "convnext": ({"model_type": "convnext"}, "a depthwise convolution begins"),
+    "a clip's classifier": (
+        {"model_type": "clip", "architectures": ["CLIPForImageClassification"], "vision_config": {}},
+        "a CLIP's classifier reads the raw stream",
+    ),
     "unknown": ({"model_type": "mamba"}, "mamba.*no family"),
 }
 

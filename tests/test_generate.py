@@ -30,8 +30,16 @@ CONFIGS = {
     "learned, tied": {"depth": 2},
     "grouped, rotary, window": GROUPED | {"positions": "rotary", "window": 5, "tie_embeddings": False},
     "sinusoidal, gated": {"positions": "sinusoidal", "gated_mlp": True, "head_bias": True},
-    "one key head, parallel, qk_norm, partial rotary": {"kv_heads": 1, "parallel": True, "qk_norm": True} | ROTARY,
+    "one key head, parallel, qk_norm, partial rotary": {"kv_heads": 1, "parallel": True, "qk_norm": True}
+    | {"qk_norm_by_head": True}
+    | ROTARY,
     "no positions, shared norm": {"positions": "none", "parallel": True, "shared_norm": True, "layer_scale": 0.1},
+    "alibi, a window in every second block": {"positions": "alibi", "window": 4, "attention_pattern": "lg", "depth": 2}
+    | {"score_scale": 1.0},
+    "fairseq positions, scaled": {"positions": "fairseq", "embed_scale": 3.5, "logit_scale": 0.1},
+    "rounded alibi, untied": GROUPED | {"positions": "alibi", "alibi_rounded": True, "tie_embeddings": False},
+    "rotary in local blocks": GROUPED
+    | {"positions": "rotary", "window": 5, "attention_pattern": "lg", "global_rotary_base": 0.0, "depth": 2},
     "raw branches": {"dropout": 0.2, "embed_norm": True, "tie_embeddings": False},
 }
 
@@ -64,7 +72,7 @@ def without_cache(model, params, prompt, tokens):
 
 
 # Each norm with two of them, and in the next test with two others.
-QUICK = list(zip(CONFIGS, [*NORMS[1:], *NORMS, NORMS[0]], strict=True))
+QUICK = list(zip(CONFIGS, NORMS[1:] + NORMS * 2 + NORMS[:2], strict=True))
 GRID = [
     pytest.param(norm, changes, id=f"{norm} {name}", marks=[] if (name, norm) in QUICK else [pytest.mark.wide])
     for norm in NORMS
@@ -78,7 +86,9 @@ def test_greedy_tokens_are_those_of_layernorm_without_a_cache(norm, changes):
     assert continuations(*model_of(norm, **changes), [[3, 1, 4]], 6) == [expected]
 
 
-@pytest.mark.parametrize(("norm", "changes"), list(zip(NORMS * 2, CONFIGS.values(), strict=True)), ids=CONFIGS)
+@pytest.mark.parametrize(
+    ("norm", "changes"), list(zip((NORMS * 4)[: len(CONFIGS)], CONFIGS.values(), strict=True)), ids=CONFIGS
+)
 def test_logits_with_the_cache_are_those_of_the_whole_sequence(norm, changes):
     """Whether the tokens after a beginning come one by one, or several at once; and from a cache with room to spare."""
     model, params = model_of(norm, **changes)

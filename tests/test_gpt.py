@@ -57,9 +57,18 @@ ROTARY = {"positions": "rotary", "head_dim": 6}
     [
         (ROTARY | {"rotary_dim": 4, "rotary_interleaved": False}, {"rotary_dim": None}),
         (ROTARY | {"rotary_dim": 4, "rotary_interleaved": True}, {"rotary_interleaved": False}),
-        (ROTARY | {"rotary_dim": None, "rotary_interleaved": False}, {"rotary_interleaved": True}),
+        (ROTARY | {"rotary_interleaved": False}, {"rotary_interleaved": True}),
         ({"window": 3}, {"window": None}),
+        ({"window": 3, "attention_pattern": "gl"}, {"attention_pattern": "l", "global_rotary_base": None}),
+        ({"attention_pattern": "gl", "global_rotary_base": 0.0}, {"global_rotary_base": None}),
+        ({"attention_pattern": "gl", "global_rotary_base": 50.0}, {"global_rotary_base": None}),
+        ({"positions": "alibi", "alibi_rounded": False}, {"positions": "none"}),
+        ({"positions": "alibi", "alibi_rounded": True}, {"alibi_rounded": False}),
+        ({"score_scale": 0.7}, {"score_scale": None}),
         ({"clip_qkv": 0.5, "qk_norm": True}, {"clip_qkv": None}),
+        ({"positions": "fairseq"}, {"positions": "sinusoidal"}),
+        ({"embed_scale": 3.0}, {"embed_scale": 1.0}),
+        ({"logit_scale": 0.1}, {"logit_scale": 1.0}),
         ({"activation": "quick_gelu"}, {"activation": "gelu"}),
         ({"activation": "relu2"}, {"activation": "relu"}),
     ],
@@ -84,7 +93,7 @@ def test_matches_it_where_conversion_is_refused(changes):
 
 OF_ALL_KINDS = [
     {},
-    {"parallel": True, "positions": "rotary", "kv_heads": 1, "window": 3},
+    {"parallel": True, "positions": "rotary", "kv_heads": 1, "window": 3, "attention_pattern": "lgl", "depth": 1},
     {"embed_dropout": 0.2, "branch_dropout": 0.2},
 ]
 
@@ -237,7 +246,17 @@ def test_a_leaf_without_a_role_is_an_error(monkeypatch):
         ({"rotary_interleaved": True}, "model.rotary_interleaved needs model.positions='rotary', not 'learned'"),
         ({"window": 0}, "model.window=0 must be at least 1"),
         ({"clip_qkv": 0.0}, "model.clip_qkv=0.0 makes queries, keys and values zero"),
-        ({"positions": "alibi"}, "model.positions='alibi' is not one of"),
+        ({"positions": "relative"}, "model.positions='relative' is not one of"),
+        ({"alibi_rounded": True}, "model.alibi_rounded needs model.positions='alibi', not 'learned'"),
+        ({"attention_pattern": "lx"}, "model.attention_pattern='lx' must be of the letters l and g"),
+        ({"attention_pattern": ""}, "model.attention_pattern='' must be of the letters l and g"),
+        (
+            {"attention_pattern": "lg", "scan": True},
+            "by model.attention_pattern='lg' they differ: set model.scan=False",
+        ),
+        ({"attention_pattern": "g", "global_rotary_base": 0.0}, "model.global_rotary_base=0 needs model.positions="),
+        ({"positions": "rotary", "global_rotary_base": 9.0}, "model.global_rotary_base=9 needs model.positions="),
+        ({"qk_norm_by_head": True}, "model.qk_norm_by_head=True needs model.qk_norm=True"),
         ({"activation": "swish"}, "model.activation='swish' is not one of"),
         ({"dtype": "fp32"}, "model.dtype='fp32' is not one of"),
         ({"shared_norm": True}, "model.shared_norm=True needs model.parallel=True"),

@@ -16,7 +16,7 @@ from prenorm_jax.interop.families import FAMILIES
 from prenorm_jax.interop.files import Source, open_source
 from prenorm_jax.interop.leaves import ForeignLeaves
 from prenorm_jax.interop.preprocessing import preprocessing, said
-from prenorm_jax.interop.views import axis_sizes, read_table, tensor_shape
+from prenorm_jax.interop.views import NOTHING, axis_sizes, read_table, tensor_shape
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.train import convert_run
 
@@ -31,7 +31,8 @@ def shapes_of(config: dict, classifier: tuple[int, ...] | None = None) -> dict[s
     head = {"classifier.weight": classifier} if classifier else {}
     model = family.model(config, head)
     places = [place for place in read_table(family.lines(config, head), 1) if place.path in param_shapes(model)]
-    return {place.tensor: tensor_shape(place, axis_sizes(model)) for place in places}
+    sizes = axis_sizes(model) | family.sizes(model)
+    return {place.tensor: tensor_shape(place, sizes) for place in places if place.tensor != NOTHING}
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,70 @@ def test_leaves_that_lie_in_one_tensor_are_read_once_and_written_as_their_sum():
     leaves.write(second, (slice(1, 3),), np.full(2, 7.0))
     leaves.write(first, (), np.arange(5.0))
     np.testing.assert_array_equal(tensors["classifier.bias"], [0, 8, 9, 3, 4])
+
+
+# --- config.json alone. ---
+
+SPECTROGRAM = {"num_mel_bins": 9, "max_length": 13, "frequency_stride": 2, "time_stride": 2, "patch_size": 3}
+TOWER = {"vision_config": {key: VIT[key] for key in VIT if key != "model_type"}}
+LABELS = {"id2label": {str(i): str(i) for i in range(5)}}
+# (config.json, the class it names, the pooling, classes)
+ALONE = {
+    "vit": (VIT | LABELS, "ViTForImageClassification", "class", 5),
+    "vit, labels by number": (VIT | {"num_labels": 3}, "ViTForImageClassification", "class", 3),
+    "vit, tokens": (VIT | LABELS, "ViTModel", "none", 0),
+    "dinov2": (DINO | LABELS, "Dinov2ForImageClassification", "class_mean", 5),
+    "deit": (VIT | {"model_type": "deit"}, "DeiTForImageClassificationWithTeacher", "distilled", 2),
+    "deit, one head": (VIT | LABELS | {"model_type": "deit"}, "DeiTForImageClassification", "class", 5),
+    "beit": (VIT | LABELS | {"model_type": "beit"}, "BeitForImageClassification", "mean", 5),
+    "beit, own bias": (
+        VIT | {"model_type": "beit", "use_relative_position_bias": True, "use_mean_pooling": False},
+        "BeitModel",
+        "none",
+        0,
+    ),
+    "beit, masked": (VIT | {"model_type": "beit"}, "BeitForMaskedImageModeling", "none", 0),
+    "dinov3": (VIT | {"model_type": "dinov3_vit", "use_gated_mlp": True}, "DINOv3ViTModel", "none", 0),
+    "siglip": (TOWER | {"model_type": "siglip"}, "SiglipModel", "attention", 0),
+    "siglip, classes": (TOWER | LABELS | {"model_type": "siglip"}, "SiglipForImageClassification", "mean", 5),
+    "siglip, tokens": (
+        VIT | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "SiglipVisionModel",
+        "none",
+        0,
+    ),
+    "ast": (
+        VIT | LABELS | SPECTROGRAM | {"model_type": "audio-spectrogram-transformer"},
+        "ASTForAudioClassification",
+        "class_pair",
+        5,
+    ),
+    "mae": (VIT | {"model_type": "vit_mae"}, "ViTMAEForPreTraining", "none", 0),
+    "clip": (TOWER | {"model_type": "clip"}, "CLIPModel", "class", 0),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_config_json_alone_says_of_the_network_what_its_tensors_do(name):
+    config, architecture, pooling, classes = ALONE[name]
+    config, family = config | {"architectures": [architecture]}, FAMILIES[config["model_type"]]
+    model = family.model(config)
+    assert (model.pooling, model.classes) == (pooling, classes)
+    shapes = shapes_of(config)
+    assert family.model(config, shapes) == model
+    assert not family.unread(config, shapes)
+    shapes |= {"lm_head.weight": (7, 12)} if "masked" in name else {}
+    others = {key: value for key, value in config.items() if key != "architectures"}
+    assert family.model(others, shapes) == model  # nor is it needed beside them
+
+
+def test_of_a_clip_the_older_vision_config_counts_alone_and_what_nobody_reads_in_it_is_said():
+    """As in transformers: with the defaults of what it leaves out."""
+    family, config = FAMILIES["clip"], TOWER | {"model_type": "clip", "vision_config_dict": {"hidden_size": 96}}
+    model = family.model(config)
+    assert (model.d_model, model.patch_size, model.mlp_dim, model.activation) == (96, 32, 3072, "quick_gelu")
+    config = {"model_type": "clip", "vision_config": {"hidden_size": 96, "window": 3}}
+    assert family.unread(config) == ["vision_config.window"]
 
 
 # --- How images are prepared. ---
@@ -149,6 +214,44 @@ REFUSED = {
         {"classifier.weight": (5, 768)},
         "a CLIP's classifier reads the raw stream",
     ),
+    "a clip's classifier by its class": (
+        TOWER | {"model_type": "clip", "architectures": ["CLIPForImageClassification"]},
+        {},
+        "a CLIP's classifier reads the raw stream",
+    ),
+    "strides": (
+        {"model_type": "audio-spectrogram-transformer", "time_stride": 7},
+        {},
+        "frequency_stride=10 and time_stride=7 differ",
+    ),
+    "two biases": (
+        {"model_type": "beit", "use_relative_position_bias": True, "use_shared_relative_position_bias": True},
+        {},
+        "no model here has both",
+    ),
+    "segmentation": (
+        {"model_type": "beit"},
+        {"decode_head.classifier.weight": (3, 3)},
+        "a BEiT for segmentation reads the raw stream",
+    ),
+    "two norms": (
+        {"model_type": "beit", "use_mean_pooling": False, "architectures": ["BeitForMaskedImageModeling"]},
+        {},
+        "use_mean_pooling=False: for masked image modelling a second norm",
+    ),
+    "deit's activation": ({"model_type": "deit", "hidden_act": "mish"}, {}, "hidden_act='mish' changes the function"),
+    "siglip's rectangle": (
+        {"model_type": "siglip", "vision_config": {"image_size": [224, 196]}},
+        {},
+        r"image_size=\[224, 196\] is no square",
+    ),
+    "dinov3's heads": (
+        {"model_type": "dinov3_vit", "hidden_size": 18, "num_attention_heads": 3},
+        {},
+        "needs a model.head_dim divisible by 4, not 6",
+    ),
+    "dinov3's key": ({"model_type": "dinov3_vit", "key_bias": "no"}, {}, "key_bias='no' must be of type bool"),
+    "mae's norm": ({"model_type": "vit_mae", "layer_norm_eps": "1e-5"}, {}, "layer_norm_eps='1e-5' must be of type"),
     "unknown to timm's table": (
         NAMED | {"architecture": "vit_base_patch16_rpn_224"},
         TIMMS,

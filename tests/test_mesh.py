@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import changed, logits, random_inputs, random_params, relative, run_of, tiny
+from common import MAKERS, changed, logits, random_inputs, random_params, relative, run_of, tiny
 from ml_collections import ConfigDict
 
 from prenorm_jax.base.errors import PrenormError
@@ -29,6 +29,8 @@ FAMILIES = {
     "gpt": {"vocab_size": 16, "max_len": 8, "window": 5, "clip_qkv": 0.1},
     "vit": {"image_size": 6, "patch_size": 2, "channels": 2, "classes": 8, "qk_norm": True, "gated_mlp": True},
 }
+FAMILIES["vit"] |= {"distillation_token": True, "pooling": "distilled", "positions": "rotary2d"}
+FAMILIES["vit"] |= {"relative_bias": "shared"}
 
 
 def run_config(family: str, norm: str, dtype: str) -> ConfigDict:
@@ -290,10 +292,17 @@ def test_layouts_hold_the_same_numbers():
     np.testing.assert_allclose(logits(scanned.trained, stacked, tokens), expected, atol=1e-13)
 
 
+ATTENTION = {
+    "gpt": {"positions": "rotary", "rotary_dim": 4, "rotary_interleaved": True, "window": 3, "head_dim": 6},
+    "vit": {"positions": "rotary2d", "relative_bias": "layer", "head_dim": 4, "registers": 1},
+}
+
+
 @pytest.mark.slow
-def test_partial_rotary_is_the_same_in_stacked_blocks_rematerialised_with_heads_on_other_devices():
-    changes = {"positions": "rotary", "rotary_dim": 4, "rotary_interleaved": True, "window": 3}
-    config = tiny(**changes, heads=4, kv_heads=2, head_dim=6, clip_qkv=0.5, activation="quick_gelu")
+@pytest.mark.parametrize("family", ATTENTION)
+def test_attention_is_the_same_in_stacked_blocks_rematerialised_with_heads_on_other_devices(family):
+    shared = {"heads": 4, "kv_heads": 2, "clip_qkv": 0.5, "activation": "quick_gelu"}
+    config = MAKERS[family](**shared, **ATTENTION[family])
     params, tokens = random_params(config, 1, embedding_mean=1.0), random_inputs(config)
 
     def gradient(config, params, mesh):
@@ -303,7 +312,7 @@ def test_partial_rotary_is_the_same_in_stacked_blocks_rematerialised_with_heads_
 
         return jax.device_get(jax.jit(jax.grad(loss))(params))
 
-    run = run_config("gpt", "layernorm", "float64")
+    run = run_config(family, "layernorm", "float64")
     run.mesh.tensor = 2
     stacked = changed(config, scan=True, remat="full")
     found = unstack_blocks(gradient(stacked, stack_blocks(params), run_of(run, 4).mesh))

@@ -25,7 +25,7 @@ from prenorm_jax.equivalence.choice import coordinate_choices
 from prenorm_jax.equivalence.convert import convert_params
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import NORMS, ModelConfig
-from prenorm_jax.models.positions import sincos2d_table
+from prenorm_jax.models.positions import patch_angles, rotate_patches, sincos2d_table
 from prenorm_jax.models.transformer import activate
 from prenorm_jax.models.vit import PatchEmbedding
 
@@ -45,6 +45,22 @@ def test_matches_an_independent_implementation(config):
 @settings(max_examples=200, derandomize=False)
 def test_any_network_matches_it(config):
     check_against_numpy(config)
+
+
+SPECTROGRAM = {"image_size": 9, "image_width": 13, "patch_size": 3, "patch_stride": 2, "channels": 1}
+SPECTROGRAM |= {"distillation_token": True, "pooling": "class_pair", "pooled_norm": True, "depth": 1}
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_spectrogram_of_overlapping_patches_matches_it_under_every_norm(classes):
+    """The norm behind the pooling is no reader that could take up the final norm's affine: that stays."""
+    config = tiny_vit(**SPECTROGRAM, classes=classes)
+    check_against_numpy(config)
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    for to in ("rmsnorm", "crmsnorm"):
+        converted = convert_params(params, config, to)
+        assert {"head_affine", "pooled_norm"} < converted.keys()
+        assert relative(logits(convert_config(config, to), converted, images), logits(config, params, images)) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -67,6 +83,7 @@ HEADLESS = {
     "mean, then the norm": {"pooling": "mean", "norm_after_pooling": True},
     "attention": {"pooling": "attention"},
     "tokens": {"pooling": "none"},
+    "both class tokens": {"pooling": "class_pair", "distillation_token": True},
     "without an affine": {"pooling": "class", "final_norm_affine": False},
 }
 
@@ -168,6 +185,41 @@ def test_centring_before_the_layer_scale_is_another_function():
     assert relative(logits(convert_config(config, "rmsnorm"), unflatten_dict(wrong), images), expected) > 1e-3
 
 
+def test_a_second_class_token_left_raw_or_pooling_rows_folded_otherwise_is_another_function():
+    """Both class tokens write; of an attention pooling key and value read the stream, and the query does not."""
+    config = tiny_vit(depth=1, distillation_token=True, pooling="attention", classes=0)
+    params, images = random_params(config, 1, embedding_mean=3.0), random_inputs(config)
+    converted, target = convert_params(params, config, "rmsnorm"), convert_config(config, "rmsnorm")
+    expected = logits(config, params, images)
+    assert relative(logits(target, converted, images), expected) < 1e-10
+    scale, pool = params["pool_norm"]["scale"], converted["pool"]
+    wrong = {
+        "token": {"distillation_token": params["distillation_token"]},
+        "query": {"pool": pool | {"query": pool["query"] | {"kernel": pool["query"]["kernel"] * scale[:, None]}}},
+        "key": {"pool": pool | {"key": params["pool"]["key"]}},
+        "value": {"pool": pool | {"value": params["pool"]["value"]}},
+    }
+    for name, leaves in wrong.items():
+        assert relative(logits(target, converted | leaves, images), expected) > 1e-2, name
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
+def test_patches_are_turned_by_row_and_column_and_what_stands_before_them_not_at_all(grid):
+    T, K = 3 + grid[0] * grid[1], 8
+    angles = patch_angles(T, K, 100.0, grid)
+    assert not angles[:3].any()
+    y, x = np.divmod(np.arange(T - 3), grid[1])
+    for part, place, size in ((angles[3:, :2], y, grid[0]), (angles[3:, 2:], x, grid[1])):
+        middle = (2 * place + 1 - size) / size
+        np.testing.assert_allclose(part, 2 * np.pi * np.stack([middle, middle / 10], 1), atol=1e-12)
+    vectors = np.random.default_rng(0).normal(size=(1, T, 2, K))
+    turned = rotate_patches(jnp.asarray(vectors), 100.0, grid)
+    np.testing.assert_array_equal(turned[:, :3], vectors[:, :3])
+    first, second = np.split(np.asarray(turned), 2, axis=-1)
+    expected = (vectors[..., :4] + 1j * vectors[..., 4:]) * np.exp(1j * angles[None, :, None])
+    np.testing.assert_allclose(first + 1j * second, expected, atol=1e-12)
+
+
 def test_leaving_the_mean_in_normed_heads_is_another_function():
     config = tiny_vit(qk_norm=True)
     params, images = random_params(config, 1), random_inputs(config)
@@ -206,17 +258,33 @@ def test_22b_has_its_parameters():
     ("changes", "message"),
     [
         ({"patch_size": 5}, "model.patch_size=5 does not divide model.image_size=224"),
-        ({"pooling": "max"}, "model.pooling='max' is not one of class, mean, class_mean, attention, none"),
+        (
+            {"pooling": "max"},
+            "model.pooling='max' is not one of class, mean, class_mean, distilled, class_pair, attention, none",
+        ),
         ({"pooling": "none"}, "model.pooling='none' gives all tokens, which no head reads: set model.classes=0"),
         ({"pooling": "class_mean", "classes": 0}, "model.classes=0 gives one vector"),
+        ({"pooling": "distilled"}, "model.pooling='distilled' needs model.distillation_token=True"),
+        (
+            {"distillation_token": True, "class_token": False},
+            "model.distillation_token=True needs model.class_token=True",
+        ),
+        (
+            {"pooling": "class_mean", "pooled_norm": True},
+            "model.pooled_norm=True needs model.pooling='class', 'mean' or",
+        ),
+        ({"positions": "rotary2d", "head_dim": 6}, "'rotary2d' needs a model.head_dim divisible by 4, not 6"),
+        ({"positions": "sincos2d", "image_width": 448}, "needs as many patches both ways: unset model.image_width"),
+        ({"image_width": 100}, "model.patch_size=16 does not divide model.image_width=100"),
+        ({"patch_stride": 10, "patch_size": 225}, "model.patch_size=225 is larger than the images"),
         ({"class_token": False}, "model.pooling='class' needs model.class_token=True"),
-        ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, none"),
+        ({"positions": "rotary"}, "model.positions='rotary' is not one of learned, sincos2d, rotary2d, none"),
         ({"positions": "sincos2d", "d_model": 6, "heads": 2}, "needs a model.d_model divisible by 4, not 6"),
         ({"vocab_size": 7}, "unknown key model.vocab_size"),
         ({"window": 7}, "unknown key model.window"),
         ({"stochastic_depth": 1.0}, "model.stochastic_depth=1.0 must be at least 0 and below 1"),
         ({"registers": -1}, "model.registers=-1 must be at least 0"),
-        ({"family": "cnn"}, "model.family='cnn' is not one of gpt, vit"),
+        ({"family": "cnn"}, "model.family='cnn' is not one of gpt, encoder, vit"),
     ],
 )
 def test_a_wrong_config_is_named(changes, message):

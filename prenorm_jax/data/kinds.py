@@ -82,7 +82,11 @@ class Images(Kind):
     top = (1, 5)
 
     def check(self, config: ConfigDict) -> None:
-        augment = config.augment
+        augment, width = config.augment, config.model.get("image_width")
+        if width not in (None, config.model.image_size):
+            raise PrenormError(
+                f"model.image_width={width}: images of data are squares, and spectrograms none: unset it"
+            )
         for key in augment:
             below = config.model.image_size if key == "shift" else float("inf")
             check_range(f"augment.{key}", augment[key], at_least=0, below=below)

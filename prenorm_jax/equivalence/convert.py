@@ -194,7 +194,7 @@ def convert_leaves(
     kernels = {role.bias: path for path, role in roles.items() if role.bias is not None and path in flat}
     for bias in [bias for bias in kernels if bias in biases and bias not in changed]:
         shape = list(flat[kernels[bias]].shape)
-        shape.pop(roles[kernels[bias]].reads)
+        shape.pop(-2 if roles[kernels[bias]].reads is None else roles[kernels[bias]].reads)
         changed[bias] = np.zeros(shape)
     # Each with the dtype that it had; a new bias with its kernel's.
     return {

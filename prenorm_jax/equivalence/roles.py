@@ -33,7 +33,7 @@ class Role:
       norm: of a reader, the norm that feeds it (None: nothing is known of it); of γ and β, the norm they are of.
       affine: of γ "scale", of β "bias".
       bias: of a reader, the leaf that takes up Wβ; it need not exist yet. UNFELT: none, since nobody would feel it, as
-        of keys that are not turned, where softmax removes it.
+        of keys that are not turned, where softmax removes it. Of what reads beside the stream, its bias.
       scales: of a LayerScale λ, the leaves that it multiplies, each with the axis along which it does.
       heads: the axis whose every `head_dim` entries a norm over a head takes.
       head_dim: see heads.
@@ -80,7 +80,8 @@ def _role(path: Path, leaf: Parameter, leaves: Mapping[Path, Any]) -> Role:
     heads = next((i - len(names) for i, name in enumerate(names) if name in HEAD_AXES), None)
     role = Role(heads=heads, head_dim=leaf.head_dim)
     if not on_stream:
-        return role
+        is_kernel = path[-1] == "kernel" and names[0] == "raw"
+        return dataclasses.replace(role, bias=(*path[:-1], "bias")) if is_kernel else role
     axis = names.index(on_stream[0]) - len(names)
     if on_stream == ["write"]:
         return dataclasses.replace(role, writes=axis)

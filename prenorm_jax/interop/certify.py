@@ -134,7 +134,7 @@ def _certify(workdir: Path, name: str | Path, step: int | None, length: int | No
             "sha256": hashlib.sha256(kept.getvalue()).hexdigest(),
         },
         "probes": [{"name": probe.name, "for": probe.why, "shape": list(probe.inputs.shape)} for probe in probes],
-        "compared": {"positions": len(positions), "of": inputs.shape[2] if inputs.ndim == 3 else 1},
+        "compared": {"positions": len(positions), "of": inputs.shape[2] if plain.config.token_outputs else 1},
         "bounds": {"exact": EXACT, "multiple": MULTIPLE, "power": POWER},
         "sizes": {"source": _sizes(source, probes), "result": _sizes(result, probes)},
         "files": {"source": source.about, "result": result.about},
@@ -174,7 +174,9 @@ def _sha256_of_file(path: Path) -> str:
 
 
 def _named_output(model: ModelConfig) -> str:
-    has_head = model.tie_embeddings or ("head", "kernel") in param_shapes(model)
+    if model.inputs == "text" and not model.token_outputs:
+        return "pooled output"
+    has_head = model.tie_embeddings or any(path[0] == "head" for path in param_shapes(model))
     return "logits" if has_head else "features"
 
 
@@ -199,7 +201,7 @@ def _reference(
     )
     if not note:
         try:
-            return by_library(source.folder, inputs, positions), ""
+            return by_library(source.folder, source.form.config, inputs, positions), ""
         except PrenormError as error:
             note = str(error)
     if how == "library":

@@ -14,7 +14,7 @@ from prenorm_jax.base.trees import count
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.interop.families import family_of
-from prenorm_jax.interop.files import is_workdir, open_config, open_source
+from prenorm_jax.interop.files import is_workdir, open_config, open_source, tower_of
 from prenorm_jax.interop.leaves import ForeignLeaves
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
@@ -75,7 +75,7 @@ def _of_workdir(name: str | Path) -> ModelConfig:
 
 def _of_library(name: str | Path, notes: list[str]) -> tuple[ModelConfig, str, dict[str, float]]:
     """The Pre-LN model, its family's name, the dropout that is left out. Adds to the notes."""
-    is_here = Path(name).exists()
+    is_here = Path(tower_of(name)[0]).exists()
     _, _, config = open_config(name, weights=is_here)
     family, source = family_of(config), None
     try:
@@ -94,6 +94,10 @@ def _of_library(name: str | Path, notes: list[str]) -> tuple[ModelConfig, str, d
         widest = max((x.dtype for x in source.tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)), key=_width)
         model = dataclasses.replace(model, param_dtype=widest.name)
         notes += [f"{len(leaves.ignored)} tensors say nothing new and are left out"] if leaves.ignored else []
+        if absent := leaves.absent:
+            kinds = ", ".join(dict.fromkeys("/".join(path[-2:]) for path in absent))
+            numbers = sum(param_shapes(model)[path].size for path in absent)
+            notes.append(f"{numbers:,} numbers are zero here, and in no tensor: {kinds}")
         if len(leaves.views.get(("token_embedding",), ())) > 1:
             notes.append("the tied head is in the file once more: it is taken only if it equals the table")
     return model, family.model_type, {rate: value for rate in given.rates if (value := getattr(given, rate))}
@@ -127,9 +131,11 @@ def norm_sites(model: ModelConfig) -> list[dict[str, Any]]:
 
 def _unfolded_output(model: ModelConfig) -> str:
     """What the final norm feeds, where that is no linear map of its own; "" where it is."""
+    if model.final_norm_bias is not None:
+        return ""
     if model.tie_embeddings:
         return "token_embedding"
-    return "" if ("head", "kernel") in param_shapes(model) else "the output"
+    return "pooled_norm" if ("pooled_norm", "scale") in param_shapes(model) else "the output"
 
 
 def _place(site: Report) -> tuple[int, str]:
@@ -143,16 +149,24 @@ def _kept_sites(model: ModelConfig) -> list[dict[str, Any]]:
     kept: list[tuple[str, str, str]] = []
     output = _unfolded_output(model)
     if output and model.final_norm and model.final_norm_affine:
-        why = "the tied table cannot take them up" if model.tie_embeddings else "nothing that has weights reads it"
-        kept.append(("head_norm", output, f"its γ and β stay: {why}"))
+        whys = {"token_embedding": "the tied table cannot take them up", "pooled_norm": "what reads it is a norm"}
+        kept.append(("head_norm", output, f"its γ and β stay: {whys.get(output, 'nothing that has weights reads it')}"))
     if model.embed_norm:
-        kept.append(("embedding_norm", "the stream", "it stays a LayerNorm, and its output is centred at run time"))
+        feeds, why = "the stream", "it stays a LayerNorm, and its output is centred at run time"
+        if not model.first_norm:
+            feeds, why = "block 0's attention, the stream", f"{why}, for the stream alone"
+        kept.append(("embedding_norm", feeds, why))
     if model.qk_norm:
         mean = "an RMSNorm over each head: the mean leaves the weights of query and key; its γ and β stay"
         sites = [(i, name) for i in range(model.depth) for name in ("query", "key")]
         kept += [(f"block_{i}/attention/{name}_norm", name, mean) for i, name in sites]
+    behind = "it stays a LayerNorm: it is behind the pooling, not on the stream"
     if any(path[0] == "pool" for path in param_shapes(model)):
-        kept.append(("pool/mlp_norm", "up", "it stays a LayerNorm: it is behind the pooling, not on the stream"))
+        kept.append(("pool/mlp_norm", "up", behind))
+    if any(path[0] == "pooled_norm" for path in param_shapes(model)):
+        kept.append(("pooled_norm", "head", behind))
+    if ("transform_norm", "scale") in param_shapes(model):
+        kept.append(("transform_norm", "the head", "it stays a LayerNorm: it is in the head, not on the stream"))
     keys = ("norm", "feeds", "why")
     return [
         {**dict(zip(keys, (name, [feeds], why), strict=True)), "epsilon": model.epsilon, "becomes": "kept"}

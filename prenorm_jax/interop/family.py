@@ -26,6 +26,7 @@ ACTIVATIONS = {
 
 
 Shapes = Mapping[str, tuple[int, ...]]
+_LABELS = ("id2label", "num_labels")
 
 # Keys of config.json that say nothing of the function that a network is in inference.
 _OTHERS = re.compile(
@@ -34,7 +35,9 @@ _OTHERS = re.compile(
     r"id2label|label2id|num_labels|label_names|num_classes|gradient_checkpointing|pretraining_tp|"
     r"(transformers_)?loss_.*|prefix|pruned_heads|use_bfloat16|torchscript|finetuning_task|pretrained_cfg|"
     r"is_(encoder_)?decoder|encoder_stride|pooler_.*|.*softmax_in_fp32|reorder_and_upcast_attn|out_(features|indices)|"
-    r"stage_names|reshape_hidden_states|use_mask_token|text_config|logit_scale_init_value|image_size|patch_size|"
+    r"stage_names|reshape_hidden_states|use_mask_token|(text|vision)_config(_dict)?|logit_scale_init_value|"
+    r"image_size|patch_size|projection_dim|apply_layernorm|pos_embed_(shift|jitter|rescale)|decoder_.*|norm_pix_loss|"
+    r"mask_ratio|pool_scales|.*auxiliary_.*|semantic_loss_.*|add_fpn|"
     r"cross_attention_hidden_size|encoder_no_repeat_ngram_size|chunk_size_feed_forward|.*dropout|.*_pdrop|layerdrop"
 )
 
@@ -51,6 +54,7 @@ class Given:
     def __init__(self, values: Mapping[str, Any], shapes: Shapes | None = None):
         self.values, self.shapes = values, shapes or {}
         self.asked: set[str] = set()
+        self._inner: dict[str, Given] = {}
 
     def __call__(self, *keys: str, default: Any) -> Any:
         """The value of the first of these keys, which versions call differently; the family's default where none is.
@@ -68,6 +72,41 @@ class Given:
         if default is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
             raise PrenormError(f"config.json: {key}={value!r} must be of type {type(default).__name__}")
         return value
+
+    def within(self, key: str, *overriding: str) -> "Given":
+        """The config that is the value of this key, or of the first of the overriding ones that is there.
+
+        What the outer config says of the classes that it was written by holds for it, too.
+        """
+        key = next((other for other in overriding if self(other, default=None) is not None), key)
+        outer = {name: self.values[name] for name in ("architectures", *_LABELS) if name in self.values}
+        self._inner[key] = Given({**self(key, default={}), **outer}, self.shapes)
+        return self._inner[key]
+
+    @property
+    def unread(self) -> list[str]:
+        """The keys that nobody asked for, and that might say something of the function."""
+        found = [key for key in self.values if key not in self.asked and not _OTHERS.fullmatch(key)]
+        return sorted([*found, *(f"{key}.{name}" for key, inner in self._inner.items() for name in inner.unread)])
+
+    def labels(self, tensor: str = "classifier.weight", kind: str = "ForImageClassification") -> int:
+        """How many classes the classifier has whose kernel is this tensor; 0: there is none.
+
+        Where no tensors are known it is there if config.json says that the model is of this kind.
+        """
+        if self.shapes:
+            return self.shapes[tensor][0] if tensor in self.shapes else 0
+        if not self.is_a(kind):
+            return 0
+        return len(self.values.get("id2label") or ()) or self(*_LABELS[1:], default=2)
+
+    def is_a(self, kind: str) -> bool:
+        """Whether config.json says that the model is of a class whose name ends so."""
+        return any(str(name).endswith(kind) for name in (self.values.get("architectures") or ())[:1])
+
+    def names(self, module: str) -> bool:
+        """Whether a tensor of this module is known to be there."""
+        return any(name.startswith(f"{module}.") for name in self.shapes)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """A tensor's shape. Raises PrenormError if it is not there."""
@@ -97,23 +136,50 @@ class Given:
                 f"config.json: {key}={value!r} changes the function and is not supported: {why} (known: {supported})"
             )
 
+    def said(self, *keys: str) -> None:
+        """Raises PrenormError, naming the key, for one that is null: the family's library then computes otherwise."""
+        for key in keys:
+            if self.values.get(key, key) is None:
+                raise PrenormError(f"config.json: {key}=null changes the function and is not supported: give a number")
+
     def activation(self, key: str, default: str) -> str:
         """Our name of an activation. Raises PrenormError for one that is not known."""
         self.only(key, default, *ACTIVATIONS, why="of activations these are known")
         return ACTIVATIONS[self(key, default=default)]
 
+    def masked_language_model(self, head: str) -> dict[str, Any]:
+        """An encoder's keys: with the tensor `head` the vocabulary's logits, without it the normalised tokens.
+
+        Where no tensors are known, the architecture that config.json names says which.
+        """
+        architectures = self("architectures", default=None) or [""]
+        tied, has_head = self("tie_word_embeddings", default=True), str(architectures[0]).endswith("ForMaskedLM")
+        has_head = head in self.shapes if self.shapes else has_head
+        return {
+            "family": "encoder",
+            "transform": has_head,
+            "tie_embeddings": has_head and tied,
+            "outputs": self("vocab_size", default=0) if has_head and not tied else 0,
+        }
+
     def rotary(
-        self, width: int, heads: int, share: float = 1.0, base_key: str = "rope_theta", share_key: str = ""
+        self,
+        width: int,
+        heads: int,
+        share: float = 1.0,
+        base_key: str = "rope_theta",
+        share_key: str = "",
+        base: float = 10000.0,
     ) -> dict[str, Any]:
         """The keys of our rotary positions, in the family's old spelling or the new.
 
-        `share`, of a head, where none is given. Raises PrenormError for a spelling of other families, which this one's
-        library does not read, if it says anything else.
+        `share`, of a head, and `base` where none is given. Raises PrenormError for a spelling of other families, which
+        this one's library does not read, if it says anything else.
         """
         rope = self("rope_scaling", default=None) or self("rope_parameters", default={})
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise PrenormError(f"config.json: rope_type={kind!r} changes the function and is not supported: default is")
-        base = rope.get("rope_theta") or self(base_key, default=10000.0)
+        base = rope.get("rope_theta") or self(base_key, default=base)
         if not share_key and rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise PrenormError(
                 "config.json: partial_rotary_factor changes the function, and this family has none: remove it"
@@ -178,7 +244,7 @@ class Family:
         """The keys of a config.json that nobody asked for, and that might say something of the function."""
         given = self._given(config, shapes)
         self.config(given)
-        return sorted(key for key in config if key not in given.asked and not _OTHERS.fullmatch(key))
+        return given.unread
 
     def name(self, tensor: str) -> str:
         """What the table calls a tensor of this name."""

@@ -12,7 +12,7 @@ import numpy as np
 from prenorm_jax.base.errors import PrenormError, first_line
 from prenorm_jax.base.files import read_json
 from prenorm_jax.interop import npz
-from prenorm_jax.interop.families import family_of, model_type, vit_npz
+from prenorm_jax.interop.families import TOWER, family_of, model_type, vit_npz
 from prenorm_jax.interop.safetensors import NAMES, Entry, Header, map_file
 
 # Of a folder, the first of these that is there.
@@ -67,6 +67,12 @@ class Source:
                 yield path
 
 
+def tower_of(name: str | Path) -> tuple[str, str]:
+    """("path", "text") of "path:text", the text tower of a whole model; of other names (name, "")."""
+    base, _, tower = str(name).rpartition(":")
+    return (base, tower) if tower == "text" and base and not Path(name).exists() else (str(name), "")
+
+
 def is_workdir(place: str | Path) -> bool:
     """Whether it is a folder of a run of ours, or of a converted checkpoint."""
     folder = Path(place)
@@ -75,7 +81,7 @@ def is_workdir(place: str | Path) -> bool:
 
 def is_foreign(place: str | Path) -> bool:
     """Whether it looks like another library's checkpoint: a folder of one, a file, or a name on the hub."""
-    folder = Path(place)
+    folder = Path(tower_of(place)[0])
     if not folder.is_dir():
         return folder.is_file() or not folder.is_absolute()
     if is_workdir(folder):
@@ -112,11 +118,14 @@ def open_source(name: str | Path) -> Source:
 def open_config(name: str | Path, weights: bool = True) -> tuple[Path, str | None, dict[str, Any]]:
     """The folder, the file in it that is named, if one is, and config.json. Raises PrenormError if there is none.
 
+    Of the text tower of a whole model, as "path:text", config.json has the key TOWER besides.
+
     `weights`: whether, of a name on the hub, its files of weights are wanted too.
     """
-    place = Path(name)
+    base, tower = tower_of(name)
+    place = Path(base)
     if not place.exists():
-        place = _from_hub(str(name), weights)
+        place = _from_hub(base, weights)
     folder, file = (place, None) if place.is_dir() else (place.parent, place.name)
     if file is None and not (folder / "config.json").is_file() and len(arrays := [*folder.glob("*.npz")]) == 1:
         file = arrays[0].name
@@ -126,7 +135,7 @@ def open_config(name: str | Path, weights: bool = True) -> tuple[Path, str | Non
         return folder, file, said | {"model_type": vit_npz.FAMILY.model_type}
     if not (folder / "config.json").is_file():
         raise PrenormError(f"{name}: there is no config.json with it, which says what the network is: copy it there")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json") | ({TOWER: tower} if tower else {})
     if model_type(config) is None:
         raise PrenormError(
             f"{folder} is neither a workdir (it has no checkpoints) nor another library's model (its config.json names "

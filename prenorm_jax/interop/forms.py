@@ -79,7 +79,7 @@ def _program(config: ModelConfig) -> Callable[..., tuple[jax.Array, dict[str, ja
         given: dict[str, jax.Array] = {}
         with nn.intercept_methods(_watching(config, given)):
             logits = build_model(config).apply({"params": params}, inputs)
-        return (logits[0][at] if config.inputs == "text" else logits), given
+        return (logits[0][at] if config.token_outputs else logits), given
 
     return run
 

@@ -37,7 +37,7 @@ from prenorm_jax.train.convert_run import check_asked, compare, in_the_making, w
 from prenorm_jax.train.workdir import SOURCE, configure_jax
 
 REST = "rest.safetensors"
-PART_SIZE = 2**21  # entries of a part: twice as many take .63 GB for .40, and the time is no less
+PART_SIZE = 2**20  # entries of a part, of which there are some copies: four times as many take twice the memory
 KEPT_BYTES = 2**16  # of a tensor that says nothing new: masks are larger
 
 
@@ -66,7 +66,7 @@ def import_checkpoint(
         model, chosen = with_coordinates(found.leaves, model, coordinates)
         made |= chosen
     new_model = model if to == model.norm else convert_config(model, to, keep_affine)
-    texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.decodes else None
+    texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.inputs == "text" else None
     config = run_config(new_model, target, texts)
     images = preprocessing(source, model.image_size) if model.inputs == "images" else None
     if images:
@@ -169,6 +169,9 @@ def _say_what_is_left(
         print(f"not looked at in config.json, which should say nothing of the function: {', '.join(unread)}")
     if found.model.inputs == "images":
         print(*said(images, found.model, target), sep="\n")
+        return
+    if not found.model.trains:
+        print("it fills masks and gives embeddings from Python: docs/checkpoints.md")
         return
     made, data = shlex.quote(str(target)), "--config.data.path=FILE --config.data.eval_path=FILE"
     print("it has no data and no optimizer: name data, and the optimizer starts anew")

@@ -58,11 +58,14 @@ def _texts(config: ModelConfig, length: int | None, rng: np.random.Generator) ->
             ends,
         ),
     }
+    if not config.token_outputs and config.pooling == "eos":  # at the end, lest a causal model's output be of one token
+        for _, tokens in found.values():
+            tokens[-1] = V - 1 if config.eos_token is None else config.eos_token
     return [Probe(name, why, tokens[None].astype(np.int32)) for name, (why, tokens) in found.items()]
 
 
 def _images(config: ModelConfig, rng: np.random.Generator) -> list[Probe]:
-    shape = (1, config.image_size, config.image_size, config.channels)
+    shape = (1, *config.image_shape)
     ramp = np.linspace(-2, 2, int(np.prod(shape))).reshape(shape)
     found = {
         "noise": (
@@ -82,9 +85,9 @@ def _images(config: ModelConfig, rng: np.random.Generator) -> list[Probe]:
 def compared_positions(config: ModelConfig, probes: list[Probe]) -> np.ndarray:
     """The positions whose logits are compared and kept: all, or evenly spaced ones, the first and the last among them.
 
-    Of images, which have one output each, just one.
+    Of images and pooled texts, which have one output each, just one.
     """
-    if config.inputs != "text":
+    if not config.token_outputs:
         return np.zeros(1, int)
     length = probes[0].inputs.shape[1]
     count = max(2, COMPARED // (8 * config.vocab_size * len(probes)))

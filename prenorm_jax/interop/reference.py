@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prenorm_jax.base.errors import PrenormError
+from prenorm_jax.models.config import ModelConfig
 
 LIBRARIES = ("transformers", "torch")
 STANDARD = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -52,11 +53,11 @@ def why_not(folder: Path, asked: str, inputs: str) -> str:
     return ""
 
 
-def by_library(folder: Path, inputs: np.ndarray, positions: np.ndarray) -> Reference:
-    """The logits of (probes, 1, T) tokens at these positions, by transformers. Raises PrenormError if it fails."""
+def by_library(folder: Path, model: ModelConfig, inputs: np.ndarray, positions: np.ndarray) -> Reference:
+    """The outputs of (probes, 1, T) tokens at these positions, by transformers. Raises PrenormError if it fails."""
     with tempfile.TemporaryDirectory() as place:
         given, made = Path(place) / "probes.npz", Path(place) / "outputs.npz"
-        np.savez(given, inputs=inputs, positions=positions)
+        np.savez(given, inputs=inputs, positions=positions, asked=asked(model))
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": path}
@@ -71,6 +72,22 @@ def by_library(folder: Path, inputs: np.ndarray, positions: np.ndarray) -> Refer
     return Reference(outputs, f"{by}, in float64 throughout", True, versions)
 
 
+def asked(model: ModelConfig) -> tuple[str, str]:
+    """The class of transformers' that computes what the model does, and which of its outputs that is."""
+    if model.decodes:
+        return "AutoModelForCausalLM", "logits"
+    if model.tie_embeddings or model.outputs == model.vocab_size:
+        return "AutoModelForMaskedLM", "logits"
+    return "AutoModel", "last_hidden_state" if model.token_outputs else "pooler_output"
+
+
+def _class(library: Any, folder: str, asked: str) -> Any:
+    """The class asked for, or, for a tower that it does not know, that of config.json."""
+    config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = getattr(library, asked)
+    return kind if type(config) in kind._model_mapping else getattr(library, config.architectures[0])
+
+
 def main(argv: Sequence[str]) -> None:
     """The process. Raises what the library raises, and ValueError for a checkpoint that lacks tensors."""
     folder, given, made = argv
@@ -79,24 +96,29 @@ def main(argv: Sequence[str]) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    with np.load(given) as arrays:
+        inputs, positions, (kind, output) = arrays["inputs"], arrays["positions"], arrays["asked"].tolist()
+    kind = _class(transformers, folder, kind)
     options = {"dtype": torch.float64, "local_files_only": True, "output_loading_info": True}
-    stored, said = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-    if missing := sorted(said["missing_keys"]):
+    stored, said = kind.from_pretrained(folder, **options)
+    if missing := sorted(name for name in said["missing_keys"] if not name.startswith("pooler.")):  # which is not asked
         raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}, which the library then draws at random")
     state, config = stored.state_dict(), stored.config
     del stored
     torch.set_default_dtype(torch.float64)
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
-    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    model: Any = make(config, dtype=torch.float64).eval()
+    for name, exact in model.named_buffers():  # frequencies that are stored, if they are these in float32
+        if name in state and torch.allclose(state[name].to(exact.dtype), exact, rtol=1e-6, atol=0):
+            state[name] = exact
     model.load_state_dict(state)
-    with np.load(given) as arrays:
-        inputs, positions = arrays["inputs"], arrays["positions"]
+    model = getattr(model, "text_model", model)  # the tower of a whole model
+    said = {"use_cache": False} if output == "logits" and hasattr(model, "generate") else {}
     with torch.no_grad():
-        outputs = [
-            model(torch.tensor(tokens.astype(np.int64)), use_cache=False).logits[0, positions].numpy()
-            for tokens in inputs
-        ]
+        found = [model(torch.tensor(tokens.astype(np.int64)), **said)[output].numpy() for tokens in inputs]
+    outputs = found if output == "pooler_output" else [each[0, positions] for each in found]
     versions = json.dumps({"transformers": transformers.__version__, "torch": str(torch.__version__)})
     np.savez(made, outputs=np.stack(outputs).astype(np.float64), versions=versions)
 

@@ -126,6 +126,8 @@ def source_tokenizer(folder: Path, config: Mapping[str, Any], vocab_size: int) -
     try:
         if (folder / TOKENIZER).is_file():
             tokenizer = Tokenizer.from_str(json.dumps(_adjusted(_json(folder / TOKENIZER), kind, options)))
+        elif (folder / "vocab.txt").is_file() and config["model_type"] == "esm":
+            tokenizer = _residues(folder)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and kind in _CLASSES:
             tokenizer = _byte_level(folder, kind, options)
         else:
@@ -170,6 +172,17 @@ def _byte_level(folder: Path, kind: str, options: Mapping[str, Any]) -> Tokenize
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=options.get("add_prefix_space", False))
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _residues(folder: Path) -> Tokenizer:
+    """ESM's, of vocab.txt: each token a residue, wherever it stands, between a beginning and an end."""
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").split()
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in words])
+    ends = [(word, tokenizer.token_to_id(word)) for word in ("<cls>", "<eos>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<cls> $A <eos>", special_tokens=ends)
     return tokenizer
 
 

@@ -8,13 +8,18 @@ A line is two layouts over axes that have names, as einops writes them:
     embed_positions.weight      n@2 d          position_embedding
     -                           d              block_{i}/attention/out/bias
     +classifier.bias            v              head/mean/bias
+    =decoder.bias               v              head_bias
+    1+norm.weight               d              head_norm/scale
+    q_norms.{h}.weight          k              block_{i}/attention/query_norm/scale           h k
 
 Columns stand two spaces apart, and what follows # is a comment. Our axes are the foreign ones where they are left out.
 {i} is a block; where only our name has it, the foreign axis `l` counts the blocks. {a,b} on both sides are tensors side
 by side; on our side alone, the parts of the foreign axis `p`. Each part is 1 wide, and `p` can then be left out on our
 side, unless the sizes follow it, as in (g p=r,1,1 k). n@2 leaves out the first two rows. A number is an axis of that
 size; a 1 may stand on one side alone. `-` is no tensor: zeros. + is a tensor that another line has, too: read, it is
-zeros; written, added to the other. How wide an axis is, the model says: `axis_sizes`.
+zeros; written, added to the other. = is a copy, there or not, of what another line has. 1+ is a tensor that, added to
+1, is our leaf. Another axis in braces than i counts tensors that stand on it, our first. How wide an axis is, the model
+says: `axis_sizes`.
 
 Reading a view is import, and assigning to it export: the inverse of a line is the same line. No byte is read before
 that, so `convert_stored` streams foreign files as it does checkpoints.
@@ -32,9 +37,10 @@ from prenorm_jax.equivalence.stored import Part
 from prenorm_jax.models.config import ModelConfig
 
 NOTHING = "-"  # in place of a tensor's name
-ADDED = "+"  # before one
+ADDED, ONE_MORE, COPY = "+", "1+", "="  # before one
 _OF_MODEL = [("d", "d_model"), ("h", "heads"), ("g", "kv_heads"), ("k", "head_dim"), ("f", "mlp_dim")]
 _OF_MODEL += [("v", "vocab_size"), ("n", "max_len")]
+_OF_MODEL += [("o", "outputs"), ("s", "token_types")]  # of an encoder
 _OF_MODEL += [("v", "classes"), ("n", "position_rows"), ("t", "registers")]  # of a ViT, and of its patches:
 _OF_MODEL += [("y", "patch_size"), ("x", "patch_size"), ("c", "channels")]
 
@@ -43,7 +49,8 @@ class Place(NamedTuple):
     """Where one leaf of ours lies: the foreign tensor, its layout, the leaf, its layout.
 
     `part`: of an axis of parts, the number of the part that it is, and how many there are. `added`: whether the leaf is
-    added to what else lies there.
+    added to what else lies there. `more`: by how much the leaf is more than what lies there. `copy`: whether the leaf
+    lies elsewhere, and here once more.
     """
 
     tensor: str
@@ -52,6 +59,8 @@ class Place(NamedTuple):
     layout: str
     part: dict[str, tuple[int, int]]
     added: bool = False
+    more: float = 0.0
+    copy: bool = False
 
 
 def read_table(table: str, depth: int) -> Iterator[Place]:
@@ -66,9 +75,10 @@ def read_table(table: str, depth: int) -> Iterator[Place]:
             for i in range(depth) if "{i}" in leaf else [0]:
                 if "{i}" in leaf and "{i}" not in tensor:
                     part["l"] = (i, depth)
-                name, path = (name.replace("{i}", str(i)) for name in (tensor.removeprefix(ADDED), leaf))
-                added = tensor.startswith(ADDED)
-                yield Place(name, axes, tuple(path.split("/")), *(layout or [axes]), dict(part), added)
+                sign = next((sign for sign in (ADDED, ONE_MORE, COPY) if tensor.startswith(sign)), "")
+                name, path = (name.replace("{i}", str(i)) for name in (tensor.removeprefix(sign), leaf))
+                kind = sign == ADDED, float(sign == ONE_MORE), sign == COPY
+                yield Place(name, axes, tuple(path.split("/")), *(layout or [axes]), dict(part), *kind)
 
 
 def _options(name: str) -> list[str]:
@@ -81,6 +91,12 @@ def axis_sizes(model: ModelConfig) -> dict[str, int]:
     """The axes that every table may name: those of `docs/checkpoints.md`, with their sizes."""
     sizes = {axis: getattr(model, key) for axis, key in _OF_MODEL if hasattr(model, key)}
     return sizes | {"r": model.heads // model.kv_heads}
+
+
+def tensor_names(place: Place, sizes: Mapping[str, int]) -> list[str]:
+    """The foreign tensors that a leaf lies in: one, or one for each entry of its first axis."""
+    counted = re.search(r"\{(\w)\}", place.tensor)
+    return [place.tensor.replace(counted[0], str(i)) for i in range(sizes[counted[1]])] if counted else [place.tensor]
 
 
 class _Axis(NamedTuple):
@@ -122,6 +138,9 @@ class View:
 
     Its axes stand in our order, but those that make up one of ours are still apart: where heads lie between other
     heads, there is no view of them as one axis.
+
+    Attributes:
+      more: what is to be added to the numbers there, so that they are the leaf's.
     """
 
     def __init__(self, tensor: np.ndarray, place: Place, sizes: Mapping[str, int]):
@@ -134,6 +153,7 @@ class View:
         array = array.squeeze(tuple(i for i, out in enumerate(left_out) if out))
         names = [name for name, out in zip(names, left_out, strict=True) if not out]
         array = array.transpose([names.index(name) for name in wanted if name != "1"])
+        self.more = place.more
         self._array = np.expand_dims(array, tuple(i for i, name in enumerate(wanted) if name == "1"))
         self._merged = [len(group) for group in groups]
 
@@ -150,7 +170,12 @@ class View:
     def read(self, part: Part = ()) -> np.ndarray:
         """Part of the leaf (of (), all of it), in the tensor's dtype."""
         index, shape, inside = self._cover(part)
-        return self._array[index].reshape(shape)[inside]
+        covered = self._array[index]
+        if (
+            max(self._merged, default=1) > 1
+        ):  # copied in the order of the file: merged as it lies, it would be transposed
+            covered = covered.copy(order="K")
+        return covered.reshape(shape)[inside]
 
     def write(self, part: Part, values: np.ndarray) -> None:
         """Assigns to part of the leaf."""
@@ -179,3 +204,33 @@ class View:
             shape.append((last - first) * inner)
             inside.append(slice(start - first * inner, stop - first * inner))
         return tuple(index), tuple(shape), tuple(inside)
+
+
+class Rows:
+    """A leaf of ours each of whose rows, along its first axis, is a view: of small ones, which are read whole."""
+
+    more = 0.0
+
+    def __init__(self, views: list[View]):
+        self._views = views
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's."""
+        return (len(self._views), *self._views[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The tensors'."""
+        return self._views[0].dtype
+
+    def read(self, part: Part = ()) -> np.ndarray:
+        """Part of the leaf (of (), all of it), in the tensors' dtype."""
+        return np.stack([view.read() for view in self._views])[part]
+
+    def write(self, part: Part, values: np.ndarray) -> None:
+        """Assigns to part of the leaf."""
+        whole = self.read()
+        whole[part] = values
+        for view, row in zip(self._views, whole, strict=True):
+            view.write((), row)

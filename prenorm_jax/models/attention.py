@@ -12,6 +12,8 @@ Shape suffixes as in `transformer.py`, and
     L batch and key heads: one axis of B·G, or the two axes B and G (see `_leading`)   M query rows of a key head, R·T
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +24,9 @@ from prenorm_jax.models.placement import computing_device, mesh_axis_size, platf
 
 CAUSAL_BLOCKS = 4
 SMALLEST_BLOCK = 32  # queries
+
+# (positions of T queries, positions of S keys) -> what is added to their scores, (H, T, S), in float32 at least.
+ScoreBias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class CacheUse(NamedTuple):
@@ -36,6 +41,27 @@ class CacheUse(NamedTuple):
     position: jax.Array | int = 0
 
 
+class Sight(NamedTuple):
+    """Which keys a query sees, and what is added to their scores; the arguments of `attend` that say so."""
+
+    causal: bool
+    window: int | None = None
+    bias: ScoreBias | None = None
+
+    def keys(self, start: int, end: int, S: int) -> slice:
+        """Those of S that queries at positions from `start` to `end` see."""
+        first = 0 if self.window is None else max(start - self.window + 1, 0)
+        behind = 0 if self.causal else S if self.window is None else self.window - 1
+        return slice(first, min(end + behind, S))
+
+    def mask(self, own: jax.Array, keys_S: jax.Array) -> jax.Array:
+        """Whether queries whose own keys are `own`, (..., 1), see these keys."""
+        if self.window is None:
+            return keys_S <= own
+        within = keys_S > own - self.window
+        return within & (keys_S <= own if self.causal else keys_S < own + self.window)
+
+
 def attend(
     q_BxTxHxK: jax.Array,
     k_BxSxGxK: jax.Array,
@@ -45,34 +71,39 @@ def attend(
     dropout_key: jax.Array | None = None,
     kernel: str = "auto",
     window: int | None = None,
+    scale: float | None = None,
+    bias: ScoreBias | None = None,
+    mask_BxS: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q kᵀ / √K) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
+    """softmax(scale · q kᵀ + bias) v over H query heads on G key/value heads: (B, T, H·K), in q's dtype.
 
     Scores and softmax are in float32 at least; its sum, where it is a column of the product (`Platform.sum_as_column`),
     adds the probabilities as they are multiplied with the values, rounded to v's dtype. With a `dropout_key`, each
     probability is dropped with `dropout_rate`.
-    `kernel` is `ModelConfig.attention_kernel`; `window`, of causal attention, is `GPTConfig.window`.
+    `kernel` is `ModelConfig.attention_kernel`. With a `window` a query sees its own position and so many less one
+    before it, and behind it if attention is not causal. `scale` is 1/√K where it is None. The last query stands at the
+    last key. `mask_BxS`: the keys that may be seen, those of no padding; what a query gets that sees none is finite,
+    and no more.
     """
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
-    if kernel == "auto" and dropout_key is None and (T == S or not causal) and _cudnn_serves(q_BxTxHxK, S, G):
+    plain = kernel == "auto" and dropout_key is None and bias is None and mask_BxS is None
+    if plain and (T == S or not (causal or window)) and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
-        sides = None if window is None else (window - 1, 0)  # before and after a query's own position
-        options = {"is_causal": causal, "local_window_size": sides, "implementation": "cudnn"}
+        # Before and after a query's own position.
+        sides = None if window is None else (window - 1, 0 if causal else window - 1)
+        options = {"scale": scale, "is_causal": causal, "local_window_size": sides, "implementation": "cudnn"}
         return jax.nn.dot_product_attention(*qkv, **options).reshape(B, T, H * K)
-    q_LxRxTxK = _group(q_BxTxHxK, G)
+    q_LxRxTxK = _group(q_BxTxHxK, G, scale)
     k_LxSxK, v_LxSxK = (x.transpose(0, 2, 1, 3).reshape(*_leading(B, G), S, K) for x in (k_BxSxGxK, v_BxSxGxK))
     columns = platform().sum_as_column
     if dropout_key is None and columns and K % columns:
         v_LxSxK = jnp.concatenate([v_LxSxK, jnp.ones_like(v_LxSxK[..., :1])], axis=-1)
-    size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal else T
-    blocks = []
+    size = max(-(-T // CAUSAL_BLOCKS), SMALLEST_BLOCK) if causal or window else T
+    sight, blocks = Sight(causal, window, bias), []
     for start in range(0, T, size):
         end = min(start + size, T)
-        seen, position = slice(S), None
-        if causal:  # the T queries are the last of S
-            first = 0 if window is None else max(S - T + start - window + 1, 0)
-            seen, position = slice(first, S - T + end), S - T + start - first
+        seen, position = sight.keys(S - T + start, S - T + end, S), S - T + start  # the T queries are the last of S
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
 
         # The slices are inside, so that the residuals of all blocks are the same three arrays. With `prevent_cse`:
@@ -80,7 +111,8 @@ def attend(
         @jax.checkpoint
         def block(q, k, v, key, start=start, end=end, seen=seen, position=position):  # defaults bind this iteration's
             seen_kv = (x[..., seen, :] for x in (k, v))
-            return _attend_block(q[..., start:end, :], *seen_kv, key, position, dropout_rate, window)
+            mask = None if mask_BxS is None else mask_BxS[:, seen]
+            return _attend_block(q[..., start:end, :], *seen_kv, key, dropout_rate, sight, position, seen.start, mask)
 
         blocks.append(block(q_LxRxTxK, k_LxSxK, v_LxSxK, key))
     return _ungroup(jnp.concatenate(blocks, axis=-2), B, G)
@@ -92,20 +124,23 @@ def attend_cached(
     v_NxSxK: jax.Array,
     position: jax.Array | int,
     window: int | None = None,
+    scale: float | None = None,
+    bias: ScoreBias | None = None,
 ) -> jax.Array:
     """`attend` of queries from `position` on, each of which sees the entries of a cache up to its own: (B, T, H·K).
 
     The cache's first axis, N, is B·G. With a `window` a query sees only the last entries, so many.
     """
     B, T = q_BxTxHxK.shape[:2]
+    first: jax.Array | int = 0
     if window is not None and (size := T + window - 1) < k_NxSxK.shape[1]:  # what no query sees is not read
         first = jnp.clip(position - window + 1, 0, k_NxSxK.shape[1] - size)
         k_NxSxK, v_NxSxK = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k_NxSxK, v_NxSxK))
-        position -= first
     N, S, K = k_NxSxK.shape
-    q_LxRxTxK = _group(q_BxTxHxK, N // B)
+    q_LxRxTxK = _group(q_BxTxHxK, N // B, scale)
     k_LxSxK, v_LxSxK = (x.reshape(*_leading(B, N // B), S, K) for x in (k_NxSxK, v_NxSxK))
-    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, position, 0.0, window), B, N // B)
+    sight = Sight(True, window, bias)
+    return _ungroup(_attend_block(q_LxRxTxK, k_LxSxK, v_LxSxK, None, 0.0, sight, position, first), B, N // B)
 
 
 def _cudnn_serves(q_BxTxHxK: jax.Array, S: int, G: int) -> bool:
@@ -130,10 +165,12 @@ def _leading(B: int, G: int) -> tuple[int, ...]:
     return (B * G,) if platform().merge_batch_and_heads and mesh_axis_size("tensor") == 1 else (B, G)
 
 
-def _group(q_BxTxHxK: jax.Array, G: int) -> jax.Array:
-    """Queries / √K, those of one key head together: (L, R, T, K)."""
+def _group(q_BxTxHxK: jax.Array, G: int, scale: float | None) -> jax.Array:
+    """Queries · scale, those of one key head together: (L, R, T, K)."""
     B, T, H, K = q_BxTxHxK.shape
-    q_BxGxRxTxK = (q_BxTxHxK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    q_BxGxRxTxK = (
+        (q_BxTxHxK * (K**-0.5 if scale is None else scale)).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    )
     return q_BxGxRxTxK.reshape(*_leading(B, G), H // G, T, K)
 
 
@@ -147,11 +184,13 @@ def _attend_block(
     k_LxSxK: jax.Array,
     v_LxSxK: jax.Array,
     key: jax.Array | None,
-    position: jax.Array | int | None,
     dropout_rate: float,
-    window: int | None,
+    sight: Sight,
+    position: jax.Array | int,
+    first: jax.Array | int,
+    mask_BxS: jax.Array | None = None,
 ) -> jax.Array:
-    """`attend` of T queries, of which the first stands at key `position`; None: each sees all keys. (L, R, T, K).
+    """`attend` of T queries from `position` on, to S keys from `first` on: (L, R, T, K).
 
     Without dropout the values may have a further column, of ones, whose product with the weights is their sum.
     """
@@ -162,12 +201,18 @@ def _attend_block(
     queries = (R * T,) if len(leading) == 1 else (R, T)
     scores = jnp.einsum("...mk,...sk->...ms", q_LxRxTxK.reshape(*leading, R * T, K), k_LxSxK)
     scores = at_least_float32(scores).reshape(*leading, *queries, S)
-    if position is not None:
-        last_seen = position + jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
-        seen = jnp.arange(S) <= last_seen
-        if window is not None:
-            seen &= jnp.arange(S) > last_seen - window
-        scores = jnp.where(seen, scores, -jnp.inf)
+    if sight.bias is not None:
+        bias_HxTxS = sight.bias(position + jnp.arange(T), first + jnp.arange(S))
+        G, shape = len(bias_HxTxS) // R, scores.shape
+        scores = scores.reshape(math.prod(leading) // G, G, *queries, S) + bias_HxTxS.reshape(G, *queries, S)
+        scores = scores.reshape(shape)
+    if sight.causal or sight.window is not None:
+        own = position - first + jnp.broadcast_to(jnp.arange(T), (R, T)).reshape(*queries, 1)
+        scores = jnp.where(sight.mask(own, jnp.arange(S)), scores, -jnp.inf)
+    if mask_BxS is not None:  # finite, for a query that sees no key: NaN would spread from its value to all
+        mask_LxS = jnp.repeat(mask_BxS != 0, leading[0] // len(mask_BxS), axis=0)
+        mask_LxS = mask_LxS.reshape(-1, *[1] * (scores.ndim - 2), S)
+        scores = jnp.where(mask_LxS, scores, jnp.finfo(scores.dtype).min)
     # The largest score keeps exp from overflowing; the result does not depend on it, nor does the gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True) if v_LxSxK.shape[-1] == K else None

@@ -33,7 +33,7 @@ class ModelConfig:
     comment" and is resolved by `resolve`.
     """
 
-    family: str = "gpt"  # gpt | vit: decides the other keys
+    family: str = "gpt"  # gpt | encoder | vit: decides the other keys
     norm: str = "layernorm"  # layernorm | rmsnorm | crmsnorm
     coordinates: str = "drop"  # drop | reflect: how crmsnorm's stream is d-1 numbers (models/coordinates.py)
     coordinates_entry: int | None = None  # the entry, from 0, that is dropped or reflected; None: the last
@@ -51,6 +51,8 @@ class ModelConfig:
     final_norm: bool = True  # the norm between the last block and the head
     embed_norm: bool = False  # a LayerNorm on the embedding, before it enters the stream (BLOOM, CLIP's ViT)
     qk_norm: bool = False  # a LayerNorm on each query and key, over head_dim (ViT-22B); an RMSNorm in the variants
+    qk_norm_by_head: bool = False  # with qk_norm: scales, and biases, of each head's own (StableLM 2, Cohere)
+    score_scale: float | None = None  # of queries times keys; None: 1/√head_dim
     clip_qkv: float | None = None  # queries, keys, values are clipped to ± this, after qk_norm; None: they are not
     layer_scale: float | None = None  # initial value of a learned scale of each branch's output; None: no such scale
     use_bias: bool = True  # in every linear layer of a block
@@ -76,10 +78,18 @@ class ModelConfig:
     param_dtype: str = "float32"  # of the parameters
 
     causal: ClassVar[bool] = False
+    first_norm: ClassVar[bool] = True
     rotary: ClassVar[bool] = False
+    rotary2d: ClassVar[bool] = False  # whether queries and keys of an image's patches are turned by their place in it
+    alibi: ClassVar[bool] = False
+    relative_bias: ClassVar[str] = "none"
     window: ClassVar[int | None] = None
+    attention_pattern: ClassVar[str] = "l"
+    global_rotary_base: ClassVar[float | None] = None
     tie_embeddings: ClassVar[bool] = False
     decodes: ClassVar[bool] = False  # whether its module takes a cache, and so writes text (`decoding.py`)
+    trains: ClassVar[bool] = True  # whether train.py has a loss for it
+    token_outputs: ClassVar[bool] = False  # whether its outputs are one for each token
     inputs: ClassVar[str]  # the kind of data that it takes: a key of `data.KINDS`
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm": NORMS,
@@ -95,7 +105,7 @@ class ModelConfig:
     at_least: ClassVar[dict[str, float]] = {
         **dict.fromkeys(("depth", "heads", "kv_heads", "head_dim", "mlp_dim"), 1),
         "d_model": 2,
-        **dict.fromkeys(("epsilon", "layer_scale", "clip_qkv"), 0),
+        **dict.fromkeys(("epsilon", "layer_scale", "clip_qkv", "score_scale"), 0),
     }
     rates: ClassVar[tuple[str, ...]] = ("dropout", "attention_dropout", "branch_dropout", "embed_dropout")
 
@@ -157,15 +167,44 @@ class ModelConfig:
             raise PrenormError(
                 "model.shared_norm=True needs model.parallel=True: one norm cannot feed two steps in turn"
             )
+        if self.qk_norm_by_head and not self.qk_norm:
+            raise PrenormError("model.qk_norm_by_head=True needs model.qk_norm=True")
         if self.clip_qkv == 0:
             raise PrenormError("model.clip_qkv=0.0 makes queries, keys and values zero: give a larger bound, or none")
         if self.post_norm and self.parallel:
             raise PrenormError("model.post_norm=True and model.parallel=True exclude each other: set one to False")
+        self._check_pattern()
         if self.scan and self.stochastic_depth and self.stochastic_depth_schedule == "linear":
             raise PrenormError(
                 "model.scan=True makes all blocks one, but model.stochastic_depth differs by block: set "
                 "model.stochastic_depth_schedule='constant', or model.scan=False"
             )
+
+    def _check_pattern(self) -> None:
+        pattern = self.attention_pattern
+        if not pattern or set(pattern) - {"l", "g"}:
+            raise PrenormError(f"model.attention_pattern={pattern!r} must be of the letters l and g, one a block")
+        if self.scan and len(set(pattern[: self.depth])) > 1:
+            raise PrenormError(
+                f"model.scan=True makes all blocks one, but by model.attention_pattern={pattern!r} they differ: set "
+                "model.scan=False"
+            )
+        if self.global_rotary_base is not None and not (self.rotary and "g" in pattern):
+            raise PrenormError(
+                f"model.global_rotary_base={self.global_rotary_base:g} needs model.positions='rotary', and a g in "
+                f"model.attention_pattern, not {pattern!r}"
+            )
+
+    def of_block(self, number: int) -> ModelConfig:
+        """The config as block `number` is built from it: what differs from block to block, settled."""
+        if self.attention_pattern[number % len(self.attention_pattern)] == "l":
+            return self
+        changes: dict[str, Any] = {"attention_pattern": "l", "global_rotary_base": None, "window": None}
+        if self.global_rotary_base == 0:
+            changes |= {"positions": "none", "rotary_dim": None, "rotary_interleaved": False}
+        elif self.global_rotary_base is not None:
+            changes["rotary_base"] = self.global_rotary_base
+        return dataclasses.replace(self, **changes)
 
     @property
     def stream_width(self) -> int:
@@ -176,15 +215,23 @@ class ModelConfig:
     def raw_embedding(self) -> bool:
         """Whether the embedding tables stay d wide and uncentred, and their output is centred at run time.
 
-        So it must be where they are read as well (tied head), or where what follows them does not keep a zero mean
-        (dropout, a norm with an affine of its own).
+        So it must be where they are read as well (tied head, block 0 without first_norm), or where what follows them
+        does not keep a zero mean (dropout, a norm with an affine of its own).
         """
-        return self.tie_embeddings or self.embed_norm or self.embed_dropout > 0
+        return self.tie_embeddings or self.embed_norm or self.embed_dropout > 0 or not self.first_norm
 
     @property
     def raw_branches(self) -> bool:
         """Whether branch outputs stay d wide and uncentred, because dropout comes between them and the stream."""
         return self.branch_dropout > 0
+
+    @property
+    def key_bias_counts(self) -> bool:
+        """Whether a bias of keys does anything: else it adds one number to all scores of a query, and softmax drops it.
+
+        (A ViT's attention pooling is another matter, in which it never does.)
+        """
+        return self.rotary or self.rotary2d or self.qk_norm or self.clip_qkv is not None
 
     # What conversion asks of a family (`equivalence/convert.py`).
 

@@ -13,9 +13,11 @@ def model_flops(config: ModelConfig, batch: int, length: int, training: bool, lo
     """
     tokens, heads, kv = config.tokens(length), config.heads * config.head_dim, config.kv_heads * config.head_dim
     kernels = config.d_model * (2 * heads + 2 * kv + (3 if config.gated_mlp else 2) * config.mlp_dim)
-    before_window = 0 if config.window is None else max(tokens - config.window, 0)
-    attention = 4 * heads * (tokens**2 * (0.5 if config.causal else 1) - before_window**2 / 2)
-    example = config.depth * (2 * tokens * kernels + attention) + config.flops_outside_blocks(length, logits)
+    share = 0.5 if config.causal else 1.0  # of the pairs of tokens; each side of a window leaves out a triangle
+    windows = (config.of_block(i).window for i in range(config.depth))
+    outside = (0 if window is None else max(tokens - window, 0) for window in windows)
+    attention = sum(4 * heads * share * (tokens**2 - before**2) for before in outside)
+    example = config.depth * 2 * tokens * kernels + attention + config.flops_outside_blocks(length, logits)
     return batch * example * (3 if training else 1)
 
 
@@ -31,5 +33,5 @@ def norm_operations(config: ModelConfig) -> int:
     def operations(norms: int, has_affine: bool) -> int:
         return norms * config.stream_width * (a_number + affine * has_affine)
 
-    in_blocks = config.depth * (1 if config.parallel and config.shared_norm else 2)
+    in_blocks = config.depth * (1 if config.parallel and config.shared_norm else 2) - (not config.first_norm)
     return operations(in_blocks, config.norm_affine) + operations(config.final_norm, bool(config.final_norm_affine))

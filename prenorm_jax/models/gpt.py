@@ -12,13 +12,15 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.attention import CacheUse
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.linear import matmul, reader
+from prenorm_jax.models.norms import Normed
 from prenorm_jax.models.parameters import annotated, spread
 from prenorm_jax.models.placement import fusion_barrier
-from prenorm_jax.models.positions import sinusoidal_table
+from prenorm_jax.models.positions import fairseq_table, sinusoidal_table
 from prenorm_jax.models.transformer import (
     StreamModel,
     blocks,
     constant_table,
+    end_embedding,
     enter_stream,
     leave_stream,
     make_norm,
@@ -32,27 +34,44 @@ class GPTConfig(ModelConfig):
 
     vocab_size: int = 257  # at least the tokenizer's ids; more are padding
     max_len: int = 1024  # longest sequence; the length of a learned position table
-    positions: str = "learned"  # learned | sinusoidal | rotary | none
+    positions: str = "learned"  # learned | sinusoidal | fairseq, such tables | rotary | alibi, slopes of scores | none
     rotary_base: float = 10000.0  # of rotary positions
     rotary_dim: int | None = None  # numbers of each head that are turned, the first; None: all
     rotary_interleaved: bool = False  # in pairs (0, 1), (2, 3), ... (GPT-J), not of one half and the other
+    alibi_rounded: bool = False  # slope · position is of bfloat16, and divided by √head_dim as the scores are (Falcon)
     window: int | None = None  # positions that a query sees, the last its own; None: all up to its own
+    attention_pattern: str = "l"  # of the blocks, repeated: l, local: as the keys above say; g, global: without window
+    global_rotary_base: float | None = None  # rotary_base in global blocks; 0: these have no positions; None: the same
+    embed_scale: float = 1.0  # of what the token embedding gives, before positions are added
+    logit_scale: float = 1.0  # of the logits
     tie_embeddings: bool = True  # the head's kernel is the token embedding
 
     causal: ClassVar[bool] = True
     decodes: ClassVar[bool] = True
+    token_outputs: ClassVar[bool] = True
     inputs: ClassVar[str] = "text"
-    choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "rotary", "none")}
-    at_least = ModelConfig.at_least | {"vocab_size": 1, "max_len": 1, "rotary_base": 1, "rotary_dim": 2, "window": 1}
+    choices = ModelConfig.choices | {"positions": ("learned", "sinusoidal", "fairseq", "rotary", "alibi", "none")}
+    at_least = ModelConfig.at_least | {
+        **dict.fromkeys(("vocab_size", "max_len", "rotary_base", "window"), 1),
+        **dict.fromkeys(("global_rotary_base", "embed_scale", "logit_scale"), 0),
+        "rotary_dim": 2,
+    }
 
     @property
     def rotary(self) -> bool:
         """Whether queries and keys are turned by their position."""
         return self.positions == "rotary"
 
+    @property
+    def alibi(self) -> bool:
+        """Whether scores fall with the distance."""
+        return self.positions == "alibi"
+
     def check(self) -> None:
         """Raises PrenormError for keys that contradict each other."""
         super().check()
+        if self.alibi_rounded and not self.alibi:
+            raise PrenormError(f"model.alibi_rounded needs model.positions='alibi', not {self.positions!r}")
         if not self.rotary:
             for key in ("rotary_dim", "rotary_interleaved"):
                 if getattr(self, key):
@@ -73,19 +92,26 @@ class GPTConfig(ModelConfig):
         return 2 * (length if logits is None else logits) * self.d_model * self.vocab_size
 
 
+_TABLES = {"sinusoidal": sinusoidal_table, "fairseq": fairseq_table}
+
+
+def _scaled(x: jax.Array, scale: float) -> jax.Array:
+    return x if scale == 1 else x * scale
+
+
 @jax.custom_jvp
-def _embed(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+def embed_tokens(table_VxW: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
     """The rows of the tokens: (B, T, W)."""
     return jnp.take(table_VxW, tokens_BxT, axis=0)
 
 
 # In float32 at least, so that its transpose, a scatter-add, sums in it: over the thousands of times that a frequent
 # token comes, bfloat16 sums stop growing, and GPUs add bfloat16 numbers one after the other.
-@_embed.defjvp
+@embed_tokens.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     (table, tokens), (dtable, _) = primals, tangents
     wide = dtable.astype(jnp.promote_types(table.dtype, jnp.float32))
-    return _embed(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
+    return embed_tokens(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
 
 
 class GPT(StreamModel):
@@ -118,16 +144,17 @@ class GPT(StreamModel):
         if cache_size is not None or position is not None:
             cache = CacheUse(cache_size, 0 if position is None else position)
         table_VxW = table(self, config, "token_embedding", config.vocab_size, "vocab").astype(config.dtype)
-        x_BxTxW = self._add_positions(_embed(table_VxW, tokens_BxT), position)
-        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW, train), train, cache)
+        x_BxTxW = self._add_positions(_scaled(embed_tokens(table_VxW, tokens_BxT), config.embed_scale), position)
+        x_BxTxD = blocks(config, enter_stream(config, end_embedding(config, x_BxTxW, train)), train, cache)
         if at_B is not None:
             x_BxTxD = jnp.take_along_axis(x_BxTxD, at_B[:, None, None], axis=1)
         if config.tie_embeddings:
-            return self._tied_head(x_BxTxD, table_VxW, train)
-        head = reader(config, "head", config.vocab_size, "vocab", config.head_bias)
-        if not config.final_norm:
-            return head(x_BxTxD)
-        return head(make_norm(config, "head_norm", config.final_norm_affine).for_readers(x_BxTxD))
+            logits_BxTxV = self._tied_head(x_BxTxD, table_VxW, train)
+        else:
+            norm = make_norm(config, "head_norm", config.final_norm_affine).for_readers if config.final_norm else Normed
+            head = reader(config, "head", config.vocab_size, "vocab", config.head_bias)
+            logits_BxTxV = head(norm(x_BxTxD))
+        return _scaled(logits_BxTxV, config.logit_scale)
 
     def _check(self, T: int, cache_size: int | None, position: jax.Array | int | None) -> None:
         max_len = self.config.max_len
@@ -149,9 +176,9 @@ class GPT(StreamModel):
         if config.positions == "learned":
             table_TxW = rows(table(self, config, "position_embedding", config.max_len, "position"))
             return x_BxTxW + spread(table_TxW, x_BxTxW.shape, x_BxTxW.dtype)
-        if config.positions == "sinusoidal":
+        if config.positions in _TABLES:
             length = T if position is None else config.max_len
-            return x_BxTxW + rows(constant_table(config, sinusoidal_table(length, config.d_model)))
+            return x_BxTxW + rows(constant_table(config, _TABLES[config.positions](length, config.d_model)))
         return x_BxTxW
 
     def _tied_head(self, x_BxTxD: jax.Array, table_VxW: jax.Array, train: bool) -> jax.Array:

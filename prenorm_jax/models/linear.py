@@ -102,9 +102,17 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y[:, :features].reshape(*leading, features)
 
 
-def reader(config: ModelConfig, name: str, features: int, axis: str, bias: bool, head_dim: int | None = None) -> Linear:
-    """A linear map from the normalised stream: (B, T, D) -> (B, T, features)."""
-    return Linear(config, features, ("read", axis), bias, head_dim=head_dim, name=name)
+def reader(
+    config: ModelConfig,
+    name: str,
+    features: int,
+    axis: str,
+    bias: bool,
+    head_dim: int | None = None,
+    reads: str = "read",
+) -> Linear:
+    """A linear map from the normalised stream, or what `reads` names: (B, T, D) -> (B, T, features)."""
+    return Linear(config, features, (reads, axis), bias, head_dim=head_dim, name=name)
 
 
 def write(module: nn.Module, config: ModelConfig, name: str, axis: str, x_BxTxN: jax.Array, train: bool) -> jax.Array:

@@ -120,6 +120,7 @@ class Affine(nn.Module):
 
     Attributes:
       axis: the logical axis name of both parameters (see `parameters.py`).
+      of_each: the name of the axis before the last, if each of its entries has parameters of its own.
       site: the norm that it is of, if it is one's on the stream.
     """
 
@@ -128,16 +129,18 @@ class Affine(nn.Module):
     param_dtype: Any = jnp.float32
     axis: str = "norm"
     site: NormSite | None = None
+    of_each: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        axes = (self.axis,) if self.of_each is None else (self.of_each, self.axis)
         for name, used, init in (
             ("scale", self.use_scale, nn.initializers.ones_init()),
             ("bias", self.use_bias, nn.initializers.zeros_init()),
         ):
             if used:
-                init = annotated(init, self.axis, norm=self.site)
-                value = self.param(name, init, x.shape[-1:], self.param_dtype).astype(x.dtype)
+                init = annotated(init, *axes, norm=self.site)
+                value = self.param(name, init, x.shape[-len(axes) :], self.param_dtype).astype(x.dtype)
                 x = x * value if name == "scale" else x + value
         return x
 
@@ -150,7 +153,7 @@ class Norm(nn.Module):
       use_scale, use_bias: whether there are parameters γ (`scale`) and β (`bias`).
       dtype: of the result; None: the input's. Statistics and the affine map are in float32 at least.
       param_dtype: of γ and β.
-      axis: the logical axis name of γ and β (see `parameters.py`).
+      axis, of_each: of γ and β, as of `Affine`.
     """
 
     epsilon: float = 1e-5
@@ -159,11 +162,12 @@ class Norm(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis: str = "norm"
+    of_each: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.normalise(at_least_float32(x), self.epsilon).product
-        affine = Affine(self.use_scale, self.use_bias, self.param_dtype, self.axis, self.site)
+        affine = Affine(self.use_scale, self.use_bias, self.param_dtype, self.axis, self.site, self.of_each)
         nn.share_scope(self, affine)
         return affine(y).astype(self.dtype or x.dtype)
 

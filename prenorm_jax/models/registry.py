@@ -8,12 +8,13 @@ from ml_collections import ConfigDict, config_dict
 
 from prenorm_jax.base.errors import check_choice
 from prenorm_jax.models.config import ModelConfig
+from prenorm_jax.models.encoder import Encoder
 from prenorm_jax.models.gpt import GPT
 from prenorm_jax.models.transformer import StreamModel
 from prenorm_jax.models.vit import ViT
 
 # Each module names the dataclass of its config as `config_class`.
-FAMILIES: dict[str, type[StreamModel]] = {"gpt": GPT, "vit": ViT}
+FAMILIES: dict[str, type[StreamModel]] = {"gpt": GPT, "encoder": Encoder, "vit": ViT}
 
 
 def family(name: str) -> type[StreamModel]:
@@ -42,7 +43,7 @@ def build_model(config: ConfigDict | Mapping[str, Any] | ModelConfig) -> StreamM
 
     `model.init(key, inputs)["params"]` is a nested dict of arrays, and `model.apply({"params": params}, inputs)` are
     the logits: of a GPT's integer tokens (batch, length), in the shape (batch, length, vocab); of a ViT's images
-    (batch, side, side, channels), in the shape (batch, classes).
+    (batch, side, side, channels), in the shape (batch, classes). Of an encoder: `models/encoder.py`.
     """
     config = model_config(config)
     return FAMILIES[config.family](config)

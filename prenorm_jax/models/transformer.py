@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from prenorm_jax.base.trees import at_least_float32
-from prenorm_jax.models.attention import CacheUse, attend, attend_cached
+from prenorm_jax.models.attention import CacheUse, ScoreBias, attend, attend_cached
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.linear import apply_fused, reader, rematerialised, write
 from prenorm_jax.models.norms import Affine, LayerNorm, Norm, Normed, RMSNorm, Statistics
 from prenorm_jax.models.parameters import NormSite, annotated
 from prenorm_jax.models.placement import constrain, fusion_barrier
-from prenorm_jax.models.positions import rotate
+from prenorm_jax.models.positions import alibi, patch_distances, rotate, rotate_patches
 from prenorm_jax.models.stacking import LAYER, STACKED
 
 
@@ -102,11 +102,13 @@ def as_stream(config: ModelConfig, x_BxTxD: jax.Array, train: bool) -> Stream:
         return Stream(x_BxTxD, coordinates(config).norm.normalise(x_BxTxD, config.epsilon).statistics)
 
 
-def kept_norm(config: ModelConfig, name: str, norm: type[nn.Module], axis: str) -> nn.Module:
-    """A norm outside the stream: its affine stays where it is in all variants."""
+def kept_norm(
+    config: ModelConfig, name: str, norm: type[nn.Module], axis: str, of_each: str | None = None
+) -> nn.Module:
+    """A norm outside the stream: its affine stays where it is in all variants. `axis`, `of_each` as of `Affine`."""
     affine = config.kept_norm_affine
-    bias = affine and config.norm_bias
-    return norm(config.epsilon, affine, bias, param_dtype=config.param_dtype, axis=axis, name=name)
+    options = {"param_dtype": config.param_dtype, "axis": axis, "of_each": of_each, "name": name}
+    return norm(config.epsilon, affine, affine and config.norm_bias, **options)
 
 
 def embedding_axis(config: ModelConfig) -> tuple[int, str]:
@@ -127,11 +129,15 @@ def constant_table(config: ModelConfig, values_TxW: np.ndarray) -> jax.Array:
     return (table_TxW if config.raw_embedding else coordinates(config).enter(table_TxW)).astype(config.dtype)
 
 
-def enter_stream(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
-    """The embedding's norm and dropout, if it has them, and what they make necessary: (B, T, D or W) -> (B, T, D)."""
+def end_embedding(config: ModelConfig, x_BxTxW: jax.Array, train: bool) -> jax.Array:
+    """The embedding's norm and dropout, if it has them: (B, T, D or W) -> (B, T, D or W)."""
     if config.embed_norm:
         x_BxTxW = kept_norm(config, "embedding_norm", LayerNorm, axis="raw")(x_BxTxW)
-    x_BxTxW = nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+    return nn.Dropout(config.embed_dropout)(x_BxTxW, deterministic=not train)
+
+
+def enter_stream(config: ModelConfig, x_BxTxW: jax.Array) -> jax.Array:
+    """What the embedding ends in, in the stream's coordinates: (B, T, D or W) -> (B, T, D)."""
     return coordinates(config).enter(x_BxTxW) if config.raw_embedding else x_BxTxW
 
 
@@ -149,11 +155,23 @@ def leave_stream(config: ModelConfig, x: jax.Array) -> jax.Array:
     return x
 
 
-def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse | None = None) -> jax.Array:
-    """All of the model's blocks: (B, T, D) -> (B, T, D)."""
+def blocks(
+    config: ModelConfig,
+    x_BxTxD: jax.Array,
+    train: bool,
+    cache: CacheUse | None = None,
+    bias: ScoreBias | None = None,
+    mask_BxT: jax.Array | None = None,
+    embedding_BxTxW: jax.Array | None = None,
+) -> jax.Array:
+    """All of the model's blocks: (B, T, D) -> (B, T, D).
 
-    def apply(block: Block, stream: Stream) -> Stream:
-        return block(stream, train, cache)
+    `bias`: what all of them add to their scores. `mask_BxT`: the tokens that are seen, those of no padding.
+    `embedding_BxTxW`: what block 0's attention reads in place of the stream, where that has no norm (`first_norm`).
+    """
+
+    def apply(block: Block, stream: Stream, embedding_BxTxW: jax.Array | None = None) -> Stream:
+        return block(stream, train, cache, bias, mask_BxT, embedding_BxTxW)
 
     if train and config.remat != "none":
         apply = nn.remat(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan)
@@ -166,56 +184,103 @@ def blocks(config: ModelConfig, x_BxTxD: jax.Array, train: bool, cache: CacheUse
             length=config.depth,
             metadata_params={nn.PARTITION_NAME: LAYER},
         )
-        return scanned(Block(config, config.stochastic_depth, name=STACKED), stream, None)[0].x
+        return scanned(Block(config.of_block(0), config.stochastic_depth, name=STACKED), stream, None)[0].x
     for i in range(config.depth):
         rate = config.stochastic_depth
         if config.stochastic_depth_schedule == "linear":
             rate *= i / max(config.depth - 1, 1)
-        stream = apply(Block(config, rate, name=f"block_{i}"), stream)
+        stream = apply(Block(config.of_block(i), rate, name=f"block_{i}"), stream, embedding_BxTxW)
+        embedding_BxTxW = None
     return stream.x
 
 
-class Attention(nn.Module):
-    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D)."""
+class RelativeBias(nn.Module):
+    """A learned number for each head and each distance between patches, to be added to scores: -> a `ScoreBias`."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, normed: Normed, train: bool = False, cache: CacheUse | None = None) -> jax.Array:
+    def __call__(self) -> ScoreBias:
+        config = self.config
+        distances_TxT = patch_distances(config.tokens(0), config.grid)
+        init = annotated(nn.initializers.zeros_init(), "position", "heads")
+        table_NxH = self.param("table", init, (config.distances, config.heads), config.param_dtype)
+
+        def bias(t_T: jax.Array, s_S: jax.Array) -> jax.Array:
+            return jnp.moveaxis(at_least_float32(table_NxH)[jnp.asarray(distances_TxT)[t_T[:, None], s_S]], -1, 0)
+
+        return bias
+
+
+class Attention(nn.Module):
+    """Self-attention with H query heads on G key/value heads: normalised (B, T, D) -> update (B, T, D).
+
+    Attributes:
+      reads: the logical name of the axis that query, key and value read along: read, of the stream, or raw.
+    """
+
+    config: ModelConfig
+    reads: str = "read"
+
+    @nn.compact
+    def __call__(
+        self,
+        normed: Normed,
+        train: bool = False,
+        cache: CacheUse | None = None,
+        bias: ScoreBias | None = None,
+        mask_BxT: jax.Array | None = None,
+    ) -> jax.Array:
         config = self.config
         B, T, _ = normed.x.shape
         H, G, K = config.heads, config.kv_heads, config.head_dim
 
         prefix, width = ("normed_", K) if config.qk_norm else ("", None)
         projections = [
-            reader(config, "query", H * K, f"{prefix}heads", config.qkv_bias, width),
-            reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width),
-            reader(config, "value", G * K, "kv_heads", config.qkv_bias),
+            reader(config, "query", H * K, f"{prefix}heads", config.qkv_bias, width, self.reads),
+            reader(config, "key", G * K, f"{prefix}kv_heads", config.qkv_bias, width, self.reads),
+            reader(config, "value", G * K, "kv_heads", config.qkv_bias, None, self.reads),
         ]
         q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (
             y.reshape(B, T, y.shape[-1] // K, K) for y in apply_fused(projections, normed)
         )
         if config.qk_norm:  # of a linear map's output, whose mean can be removed from the map: RMSNorm does
             norm = LayerNorm if config.norm == "layernorm" else RMSNorm
-            q_BxTxHxK = kept_norm(config, "query_norm", norm, axis="head_dim")(q_BxTxHxK)
-            k_BxSxGxK = kept_norm(config, "key_norm", norm, axis="head_dim")(k_BxSxGxK)
+            of_each = ("heads", "kv_heads") if config.qk_norm_by_head else (None, None)
+            q_BxTxHxK = kept_norm(config, "query_norm", norm, "head_dim", of_each[0])(q_BxTxHxK)
+            k_BxSxGxK = kept_norm(config, "key_norm", norm, "head_dim", of_each[1])(k_BxSxGxK)
         if (bound := config.clip_qkv) is not None:
             q_BxTxHxK, k_BxSxGxK, v_BxSxGxK = (jnp.clip(x, -bound, bound) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK))
         if config.rotary:
             position = 0 if cache is None else cache.position
             options = config.rotary_base, position, config.rotary_dim, config.rotary_interleaved
             q_BxTxHxK, k_BxSxGxK = (rotate(x, *options) for x in (q_BxTxHxK, k_BxSxGxK))
+        if config.rotary2d:
+            q_BxTxHxK, k_BxSxGxK = (rotate_patches(x, config.rotary_base, config.grid) for x in (q_BxTxHxK, k_BxSxGxK))
 
         if cache is not None:
             k_NxSxK = self._remember("keys", k_BxSxGxK, cache)
             v_NxSxK = self._remember("values", v_BxSxGxK, cache)
         if cache is not None and cache.size is None:
-            heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, cache.position, config.window)
+            options = cache.position, config.window, config.score_scale, bias or self._score_bias()
+            heads_BxTxN = attend_cached(q_BxTxHxK, k_NxSxK, v_NxSxK, *options)
         else:
             key = self.make_rng("dropout") if train and config.attention_dropout else None
             options = config.causal, config.attention_dropout, key, config.attention_kernel, config.window
+            options += config.score_scale, bias or self._score_bias(), mask_BxT
             heads_BxTxN = attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, *options)
         return write(self, config, "out", "heads", heads_BxTxN, train)
+
+    def _score_bias(self) -> ScoreBias | None:
+        """What is added to the scores, if anything is."""
+        config = self.config
+        if config.relative_bias == "layer":
+            return RelativeBias(config, name="relative_bias")()
+        if not config.alibi:
+            return None
+        scale = config.head_dim**-0.5 if config.alibi_rounded else 1.0
+        dtype = jnp.promote_types(config.dtype, jnp.float32)
+        return functools.partial(alibi, config.heads, config.alibi_rounded, scale, dtype)
 
     def _remember(self, name: str, x_BxTxGxK: jax.Array, cache: CacheUse) -> jax.Array:
         """Writes the tokens' keys or values into the cache, and returns all of it: (B·G, S, K).
@@ -262,9 +327,18 @@ class Block(nn.Module):
     drop_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, stream: Stream, train: bool = False, cache: CacheUse | None = None) -> Stream:
+    def __call__(
+        self,
+        stream: Stream,
+        train: bool = False,
+        cache: CacheUse | None = None,
+        bias: ScoreBias | None = None,
+        mask_BxT: jax.Array | None = None,
+        embedding_BxTxW: jax.Array | None = None,
+    ) -> Stream:
         config = self.config
-        attention = functools.partial(Attention(config, name="attention"), cache=cache)
+        attention = Attention(config, "read" if embedding_BxTxW is None else "raw", name="attention")
+        attention = functools.partial(attention, cache=cache, bias=bias, mask_BxT=mask_BxT)
         branches = {"attention": attention, "mlp": Mlp(config, name="mlp")}
 
         def update(name: str, normed: Normed) -> jax.Array:
@@ -280,6 +354,8 @@ class Block(nn.Module):
             if config.post_norm:
                 x_BxTxD = stream.x + update(name, Normed(stream.x))
                 x_BxTxD = make_norm(config, f"{name}_norm", config.norm_affine)(x_BxTxD)
+            elif name == "attention" and embedding_BxTxW is not None:
+                x_BxTxD = stream.x + update(name, Normed(embedding_BxTxW))
             else:
                 x_BxTxD = stream.x + update(name, self._normalise(f"{name}_norm", stream))
             stream = as_stream(config, x_BxTxD, train)

@@ -1,6 +1,7 @@
 """Vision Transformer (arXiv 2010.11929): patches before the stream, pooling and the classifier behind it."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,11 +17,13 @@ from prenorm_jax.models.norms import LayerNorm, Normed
 from prenorm_jax.models.parameters import annotated, spread
 from prenorm_jax.models.positions import sincos2d_table
 from prenorm_jax.models.transformer import (
+    RelativeBias,
     StreamModel,
     activate,
     blocks,
     constant_table,
     embedding_axis,
+    end_embedding,
     enter_stream,
     kept_norm,
     leave_stream,
@@ -39,60 +42,118 @@ class ViTConfig(ModelConfig):
     epsilon: float = 1e-6
     init: str = "xavier"
 
-    image_size: int = 224  # pixels, both ways
+    image_size: int = 224  # pixels from top to bottom
+    image_width: int | None = None  # image_size; of other rectangles, such as spectrograms
     patch_size: int = 16  # divides image_size
+    patch_stride: int | None = None  # patch_size; smaller, patches overlap (AST, arXiv 2104.01778)
     channels: int = 3  # of an image
     classes: int = 1000  # labels are below it; 0: no head, the output is what it would read
     patch_bias: bool = True  # of the patch embedding
-    positions: str = "learned"  # learned | sincos2d | none
+    positions: str = "learned"  # learned | sincos2d | rotary2d: queries and keys of patches are turned | none
+    rotary_base: float = 100.0  # of rotary2d
+    relative_bias: str = "none"  # none | layer | shared by all: scores gain a learned number for each distance (BEiT)
     class_token: bool = True  # a learned token before the patches
-    class_position: bool = True  # a learned position table has a row for the class token too
+    distillation_token: bool = False  # a second class token, behind it (DeiT, arXiv 2012.12877)
+    class_position: bool = True  # a learned position table has a row for each class token too
     registers: int = 0  # further tokens without position or output (arXiv 2309.16588)
-    pooling: str = "class"  # class token | mean of the patches | class_mean: both | attention | none: all, without head
+    # class token | mean of the patches | class_mean: both | distilled: each class token has a head, logits are the mean
+    # of theirs | class_pair: mean of the two class tokens | attention | none: all, without head
+    pooling: str = "class"
     norm_after_pooling: bool = False  # the final norm takes what the pooling gives, not what it is given
+    pooled_norm: bool = False  # a LayerNorm more, of what the pooling gives, outside the stream (AST)
 
     inputs: ClassVar[str] = "images"
     choices = ModelConfig.choices | {
-        "positions": ("learned", "sincos2d", "none"),
-        "pooling": ("class", "mean", "class_mean", "attention", "none"),
+        "positions": ("learned", "sincos2d", "rotary2d", "none"),
+        "relative_bias": ("none", "layer", "shared"),
+        "pooling": ("class", "mean", "class_mean", "distilled", "class_pair", "attention", "none"),
     }
     at_least = ModelConfig.at_least | {
-        **dict.fromkeys(("image_size", "patch_size", "channels"), 1),
+        **dict.fromkeys(("image_size", "image_width", "patch_size", "patch_stride", "channels"), 1),
         **dict.fromkeys(("classes", "registers"), 0),
     }
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
+        return self.image_size, self.image_width or self.image_size, self.channels
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches from top to bottom, and from left to right."""
+        height, width, _ = self.image_shape
+        stride = self.patch_stride or self.patch_size
+        return (height - self.patch_size) // stride + 1, (width - self.patch_size) // stride + 1
+
+    @property
     def patches(self) -> int:
         """Patches in an image."""
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(self.grid)
+
+    @property
+    def distances(self) -> int:
+        """Distances that tokens may be apart: rows of a relative bias."""
+        rows, columns = self.grid
+        return (2 * rows - 1) * (2 * columns - 1) + 3
+
+    @property
+    def class_tokens(self) -> int:
+        """The class token and the distillation token, as far as there are."""
+        return self.class_token + self.distillation_token
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches: the class token and the registers."""
-        return self.class_token + self.registers
+        """Tokens before the patches: the class tokens and the registers."""
+        return self.class_tokens + self.registers
+
+    @property
+    def rotary2d(self) -> bool:
+        """As in ModelConfig."""
+        return self.positions == "rotary2d"
 
     def check(self) -> None:
         """Raises PrenormError for keys that contradict each other."""
         super().check()
-        if self.image_size % self.patch_size:
-            raise PrenormError(
-                f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}: change one"
-            )
+        self._check_patches()
         if self.positions == "sincos2d" and self.d_model % 4:
             raise PrenormError(f"model.positions='sincos2d' needs a model.d_model divisible by 4, not {self.d_model}")
+        if self.rotary2d and self.head_dim % 4:
+            raise PrenormError(f"model.positions='rotary2d' needs a model.head_dim divisible by 4, not {self.head_dim}")
+        if self.distillation_token and not self.class_token:
+            raise PrenormError("model.distillation_token=True needs model.class_token=True, behind which it stands")
         if self.pooling.startswith("class") and not self.class_token:
             raise PrenormError(f"model.pooling={self.pooling!r} needs model.class_token=True")
+        if self.pooling in ("distilled", "class_pair") and not self.distillation_token:
+            raise PrenormError(f"model.pooling={self.pooling!r} needs model.distillation_token=True")
         if self.pooling == "none" and self.classes:
             raise PrenormError("model.pooling='none' gives all tokens, which no head reads: set model.classes=0")
-        if self.pooling == "class_mean" and not self.classes:
-            raise PrenormError("model.classes=0 gives one vector: set model.pooling to another than 'class_mean'")
+        if self.pooling in ("class_mean", "distilled") and not self.classes:
+            raise PrenormError(f"model.classes=0 gives one vector: set model.pooling to another than {self.pooling!r}")
+        if self.pooled_norm and self.pooling not in ("class", "mean", "class_pair"):
+            raise PrenormError(
+                f"model.pooled_norm=True needs model.pooling='class', 'mean' or 'class_pair', not {self.pooling!r}"
+            )
+
+    def _check_patches(self) -> None:
+        height, width, _ = self.image_shape
+        if self.patch_stride is None:
+            for key, size in (("image_size", height), ("image_width", width)):
+                if size % self.patch_size:
+                    raise PrenormError(
+                        f"model.patch_size={self.patch_size} does not divide model.{key}={size}: change one"
+                    )
+        elif self.patch_size > min(height, width):
+            raise PrenormError(f"model.patch_size={self.patch_size} is larger than the images: lower it")
+        if self.positions == "sincos2d" and self.grid[0] != self.grid[1]:
+            raise PrenormError("model.positions='sincos2d' needs as many patches both ways: unset model.image_width")
 
     @property
     def final_norm_bias(self) -> str | None:
-        """That of what reads the final norm's output: the head, or the pooling's key and value. None: nothing does."""
+        """That of what reads the final norm's output: the head, or the pooling's key and value. None: nothing does, or
+        a norm."""
         if self.pooling == "attention":
             return "qkv_bias"
-        return "head_bias" if self.classes else None
+        return "head_bias" if self.classes and not self.pooled_norm else None
 
     @property
     def raw_reader(self) -> str | None:
@@ -107,7 +168,7 @@ class ViTConfig(ModelConfig):
     @property
     def position_rows(self) -> int:
         """Rows of a learned position table."""
-        return self.patches + (self.class_token and self.class_position)
+        return self.patches + self.class_tokens * self.class_position
 
     def tokens(self, length: int = 0) -> int:
         """Tokens in the stream."""
@@ -121,22 +182,29 @@ class ViTConfig(ModelConfig):
 
 class PatchEmbedding(nn.Module):
     """A linear map of each patch: (B, height, width, C) images -> (B, T, D or W). The kernel (P, P, C, D) is that of a
-    convolution with stride P, which this is; as one matrix product it is the faster."""
+    convolution, which this is; where patches do not overlap, it is faster as one matrix product."""
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         config = self.config
-        P, C, side = config.patch_size, config.channels, config.image_size // config.patch_size
-        B = len(images)
+        P, C, (rows, columns) = config.patch_size, config.channels, config.grid
+        B, images = len(images), images.astype(config.dtype)
         width, stream_axis = embedding_axis(config)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         init = annotated(init, "patch", "patch", "channel", stream_axis)
         kernel = self.param("kernel", init, (P, P, C, width), config.param_dtype)
-        patches_BxTxN = images.astype(config.dtype).reshape(B, side, P, side, P, C).swapaxes(2, 3)
-        patches_BxTxN = patches_BxTxN.reshape(B, side * side, P * P * C)
-        x_BxTxD = matmul(patches_BxTxN, kernel.astype(config.dtype).reshape(P * P * C, width))
+        kernel = kernel.astype(config.dtype)
+        if config.patch_stride is None:
+            patches_BxTxN = images.reshape(B, rows, P, columns, P, C).swapaxes(2, 3)
+            patches_BxTxN = patches_BxTxN.reshape(B, rows * columns, P * P * C)
+            x_BxTxD = matmul(patches_BxTxN, kernel.reshape(P * P * C, width))
+        else:
+            layout = ("NHWC", "HWIO", "NHWC")
+            strides = (config.patch_stride, config.patch_stride)
+            maps = jax.lax.conv_general_dilated(images, kernel, strides, "VALID", dimension_numbers=layout)
+            x_BxTxD = maps.reshape(B, rows * columns, width)
         if config.patch_bias:
             init = annotated(nn.initializers.zeros_init(), stream_axis)
             x_BxTxD += spread(self.param("bias", init, (width,), config.param_dtype), x_BxTxD.shape, x_BxTxD.dtype)
@@ -173,17 +241,22 @@ class AttentionPool(nn.Module):
 
 
 class PairHead(nn.Module):
-    """A linear classifier of two normalised vectors side by side, (B, D) each: -> (B, V)."""
+    """A linear classifier for each of two normalised vectors, (B, D) each: (B, V), the sum of what they give.
+
+    Attributes:
+      second: the name of the second one; the first is that of the class token.
+    """
 
     config: ViTConfig
+    second: str
 
     @nn.compact
-    def __call__(self, class_token: Normed, mean: Normed) -> jax.Array:
+    def __call__(self, class_token: Normed, other: Normed) -> jax.Array:
         config = self.config
-        by_class, by_mean = (
-            reader(config, name, config.classes, "class", config.head_bias) for name in ("class", "mean")
+        by_class, by_other = (
+            reader(config, name, config.classes, "class", config.head_bias) for name in ("class", self.second)
         )
-        return by_class(class_token) + by_mean(mean)
+        return by_class(class_token) + by_other(other)
 
 
 def _mean(normed: Normed) -> Normed:
@@ -192,7 +265,7 @@ def _mean(normed: Normed) -> Normed:
 
 
 class ViT(StreamModel):
-    """An image classifier: (B, image_size, image_size, C) numbers -> (B, V) logits in `config.dtype`.
+    """An image classifier: (B, height, width, C) numbers -> (B, V) logits in `config.dtype`.
 
     Without a head (`classes=0`) it gives what that would read: (B, W), or with `pooling="none"` all tokens, (B, T, W).
 
@@ -206,13 +279,23 @@ class ViT(StreamModel):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         config = self.config
-        expected = (config.image_size, config.image_size, config.channels)
-        if images.shape[1:] != expected:
-            raise PrenormError(f"images of shape {images.shape[1:]} do not fit the model's, {expected}")
-        x_BxTxD = blocks(config, enter_stream(config, self._embed(images), train), train)
+        if images.shape[1:] != config.image_shape:
+            raise PrenormError(f"images of shape {images.shape[1:]} do not fit the model's, {config.image_shape}")
+        bias = RelativeBias(config, name="relative_bias")() if config.relative_bias == "shared" else None
+        x_BxTxW = end_embedding(config, self._embed(images), train)
+        x_BxTxD = blocks(config, enter_stream(config, x_BxTxW), train, bias=bias)
         if config.pooling == "attention":
             return self._attention_head(x_BxTxD)
+        if config.pooled_norm:
+            return self._raw_head(kept_norm(config, "pooled_norm", LayerNorm, axis="raw")(self._features(x_BxTxD)))
         return self._head(x_BxTxD) if config.classes else self._features(x_BxTxD)
+
+    def _raw_head(self, x_BxW: jax.Array) -> jax.Array:
+        """The classifier, if there is one, of what is no longer on the stream."""
+        config = self.config
+        if not config.classes:
+            return x_BxW
+        return Linear(config, config.classes, ("raw", "class"), config.head_bias, name="head")(x_BxW)
 
     def _attention_head(self, x_BxTxD: jax.Array) -> jax.Array:
         """The classifier behind attention pooling. What the pooling gives is not on the stream."""
@@ -222,34 +305,42 @@ class ViT(StreamModel):
         x_BxW = AttentionPool(config, name="pool")(normed)
         if config.final_norm and config.norm_after_pooling:
             x_BxW = kept_norm(config, "pooled_norm", LayerNorm, axis="raw")(x_BxW)
-        if not config.classes:
-            return x_BxW
-        return Linear(config, config.classes, ("raw", "class"), config.head_bias, name="head")(x_BxW)
+        return self._raw_head(x_BxW)
 
     def _features(self, x_BxTxD: jax.Array) -> jax.Array:
-        """What a head would read: the class token, the patches' mean or all tokens, normalised and W wide."""
+        """What a head would read: class tokens, the patches' mean or all tokens, normalised and W wide."""
         config = self.config
         if config.pooling == "class":
             return leave_stream(config, x_BxTxD[:, 0])
         if config.pooling == "none":
             return leave_stream(config, x_BxTxD)
+        if config.pooling == "class_pair":
+            return leave_stream(config, x_BxTxD[:, :2]).mean(1)
         patches_BxTxD = x_BxTxD[:, config.prefix :]
         if config.norm_after_pooling:
             return leave_stream(config, patches_BxTxD.mean(1))
         return leave_stream(config, patches_BxTxD).mean(1)
 
     def _head(self, x_BxTxD: jax.Array) -> jax.Array:
-        """The classifier of the class token, of the patches' mean, or of both."""
+        """The classifier of the class token, of the patches' mean, or of two vectors."""
         config = self.config
         norm = self._final_norm("head_norm") if config.final_norm else Normed
-        class_token = norm(x_BxTxD[:, 0]) if config.pooling.startswith("class") else None  # whatever stands first
-        if config.pooling != "class":
-            x_BxTxD = x_BxTxD[:, config.prefix :]
-            mean = norm(x_BxTxD.mean(1)) if config.norm_after_pooling else _mean(norm(x_BxTxD))
+        if config.pooling == "mean":
+            pooled = self._patch_mean(norm, x_BxTxD)
+        elif config.pooling == "class_pair":
+            pooled = _mean(norm(x_BxTxD[:, :2]))
+        else:
+            pooled = norm(x_BxTxD[:, 0])  # whatever stands first
         if config.pooling == "class_mean":
-            return PairHead(config, name="head")(class_token, mean)
-        head = reader(config, "head", config.classes, "class", config.head_bias)
-        return head(class_token if config.pooling == "class" else mean)
+            return PairHead(config, "mean", name="head")(pooled, self._patch_mean(norm, x_BxTxD))
+        if config.pooling == "distilled":
+            return PairHead(config, "distillation", name="head")(pooled, norm(x_BxTxD[:, 1])) / 2
+        return reader(config, "head", config.classes, "class", config.head_bias)(pooled)
+
+    def _patch_mean(self, norm: Callable[[jax.Array], Normed], x_BxTxD: jax.Array) -> Normed:
+        """The mean of the patches, normalised before or after."""
+        patches_BxTxD = x_BxTxD[:, self.config.prefix :]
+        return norm(patches_BxTxD.mean(1)) if self.config.norm_after_pooling else _mean(norm(patches_BxTxD))
 
     def _final_norm(self, name: str) -> Callable[[jax.Array], Normed]:
         """The final norm, multiplied out: what it gives is sliced, averaged or read by two."""
@@ -257,21 +348,21 @@ class ViT(StreamModel):
         return lambda x: Normed(norm(x), site=norm.site)
 
     def _embed(self, images: jax.Array) -> jax.Array:
-        """(B, side, side, C) -> (B, T, D or W): class token, registers, patches."""
+        """(B, height, width, C) -> (B, T, D or W): class tokens, registers, patches."""
         config = self.config
         x_BxTxW = PatchEmbedding(config, name="patch_embedding")(images)
         before = []
         if config.class_token:
             before.append(table(self, config, "class_token", 1, "token"))
+        if config.distillation_token:
+            before.append(table(self, config, "distillation_token", 1, "token"))
         if config.positions == "learned":
-            on_class = config.class_token and config.class_position
+            on_class = len(before) * config.class_position
             positions_TxW = table(self, config, "position_embedding", config.position_rows, "position")
-            if on_class:
-                before[0] += positions_TxW[:1]
-            x_BxTxW += spread(positions_TxW[int(on_class) :], x_BxTxW.shape, x_BxTxW.dtype)
+            before[:on_class] = [token + positions_TxW[i : i + 1] for i, token in enumerate(before[:on_class])]
+            x_BxTxW += spread(positions_TxW[on_class:], x_BxTxW.shape, x_BxTxW.dtype)
         elif config.positions == "sincos2d":
-            side = config.image_size // config.patch_size
-            x_BxTxW += constant_table(config, sincos2d_table(side, config.d_model))
+            x_BxTxW += constant_table(config, sincos2d_table(config.grid[0], config.d_model))
         if config.registers:
             before.append(table(self, config, "registers", config.registers, "token"))
         before = [spread(rows, (len(images), *rows.shape), x_BxTxW.dtype) for rows in before]
@@ -279,8 +370,7 @@ class ViT(StreamModel):
 
     @nn.nowrap
     def example(self, batch: int = 1, seed: int | None = None) -> np.ndarray:
-        """An input: (batch, side, side, C) zeros, or of a seed standard normal numbers; float32."""
-        config = self.config
-        shape = (batch, config.image_size, config.image_size, config.channels)
+        """An input: (batch, height, width, C) zeros, or of a seed standard normal numbers; float32."""
+        shape = (batch, *self.config.image_shape)
         values = np.zeros(shape) if seed is None else np.random.default_rng(seed).normal(size=shape)
         return values.astype(np.float32)

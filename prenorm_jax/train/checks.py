@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.console import say
 from prenorm_jax.base.errors import PrenormError, check_choice, check_range
 from prenorm_jax.config import data_kind
+from prenorm_jax.models import registry
 from prenorm_jax.train.checkpoint import check_place, complete_steps
 from prenorm_jax.train.optim import make_optimizer
 from prenorm_jax.train.tracing import parse_steps
@@ -17,6 +18,11 @@ _INT32 = 2**31  # what steps and sizes are counted in
 
 def check_config(config: ConfigDict) -> None:
     """Raises PrenormError naming the first key that is wrong. (`Run.create` checks the model, `Data` the data.)"""
+    if not registry.family(config.model.family).config_class.trains:
+        raise PrenormError(
+            f"model.family={config.model.family!r} has no loss here, to train by or to evaluate: it converts, is "
+            "certified and exported, and fills masks and gives embeddings from Python (docs/checkpoints.md)"
+        )
     for key in ("steps", "batch_size", "log_every", "keep_checkpoints", "grace_seconds", "stop_at"):
         check_range(key, config[key], at_least=1, below=_INT32)
     for key in ("eval_every", "checkpoint_every"):

@@ -1,5 +1,7 @@
 """Imported, converted and exported image models beside the families' own libraries, in float64."""
 
+import json
+
 import checkpoints as theirs
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.families.timm import FAMILY, _heads
 from prenorm_jax.interop.family import Given
 from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.models.positions import patch_angles
 from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
 
-SIDE, D = 9, 24
+SIDE, FRAMES, D = 9, 13, 24
 VIT = {"image_size": SIDE, "patch_size": 3, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3}
 VIT |= {"layer_norm_eps": 3e-4}
 LABELS = {"id2label": {i: f"label {i}" for i in range(5)}, "label2id": {f"label {i}": i for i in range(5)}}
@@ -24,6 +27,14 @@ REGISTERS = VIT | {"num_register_tokens": 2}
 TEXT = {"vocab_size": 11, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3}
 CLIP = {"vision_config": VIT | {"intermediate_size": 40, "projection_dim": 7}, "projection_dim": 7}
 CLIP |= {"text_config": TEXT | {"projection_dim": 7, "max_position_embeddings": 6}}
+PLAIN = VIT | {"intermediate_size": 40}
+MAE = PLAIN | {"mask_ratio": 0.0, "decoder_hidden_size": 12, "decoder_num_hidden_layers": 1}
+MAE |= {"decoder_num_attention_heads": 3, "decoder_intermediate_size": 16}
+SIGLIP = {"vision_config": PLAIN, "text_config": TEXT | {"max_position_embeddings": 6, "projection_size": D}}
+AST = {key: PLAIN[key] for key in PLAIN.keys() - {"image_size"}} | {"frequency_stride": 2, "time_stride": 2}
+AST |= {"num_mel_bins": SIDE, "max_length": FRAMES}
+BEIT = PLAIN | {"use_shared_relative_position_bias": True, "use_mask_token": True}
+DINOV3 = PLAIN | {"num_register_tokens": 2, "rope_theta": 10.0}
 
 # name -> (class, its configuration's, config.json, which of its outputs)
 CASES = {
@@ -35,7 +46,30 @@ CASES = {
     "clip-vision": ("CLIPVisionModel", CLIP["vision_config"], "pooler_output"),
     "clip-projected": ("CLIPVisionModelWithProjection", CLIP["vision_config"] | {"hidden_act": "gelu"}, None),
     "clip": ("CLIPModel", CLIP, None),
+    "deit": ("DeiTForImageClassificationWithTeacher", PLAIN | LABELS, "logits"),
+    "deit-one-head": ("DeiTForImageClassification", PLAIN | LABELS, "logits"),
+    "deit-tokens": ("DeiTModel", PLAIN | {"qkv_bias": False}, "last_hidden_state"),
+    "mae": ("ViTMAEModel", MAE, "last_hidden_state"),
+    "beit": ("BeitForImageClassification", PLAIN | LABELS | {"use_relative_position_bias": True}, "logits"),
+    "beit-shared": (
+        "BeitModel",
+        BEIT | {"use_absolute_position_embeddings": True, "use_mean_pooling": False},
+        "last_hidden_state",
+    ),
+    "beit-plain": ("BeitModel", PLAIN | {"layer_scale_init_value": 0.0}, "pooler_output"),
+    "dinov3": ("DINOv3ViTModel", DINOV3, "last_hidden_state"),
+    "dinov3-gated": (
+        "DINOv3ViTModel",
+        PLAIN | {"use_gated_mlp": True, "proj_bias": False, "key_bias": True, "hidden_act": "silu"},
+        "last_hidden_state",
+    ),
+    "siglip-vision": ("SiglipVisionModel", PLAIN, "pooler_output"),
+    "siglip": ("SiglipModel", SIGLIP, None),
+    "siglip-classes": ("SiglipForImageClassification", SIGLIP | LABELS, "logits"),
+    "ast": ("ASTForAudioClassification", AST | LABELS, "logits"),
+    "ast-tokens": ("ASTModel", AST, "last_hidden_state"),
 }
+CANNOT_FOLD = {"dinov3"}  # whose keys are turned, and have no bias that could take up a norm's
 
 
 TIMM = {"img_size": 12, "patch_size": 4, "embed_dim": 24, "depth": 2}
@@ -72,7 +106,7 @@ def case(request, tmp_path_factory):
     model = theirs.awkward(kind(kind.config_class(**config)))
     folder = tmp_path_factory.mktemp(request.param) / "source"
     model.save_pretrained(folder)
-    images = rng.normal(size=(2, SIDE, SIDE, 3)) + 1
+    images = rng.normal(size=(2, SIDE, FRAMES, 1) if "max_length" in config else (2, SIDE, SIDE, 3)) + 1
     return folder, images, theirs.features(model, images, output), output
 
 
@@ -88,7 +122,7 @@ def test_an_import_comes_back_bit_for_bit(case, tmp_path):
 @pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
 def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
     folder, images, expected, output = case
-    folds = prenorm_jax.load(folder)[0].qkv_bias
+    folds = prenorm_jax.load(folder)[0].qkv_bias and folder.parent.name.rstrip("0") not in CANNOT_FOLD
     import_checkpoint(folder, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not folds)
     if to == "crmsnorm" and not folds:
         with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
@@ -98,8 +132,55 @@ def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case
     exported = theirs.load(tmp_path / "back")
     assert relative(theirs.features(exported, images, output), expected) < 1e-9
     if output is None:  # text tower and projections came along
-        embeds = (theirs.embeds(model, images) for model in (exported, theirs.load(folder)))
+        embeds = (theirs.embeds(network, images) for network in (exported, theirs.load(folder)))
         assert relative(*embeds) < 1e-9
+
+
+def test_the_tokens_of_a_beit_of_masked_images_are_what_its_head_reads(tmp_path):
+    library = theirs.transformers()
+    model = theirs.awkward(library.BeitForMaskedImageModeling(library.BeitConfig(**BEIT, vocab_size=7)))
+    model.save_pretrained(tmp_path)
+    images = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)) + 1
+    expected = theirs.features(model, images, "logits")
+    tokens = logits(*prenorm_jax.load(tmp_path), images)[:, 1:]
+    head = model.lm_head
+    assert relative(tokens @ head.weight.detach().numpy().T + head.bias.detach().numpy(), expected) < 1e-9
+
+
+def test_dinov3_with_its_class_token_and_registers_turned_too_is_another_function(tmp_path, monkeypatch):
+    model = theirs.awkward(theirs.transformers().DINOv3ViTModel(theirs.transformers().DINOv3ViTConfig(**DINOV3)))
+    model.save_pretrained(tmp_path)
+    images = np.random.default_rng(1).normal(size=(1, SIDE, SIDE, 3))
+    expected = theirs.features(model, images, "last_hidden_state")
+    config, params = prenorm_jax.load(tmp_path)
+
+    def all_turned(tokens, width, base, grid):
+        return np.resize(patch_angles(9, width, base, grid), (tokens, width // 2))
+
+    monkeypatch.setattr("prenorm_jax.models.positions.patch_angles", all_turned)
+    wrong = prenorm_jax.build_model(config).apply({"params": params}, images)
+    assert relative(wrong, expected) > 1e-2
+
+
+def test_a_converted_vit_of_timms_is_timms_own_with_rmsnorms_or_is_refused(case, tmp_path):
+    folder, images, expected, output = case
+    refused = {"dinov2": "head_affine/bias", "qk_norm": "qk_norm", "siglip": "pooling", "clip": "embed_norm"}
+    if output != "":
+        refused = {"": "is of timm's ViTs"}  # other libraries' formats
+    import_checkpoint(folder, tmp_path / "run", "rmsnorm")
+    name = json.loads((folder / "config.json").read_text()).get("architecture", "")
+    name += "_qk_norm" if "gap_240" in name else ""
+    if said := [words for part, words in refused.items() if part in name]:
+        with pytest.raises(prenorm_jax.PrenormError, match=said[0]):
+            export_checkpoint(tmp_path / "run", tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
+        assert not (tmp_path / "rms").exists()
+        return
+    export_checkpoint(tmp_path / "run", tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
+    theirs_of_rmsnorms = theirs.load(tmp_path / "rms")
+    assert type(theirs_of_rmsnorms.blocks[0].norm1).__name__ == "RmsNorm"
+    assert relative(theirs.features(theirs_of_rmsnorms, images, output), expected) < 1e-9
+    theirs_of_rmsnorms.load_state_dict(theirs.load(folder).state_dict(), strict=False)  # not recentred
+    assert relative(theirs.features(theirs_of_rmsnorms, images, output), expected) > 1e-2
 
 
 def test_every_name_of_timms_that_is_known_has_its_heads_activation_and_epsilon():

@@ -11,7 +11,11 @@ from prenorm_jax.interop.family import Family, Given
 
 
 def _config(given: Given) -> dict[str, Any]:
-    _check_output(given)
+    if given.labels():
+        raise PrenormError(
+            "a CLIP's classifier reads the raw stream, whose mean conversion removes: it has no equivalent; it would "
+            "have to read what post_layernorm gives, as the projection does"
+        )
     return {
         "family": "vit",
         "image_size": given.side("image_size", default=224),
@@ -31,26 +35,14 @@ def _config(given: Given) -> dict[str, Any]:
     }
 
 
-def _check_output(given: Given) -> None:
-    classes = [name for name in given("architectures", default=[]) if name.endswith("ForImageClassification")]
-    if classes or "classifier.weight" in given.shapes:
-        raise PrenormError(
-            "a CLIP's classifier reads the raw stream, whose mean conversion removes: it has no equivalent; it would "
-            "have to read what post_layernorm gives, as the projection does"
-        )
-
-
 def _within(given: Given) -> dict[str, Any]:
-    _check_output(given)
-    vision = given("vision_config", default={}) | given("vision_config_dict", default={})
-    return _config(Given(vision, given.shapes))
+    """Of a whole CLIP. The older `vision_config_dict`, where it is, counts alone, its defaults included."""
+    return _config(given.within("vision_config", "vision_config_dict"))
 
 
-_TABLE = """
-    embeddings.class_embedding                         d        class_token                       1 d
+TOWER = """
     embeddings.position_embedding.weight               n d      position_embedding
     embeddings.patch_embedding.weight                  d c y x  patch_embedding/kernel            y x c d
-    pre_layrnorm.{weight,bias}                         d        embedding_norm/{scale,bias}
     encoder.layers.{i}.layer_norm1.{weight,bias}       d        block_{i}/attention_norm/{scale,bias}
     encoder.layers.{i}.self_attn.{q,k,v}_proj.weight   (h k) d  block_{i}/attention/{query,key,value}/kernel  d (h k)
     encoder.layers.{i}.self_attn.{q,k,v}_proj.bias     (h k)    block_{i}/attention/{query,key,value}/bias
@@ -63,6 +55,13 @@ _TABLE = """
     encoder.layers.{i}.mlp.fc2.bias                    d        block_{i}/mlp/down/bias
     post_layernorm.{weight,bias}                       d        head_affine/{scale,bias}
 """
+_TABLE = (
+    TOWER
+    + """
+    embeddings.class_embedding                         d        class_token                       1 d
+    pre_layrnorm.{weight,bias}                         d        embedding_norm/{scale,bias}
+"""
+)
 _ALONG = (r"visual_projection\.weight", r"text_projection\.weight", r"text_model\..*", "logit_scale")
 _MASKS = (r"embeddings\.position_ids",)
 

@@ -11,7 +11,7 @@ from prenorm_jax.interop.family import Family, Given
 
 
 def _config(given: Given) -> dict[str, Any]:
-    classifies, gated = "classifier.weight" in given.shapes, given("use_swiglu_ffn", default=False)
+    classes, gated = given.labels(), given("use_swiglu_ffn", default=False)
     with_registers = given.values.get("model_type") == "dinov2_with_registers"
     width = given("hidden_size", default=768)
     mlp_dim = width * given("mlp_ratio", default=4)
@@ -20,8 +20,8 @@ def _config(given: Given) -> dict[str, Any]:
         "image_size": given.side("image_size", default=224),
         "patch_size": given.side("patch_size", default=16 if with_registers else 14),
         "channels": given("num_channels", default=3),
-        "classes": given.shape("classifier.weight")[0] if classifies else 0,
-        "pooling": "class_mean" if classifies else "none",
+        "classes": classes,
+        "pooling": "class_mean" if classes else "none",
         "registers": given("num_register_tokens", default=4) if with_registers else 0,
         "d_model": width,
         "depth": given("num_hidden_layers", default=12),

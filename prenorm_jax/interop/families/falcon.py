@@ -1,7 +1,7 @@
 """Falcon (transformers' `falcon`), in its layouts.
 
 7B has one key for all heads and one norm for both branches; 40B a key for each group of heads and a norm for each
-branch; 11B groups and one norm. Others have one branch after the other.
+branch; 11B groups and one norm. Others (RW) have one branch after the other, and ALiBi, rounded, for positions.
 """
 
 from typing import Any
@@ -10,27 +10,31 @@ from prenorm_jax.interop.family import Family, Given
 
 
 def _config(given: Given) -> dict[str, Any]:
-    given.only("alibi", False, why="no model here has its positions")
     width, heads = given("hidden_size", "n_embed", default=4544), given("num_attention_heads", default=71)
     alone = 1 if given("multi_query", default=True) else heads
-    return given.rotary(width, heads) | {
-        "vocab_size": given("vocab_size", default=65024),
-        "max_len": given("max_position_embeddings", default=2048),
-        "d_model": width,
-        "depth": given("num_hidden_layers", default=32),
-        "heads": heads,
-        "kv_heads": given("num_kv_heads", default=heads) if _is_new(given) else alone,
-        "mlp_dim": given("ffn_hidden_size", default=4 * width),
-        "activation": given.activation("activation", default="gelu"),
-        "parallel": _norms(given) is not _IN_TURN,
-        "shared_norm": _norms(given) is _ONE,
-        "use_bias": given("bias", default=False),
-        "epsilon": given("layer_norm_epsilon", default=1e-5),
-        "tie_embeddings": given("tie_word_embeddings", default=True),
-        "embed_dropout": 0.0,
-        "branch_dropout": given("hidden_dropout", default=0.0),
-        "attention_dropout": given("attention_dropout", default=0.0),
-    }
+    fall = {"positions": "alibi", "alibi_rounded": True, "rotary_dim": None} if given("alibi", default=False) else {}
+    return (
+        given.rotary(width, heads)
+        | fall
+        | {
+            "vocab_size": given("vocab_size", default=65024),
+            "max_len": given("max_position_embeddings", default=2048),
+            "d_model": width,
+            "depth": given("num_hidden_layers", default=32),
+            "heads": heads,
+            "kv_heads": given("num_kv_heads", default=heads) if _is_new(given) else alone,
+            "mlp_dim": given("ffn_hidden_size", default=4 * width),
+            "activation": given.activation("activation", default="gelu"),
+            "parallel": _norms(given) is not _IN_TURN,
+            "shared_norm": _norms(given) is _ONE,
+            "use_bias": given("bias", default=False),
+            "epsilon": given("layer_norm_epsilon", default=1e-5),
+            "tie_embeddings": given("tie_word_embeddings", default=True),
+            "embed_dropout": 0.0,
+            "branch_dropout": given("hidden_dropout", default=0.0),
+            "attention_dropout": given("attention_dropout", default=0.0),
+        }
+    )
 
 
 def _is_new(given: Given) -> bool:

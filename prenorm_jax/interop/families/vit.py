@@ -5,15 +5,16 @@ from typing import Any
 from prenorm_jax.interop.family import Family, Given
 
 
-def _config(given: Given) -> dict[str, Any]:
-    classifies = "classifier.weight" in given.shapes
+def config(given: Given) -> dict[str, Any]:
+    """The keys of our `config.model`."""
+    classes = given.labels()
     return {
         "family": "vit",
         "image_size": given.side("image_size", default=224),
         "patch_size": given.side("patch_size", default=16),
         "channels": given("num_channels", default=3),
-        "classes": given.shape("classifier.weight")[0] if classifies else 0,
-        "pooling": "class" if classifies else "none",
+        "classes": classes,
+        "pooling": "class" if classes else "none",
         "d_model": given("hidden_size", default=768),
         "depth": given("num_hidden_layers", default=12),
         "heads": given("num_attention_heads", default=12),
@@ -43,23 +44,27 @@ ATTENTION = """
     encoder.layer.{i}.attention.output.dense.weight     d (h k)  block_{i}/attention/out/kernel       (h k) d
     encoder.layer.{i}.attention.output.dense.bias       d        block_{i}/attention/out/bias
 """
-FAMILY = Family(
-    "vit",
-    _config,
-    table=EMBEDDING
-    + ATTENTION
-    + """
+BLOCK = """
     encoder.layer.{i}.layernorm_before.{weight,bias}    d        block_{i}/attention_norm/{scale,bias}
     encoder.layer.{i}.layernorm_after.{weight,bias}     d        block_{i}/mlp_norm/{scale,bias}
     encoder.layer.{i}.intermediate.dense.weight         f d      block_{i}/mlp/up/kernel              d f
     encoder.layer.{i}.intermediate.dense.bias           f        block_{i}/mlp/up/bias
     encoder.layer.{i}.output.dense.weight               d f      block_{i}/mlp/down/kernel            f d
     encoder.layer.{i}.output.dense.bias                 d        block_{i}/mlp/down/bias
+"""
+REST = (
+    BLOCK
+    + """
     layernorm.{weight,bias}                             d        head_norm/{scale,bias}               # with, and:
     classifier.weight                                   v d      head/kernel                          d v
     classifier.bias                                     v        head/bias
     layernorm.{weight,bias}                             d        head_affine/{scale,bias}             # without
-    """,
+"""
+)
+FAMILY = Family(
+    "vit",
+    config,
+    table=EMBEDDING + ATTENTION + REST,
     prefixes=("vit.",),
     along=(r"pooler\.dense\..*", r"decoder\..*", r"embeddings\.mask_token"),
 )
