@@ -55,8 +55,9 @@ class Network(NamedTuple):
     """A network of another library.
 
     Attributes:
-      name: of the case, in the tests.
+      name: of the case, in the tests, behind what kind it is of.
       folder: where its library has written it.
+      source: what ours are told to read: the folder, or a tower of what is in it.
       inputs: as ours take them.
       expected: its outputs.
       run: its outputs again, of the model in the folder, as the library loads it.
@@ -65,6 +66,7 @@ class Network(NamedTuple):
 
     name: str
     folder: Path
+    source: str | Path
     inputs: np.ndarray
     expected: np.ndarray
     run: Callable[[Any], np.ndarray]
@@ -97,8 +99,7 @@ def networks(place: Path, only: str) -> Iterator[Network]:
     class Factory:
         @staticmethod
         def mktemp(name: str) -> Path:
-            (place / name).mkdir(parents=True)
-            return place / name
+            return Path(tempfile.mkdtemp(prefix=name, dir=place))
 
     for kind in ("text", "encoder", "image"):
         if not (Path(__file__).parent / f"test_{kind}_checkpoints.py").is_file():
@@ -109,21 +110,24 @@ def networks(place: Path, only: str) -> Iterator[Network]:
     tests = importlib.import_module("test_text_checkpoints")
     for name in filter(re.compile(only).search, NO_EQUIVALENT):
         model, tokens = theirs.make("opt", **tests.OPT | NO_EQUIVALENT[name]), np.arange(tests.T)[None]
-        model.save_pretrained(Factory.mktemp(name))
-        yield _network("text", name, (place / name, tokens, theirs.logits(model, tokens), None))
+        model.save_pretrained(folder := Factory.mktemp(name))
+        yield _network("text", name, (folder, tokens, theirs.logits(model, tokens), None))
 
 
 def _network(kind: str, name: str, made: Any) -> Network:
     """What the tests' fixture has made."""
+    name = f"{kind}/{name}"
     if kind == "encoder":
         tests, (tokens, mask) = importlib.import_module("test_encoder_checkpoints"), made.inputs[0]
         run = functools.partial(tests.outputs, output=made.output, tokens=tokens, mask=mask)
-        return Network(name, made.folder, tokens, made.expected[0], run, made.output)
-    folder, inputs, expected, rest = made
+        return Network(name, made.folder, made.name, tokens, made.expected[0], run, made.output)
+    folder, inputs, expected, output = made
     if kind == "text":
-        return Network(name, folder, inputs, expected, functools.partial(theirs.logits, tokens=inputs), "logits")
-    run = functools.partial(theirs.features, images=inputs, output=rest)
-    return Network(name, folder, inputs, expected, run, rest)
+        return Network(
+            name, folder, folder, inputs, expected, functools.partial(theirs.logits, tokens=inputs), "logits"
+        )
+    run = functools.partial(theirs.features, images=inputs, output=output)
+    return Network(name, folder, folder, inputs, expected, run, output)
 
 
 class Outcome(NamedTuple):
@@ -156,8 +160,8 @@ def verdict(error: float, changed: int, norms: int) -> str:
 def ours(network: Network) -> Outcome:
     """To rmsnorm, and to crmsnorm."""
     try:
-        report = explain(network.folder)
-        config, params = prenorm_jax.load(network.folder)
+        report = explain(network.source)
+        config, params = prenorm_jax.load(network.source)
         errors = []
         for to in ("rmsnorm", "crmsnorm"):
             converted = convert_params(params, config, to)
@@ -176,7 +180,8 @@ class Torch:
     def __init__(self, network: Network):
         self.model = theirs.load(network.folder)
         self.tower = network.tower(self.model)
-        self.norms = sum(type(module).__name__.endswith("LayerNorm") for module in self.tower.modules())
+        modules = [module for module in self.tower.modules() if not [*module.children()]]
+        self.norms = sum("LayerNorm" in type(module).__name__ for module in modules)
         self.parameters = count(self.tower)
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         table = self.model.get_input_embeddings().weight if head is not None else None
@@ -208,11 +213,12 @@ def brevitas(network: Network) -> Outcome:
 
     before = Torch(network)
     args, kwargs = network.given(before.model)
-    is_decoder = before.tower is before.model and network.inputs.ndim == 2 and before.model.can_generate()
-    compatible = make_dynamo_compatible(before.model) if is_decoder else contextlib.nullcontext()
     torch._dynamo.reset()
     with torch.no_grad():
-        with compatible, dynamo_export_ctx():
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(Exception):  # of models that it does not know
+                stack.enter_context(make_dynamo_compatible(before.model))
+            stack.enter_context(dynamo_export_ctx())
             graph, _ = torch._dynamo.export(before.tower)(*args, **kwargs)
         if not (off := network.off(graph(*args, **kwargs))) < EXACT:
             return Outcome("crashed", note=f"the trace alone is off by {off:.1e}")
