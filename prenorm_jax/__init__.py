@@ -7,12 +7,13 @@ if TYPE_CHECKING:
     from prenorm_jax.base.errors import PrenormError
     from prenorm_jax.equivalence.choice import choose_coordinates
     from prenorm_jax.equivalence.convert import convert_config, convert_params
+    from prenorm_jax.folding.fold import fold
     from prenorm_jax.interop.certify import certify_checkpoint
     from prenorm_jax.interop.checkpoint import load
     from prenorm_jax.models.registry import build_model
 
 __all__ = ["PrenormError", "build_model", "certify_checkpoint", "choose_coordinates", "convert_config"]
-__all__ += ["convert_params", "load"]
+__all__ += ["convert_params", "fold", "load"]
 
 _HOMES = {
     "build_model": "models.registry",
@@ -20,6 +21,7 @@ _HOMES = {
     "choose_coordinates": "equivalence.choice",
     "convert_config": "equivalence.convert",
     "convert_params": "equivalence.convert",
+    "fold": "folding.fold",
     "load": "interop.checkpoint",
     "PrenormError": "base.errors",
 }

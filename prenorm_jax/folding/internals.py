@@ -59,11 +59,10 @@ def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
 
 
 def where(eqn: core.JaxprEqn) -> str:
-    """The line of the user that the equation comes from, as file:line: the innermost that lies in no library."""
+    """The user's line that the equation comes from, as file:line: the innermost outside of libraries; or ""."""
     frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
-    frames = [frame for frame in frames if not frame.file_name.startswith("<")]
-    own = [frame for frame in frames if not frame.file_name.startswith(_LIBRARIES)] or frames
-    return f"{os.path.relpath(own[0].file_name)}:{own[0].line_num}" if own else "?"
+    own = [frame for frame in frames if not frame.file_name.startswith(("<", *_LIBRARIES))]
+    return f"{os.path.relpath(own[0].file_name)}:{own[0].line_num}" if own else ""
 
 
 def scope(eqn: core.JaxprEqn) -> str:

@@ -4,7 +4,8 @@ Every choice computes the same function, by the identities of `rules.py`; only t
 wanted without its mean has it removed at run time. One minimum cut finds the choice that costs least: the source's side
 is raw, the sink's without mean. Edges, with what they cost if they are cut:
 
-    a -> a'         a's mean is removed at run time: a's size times how often it is computed
+    a -> a'         a's mean is removed at run time: a's size times how often it is computed; half as much again where
+                    that is a pass of its own, and not the one that a norm of a makes in any case
     a' -> sink      a site wants a without its mean: no cut
     a' -> c         c without its mean is made of a without its mean: no cut
     c -> a          c raw is made of a raw: no cut
@@ -22,7 +23,7 @@ import scipy.sparse.csgraph
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.folding import rules
-from prenorm_jax.folding.program import Block, Equation, Program, Region, Value
+from prenorm_jax.folding.program import Block, Equation, Program, Region, Value, back_map
 from prenorm_jax.folding.rules import RAW, UNREAD, ZERO
 from prenorm_jax.folding.sites import Site, find_sites, widened
 
@@ -40,9 +41,10 @@ class Label(NamedTuple):
 
 @dataclasses.dataclass
 class Why:
-    """Why a value has to be raw: in words, and the equation that is to blame, if one is."""
+    """Why a value has to be raw: in words, as a kind (blocked, read, returned or other), the equation to blame."""
 
     text: str
+    kind: str = "other"
     equation: Equation | None = None
 
 
@@ -95,7 +97,7 @@ class Plan:
 
         def visit(equations: list[Equation]) -> None:
             for eqn in equations:
-                if eqn.eqn.effects and not eqn.name.startswith("scan_") or not needed.isdisjoint(eqn.outputs):
+                if eqn.has_effect or not needed.isdisjoint(eqn.outputs):
                     live.add(eqn)
                     needed.update([self.sites[eqn].base] if eqn in self.sites else eqn.inputs)
 
@@ -133,8 +135,7 @@ class Plan:
             self._known[key] = site is not None and site.axes == label.axes
             if site is None and value.equation is not None and (found := self._push(value, label)):
                 self._known[key] = any(isinstance(need, Label) for need in found) and all(
-                    need == RAW
-                    or (rules.value_of(one) == 0 if need == ZERO else self.known(one, need, depth + 1))
+                    need == RAW or (rules.value_of(one) == 0 if need == ZERO else self.known(one, need, depth + 1))
                     for one, need in zip(value.equation.inputs, found, strict=True)
                 )
         return self._known.get(key, False)
@@ -159,7 +160,7 @@ class Plan:
                 continue
             labels.append(label)
             if len(labels) > 1:
-                self._force(value, Why("it is wanted without its mean over several sets of axes", value.equation))
+                self._force(value, Why("norms take its mean over different axes", "other", value.equation))
             elif (found := self.needs(value, label)) is not None:
                 pairs = zip(value.equation.inputs, found, strict=True)
                 todo += [(one, need) for one, need in pairs if isinstance(need, Label)]
@@ -173,7 +174,7 @@ class Plan:
 
     def _connect(self) -> None:
         for value in self.program.outputs:
-            self._force(value, Why("the function returns it"))
+            self._force(value, Why("the function returns it", "returned"))
         for eqn in self.program.equations():
             if eqn not in self.live:
                 continue
@@ -181,16 +182,19 @@ class Plan:
                 site = self.sites[eqn]
                 self._edge((site.base, Label(site.axes)), "sink")
                 self._tie_casts(eqn, site)
-            elif eqn.eqn.effects and not eqn.name.startswith("scan_"):
+                self._force(eqn.outputs[0], Why("a norm of a norm, over other axes", "other", eqn))
+            elif eqn.has_effect:
                 self._read_raw(eqn, None, [RAW] * len(eqn.inputs))
             else:
                 for out in eqn.outputs:
                     self._connect_output(eqn, out)
+        bases = {site.base for site in self.live_sites()}
         for value, labels in self.wanted.items():
             if value.equation is None and value.kind not in ("parameter", "constant"):
                 self._force(value, Why("it is an input of the function"))
             for label in labels:
-                self._edge(value, (value, label), 1.0 if value.fixed else math.prod(value.shape) * value.times)
+                size = math.prod(value.shape) * value.times * (1.0 if value in bases else 1.5)
+                self._edge(value, (value, label), 1.0 if value.fixed else size)
         for value in self.forced:
             if value in self.wanted:
                 self._edge("source", value)
@@ -199,7 +203,7 @@ class Plan:
         labels = self.wanted.get(out)
         found = self.needs(out, labels[0]) if labels else None
         if labels and found is None:
-            self._force(out, Why(_blocked(eqn), eqn))
+            self._force(out, Why(_blocked(eqn), "blocked", eqn))
         self._read_raw(eqn, out if found is not None else None, found or [RAW] * len(eqn.inputs))
         for one, need in zip(eqn.inputs, found or (), strict=False):
             if isinstance(need, Label):
@@ -214,7 +218,7 @@ class Plan:
             if one not in self.wanted or self.indifferent(eqn, i):
                 continue
             if need == RAW:
-                self._force(one, Why(f"{_reader(eqn)} reads it with its mean", eqn))
+                self._force(one, Why(f"{_reader(eqn)} reads it with its mean", "read", eqn))
             else:
                 self._edge(out, one)
 
@@ -284,7 +288,7 @@ def _push_scale(eqn: Equation, label: Label) -> list[Any] | None:
     for i, scale in enumerate(eqn.inputs):
         dims: list[int | None] = list(range(len(scale.shape)))
         while (made := scale.equation) is not None and made.name != "scan_xs":
-            back = rules.back_map(made)
+            back = back_map(made)
             if back is None and not (made.name == "convert_element_type" and made.inputs[0].is_float):
                 break
             dims = dims if back is None else [None if dim is None else back[dim] for dim in dims]
@@ -309,8 +313,17 @@ def _reader(eqn: Equation) -> str:
     return {"scan_carry": "a loop", "scan_xs": "a loop", "scan_ys": "a loop"}.get(eqn.name, eqn.name)
 
 
+_BLOCKED = {
+    "select_n": "a mask that differs along the stream",
+    "mul": "a factor that differs along the stream",
+    "conv_general_dilated": "a convolution in several groups (depthwise), or over what is normed",
+    "reshape": "a reshape that splits or merges the normed axes",
+    "dot_general": "a product that sums over the normed axes",
+}
+
+
 def _blocked(eqn: Equation) -> str:
-    return f"no rule moves the mean's removal across {_reader(eqn)}"
+    return f"no mean's removal moves across {_BLOCKED.get(eqn.name, _reader(eqn))}"
 
 
 def _cut(edges: Mapping[tuple[Any, Any], float]) -> set[Any]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from prenorm_jax.folding import internals
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Value:
     """One array of the program.
 
@@ -48,31 +48,35 @@ class Value:
         return jnp.issubdtype(self.aval.dtype, jnp.floating)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Equation:
-    """A primitive's call. `eqn` is JAX's own; `name`, the primitive's or one of this module's; `stack`, what is around
-    the calls that it was inlined from."""
+    """A primitive's call. `eqn` is JAX's own; `name`, the primitive's or one of this module's; `calls`, JAX's equations
+    that it was inlined from, the outermost first."""
 
     name: str
     eqn: core.JaxprEqn
     inputs: list[Value]
     outputs: list[Value]
-    stack: str = ""
+    calls: tuple[core.JaxprEqn, ...] = ()
 
     @property
     def params(self) -> dict[str, Any]:
         return self.eqn.params
 
     @property
+    def has_effect(self) -> bool:
+        return bool(self.eqn.effects) and not self.name.startswith("scan_")
+
+    @property
     def where(self) -> str:
-        return internals.where(self.eqn)
+        return next(filter(None, map(internals.where, (self.eqn, *self.calls[::-1]))), "?")
 
     @property
     def scope(self) -> str:
-        return "/".join(filter(None, (self.stack, internals.scope(self.eqn))))
+        return "/".join(filter(None, map(internals.scope, (*self.calls, self.eqn))))
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Region:
     """A scan or a checkpoint with its body. `outputs`: what of the body is seen around a checkpoint."""
 
@@ -124,7 +128,7 @@ def read(body: internals.Body, parameters: int = 0) -> Program:
         Value(var.aval, kind="parameter" if i < parameters else "input", index=i, uniform=_units(var.aval))
         for i, var in enumerate(body.jaxpr.invars)
     ]
-    block, outputs = _read(body, inputs, 1, "")
+    block, outputs = _read(body, inputs, 1, ())
     return Program(block, inputs, outputs)
 
 
@@ -134,7 +138,9 @@ def _constant(aval: Any, data: Any) -> Value:
     return Value(aval, kind="constant", data=data, fixed=True, uniform=_units(aval))
 
 
-def _read(body: internals.Body, args: list[Value], times: int, stack: str) -> tuple[Block, list[Value]]:
+def _read(
+    body: internals.Body, args: list[Value], times: int, calls: tuple[core.JaxprEqn, ...]
+) -> tuple[Block, list[Value]]:
     jaxpr, block = body.jaxpr, []
     env = dict(zip(jaxpr.invars, args, strict=True))
     env |= {var: _constant(var.aval, data) for var, data in zip(jaxpr.constvars, body.consts, strict=True)}
@@ -144,7 +150,7 @@ def _read(body: internals.Body, args: list[Value], times: int, stack: str) -> tu
 
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [value(atom) for atom in eqn.invars]
-        inner = "/".join(filter(None, (stack, internals.scope(eqn))))
+        inner = (*calls, eqn)
         if name in internals.INLINED:
             items, outputs = _read(internals.bodies(eqn)[0], inputs, times, inner)
         elif name in internals.REMAT:
@@ -154,10 +160,13 @@ def _read(body: internals.Body, args: list[Value], times: int, stack: str) -> tu
             region = _read_scan(eqn, inputs, times, inner)
             items, outputs = [region], region.outputs
         elif name == "optimization_barrier":  # one for each array: each may be moved on its own
-            items = [_equation(eqn, name, [one], [var.aval], times, stack) for one, var in zip(inputs, eqn.outvars)]
+            items = [
+                _equation(eqn, name, [one], [var.aval], times, calls)
+                for one, var in zip(inputs, eqn.outvars, strict=True)
+            ]
             outputs = [item.outputs[0] for item in items]
         else:
-            items = [_equation(eqn, name, inputs, [var.aval for var in eqn.outvars], times, stack)]
+            items = [_equation(eqn, name, inputs, [var.aval for var in eqn.outvars], times, calls)]
             outputs = items[0].outputs
         block += items
         env.update(zip(eqn.outvars, outputs, strict=True))
@@ -165,9 +174,9 @@ def _read(body: internals.Body, args: list[Value], times: int, stack: str) -> tu
 
 
 def _equation(
-    eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], times: int, stack: str
+    eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], times: int, calls: tuple[core.JaxprEqn, ...]
 ) -> Equation:
-    made = Equation(name, eqn, inputs, [], stack)
+    made = Equation(name, eqn, inputs, [], calls)
     fixed = all(one.fixed for one in inputs) and not eqn.effects and not name.startswith("scan_")
     made.outputs = [Value(aval, times, equation=made, fixed=fixed) for aval in avals]
     for out in made.outputs:
@@ -175,27 +184,27 @@ def _equation(
     return made
 
 
-def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], times: int, stack: str) -> Region:
+def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], times: int, calls: tuple[core.JaxprEqn, ...]) -> Region:
     params, body = eqn.params, internals.bodies(eqn)[0]
     consts, carries = internals.scan_counts(eqn)
     inside, first = times * params["length"], consts + carries
     avals = [var.aval for var in body.jaxpr.invars]
     # The value at the body's end is not known yet: it is put in below.
     enter = [
-        _equation(eqn, "scan_carry", [one], [avals[consts + i]] * 2, inside, stack)
+        _equation(eqn, "scan_carry", [one], [avals[consts + i]] * 2, inside, calls)
         for i, one in enumerate(inputs[consts:first])
     ]
     xs = [
-        _equation(eqn, "scan_xs", [one], [aval], inside, stack)
+        _equation(eqn, "scan_xs", [one], [aval], inside, calls)
         for one, aval in zip(inputs[first:], avals[first:], strict=True)
     ]
     args = inputs[:consts] + [one.outputs[0] for one in enter + xs]
-    block, ends = _read(body, args, inside, stack)
+    block, ends = _read(body, args, inside, calls)
     for one, end in zip(enter, ends, strict=False):
         one.inputs.append(end)
         one.outputs[1].times = times
     ys = [
-        _equation(eqn, "scan_ys", [end], [var.aval], times, stack)
+        _equation(eqn, "scan_ys", [end], [var.aval], times, calls)
         for end, var in zip(ends[carries:], eqn.outvars[carries:], strict=True)
     ]
     outputs = [one.outputs[1] for one in enter] + [one.outputs[0] for one in ys]
@@ -206,11 +215,23 @@ def _units(aval: Any) -> frozenset[int]:
     return frozenset(i for i, size in enumerate(aval.shape) if size == 1)
 
 
-_ENTRYWISE = frozenset(
-    "abs add add_any and ceil convert_element_type copy cos div eq erf erfc exp exp2 expm1 floor ge gt integer_pow "
-    "is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n sharding_constraint "
-    "sign sin sqrt square stop_gradient sub tanh xor".split()
-)
+_ENTRYWISE = {"abs", "add", "add_any", "and", "ceil", "convert_element_type", "copy", "cos", "div", "eq", "erf", "erfc"}
+_ENTRYWISE |= {
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "ge",
+    "gt",
+    "integer_pow",
+    "is_finite",
+    "le",
+    "log",
+    "log1p",
+    "logistic",
+}
+_ENTRYWISE |= {"lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem", "round", "rsqrt", "select_n", "sign"}
+_ENTRYWISE |= {"sharding_constraint", "sin", "sqrt", "square", "stop_gradient", "sub", "tanh", "xor"}
 
 
 def _uniform(made: Equation, out: Value) -> frozenset[int]:

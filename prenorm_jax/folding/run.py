@@ -66,9 +66,8 @@ class Runner:
                 self._mark_equation(item)
 
     def _mark_equation(self, eqn: Equation) -> None:
-        effect = eqn.eqn.effects and not eqn.name.startswith("scan_")
         for out in eqn.outputs:
-            if out in self.forms or effect:
+            if out in self.forms or eqn.has_effect:
                 self.forms.setdefault(out, {})
                 self._mark_scales(out)
                 for key in self._operands(eqn, out):
@@ -143,8 +142,8 @@ class Runner:
         params = region.eqn.params
         starts = [eqn.outputs[0] for eqn in region.carries]
         ends = [self._operands(eqn, start) for eqn, start in zip(region.carries, starts, strict=True)]
-        xs = [(eqn.outputs[0], self._operands(eqn, eqn.outputs[0])[0]) for eqn in region.xs if eqn.outputs[0] in self.forms]
-        ys = [(eqn.outputs[0], self._operands(eqn, eqn.outputs[0])[0]) for eqn in region.ys if eqn.outputs[0] in self.forms]
+        xs = self._turns(region.xs)
+        ys = self._turns(region.ys)
 
         def body(carry: list[Array], slices: list[Array]) -> tuple[list[Array], list[Array]]:
             inner = dict(env)
@@ -163,6 +162,11 @@ class Runner:
         for value, array in zip(outputs, [*last, *stacked], strict=True):
             env[value, self.centred.get(value)] = array
             self._add_forms(value, env)
+
+    def _turns(self, equations: list[Equation]) -> list[tuple[Value, Key]]:
+        """What a scan takes or gives turn by turn and something reads: each with what it is made of."""
+        read = [eqn for eqn in equations if eqn.outputs[0] in self.forms]
+        return [(eqn.outputs[0], self._operands(eqn, eqn.outputs[0])[0]) for eqn in read]
 
     def _checkpoint(self, region: Region, env: Env) -> None:
         keys = [(value, form) for value in region.outputs for form in self.forms.get(value, ())]

@@ -158,6 +158,8 @@ def _unmasked(value: Value) -> Value | None:
     if eqn is None or eqn.name not in ("select_n", "mul") or squared(widened(value)) is not None:
         return None
     cases = [one for one in eqn.inputs if value_of(one) is None and one.is_float and one.kind == "computed"]
-    masks = [one for one in cases if one.equation.name == "convert_element_type" and not one.equation.inputs[0].is_float]
+    masks = [
+        one for one in cases if one.equation.name == "convert_element_type" and not one.equation.inputs[0].is_float
+    ]
     cases = [widened(one) for one in cases if one not in masks]
     return cases[0] if len(cases) == 1 and (masks or eqn.name == "select_n") else None
