@@ -124,7 +124,8 @@ class Plan:
         if label.scale is not None and ZERO in found:  # C(λ ⊙ u) is not 0
             return None
         found = [_mapped(eqn, label, need) if isinstance(need, dict) else need for need in found]
-        return None if None in found else found
+        pairs = zip(eqn.inputs, found, strict=True)
+        return found if all(need is not None and _is_seen(need, one) for one, need in pairs) else None
 
     def known(self, value: Value, label: Label, depth: int = 0) -> bool:
         """Whether the value has no mean over the label's axes, whatever it is stored by: what a site gives has none."""
@@ -248,12 +249,10 @@ class Plan:
                 self._edge(value, "sink")
         sink_side = _cut(self.edges)
         self.centred = {value: labels[0] for value, labels in self.wanted.items() if value in sink_side}
-        for index, pin in (pins or {}).items():
-            if pin is not None and self.pin(index) != pin and self._is_read(index):
-                raise PrenormError(
-                    f"the folded parameters do not serve inputs of these shapes: parameter {index} is read with its "
-                    "mean; fold again with inputs of these shapes"
-                )
+        broken = [value for value in self.centred if value in self.forced]  # no cut: a pin and what forces disagree
+        kept = all(pin is None or self.pin(i) == pin or not self._is_read(i) for i, pin in (pins or {}).items())
+        if broken or not kept:
+            raise PrenormError("the folded parameters do not serve inputs of these shapes: fold with examples of them")
         return self
 
     def _is_read(self, index: int) -> bool:
@@ -300,6 +299,12 @@ def _push_scale(eqn: Equation, label: Label) -> list[Any] | None:
             found[1 - i] = Label(label.axes, scale, tuple(places[dim] for dim in range(len(scale.shape))))
             return found
     return None
+
+
+def _is_seen(need: Any, value: Value) -> bool:
+    """Whether the scale of a label is there where the value is: not that of a loop's turn outside of the loop."""
+    scale = need.scale if isinstance(need, Label) else None
+    return scale is None or scale.loops == value.loops[: len(scale.loops)]
 
 
 def _is_given(value: Value) -> bool:

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 
 from prenorm_jax.folding import internals
 
+Loops = tuple[core.JaxprEqn, ...]
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Value:
     """One array of the program.
 
     Attributes:
-      times: how often it is computed in one call: the product of the lengths of the scans around it.
+      loops: JAX's equations of the scans around it, the outermost first.
       kind: parameter, constant, input or computed.
       data: a constant's array.
       index: a parameter's or input's place among the function's flat arguments.
@@ -31,7 +33,7 @@ class Value:
     """
 
     aval: Any
-    times: int = 1
+    loops: Loops = ()
     kind: str = "computed"
     data: Any = None
     index: int = -1
@@ -42,6 +44,11 @@ class Value:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.aval.shape
+
+    @property
+    def times(self) -> int:
+        """How often it is computed in one call."""
+        return math.prod(loop.params["length"] for loop in self.loops)
 
     @property
     def is_float(self) -> bool:
@@ -128,7 +135,7 @@ def read(body: internals.Body, parameters: int = 0) -> Program:
         Value(var.aval, kind="parameter" if i < parameters else "input", index=i, uniform=_units(var.aval))
         for i, var in enumerate(body.jaxpr.invars)
     ]
-    block, outputs = _read(body, inputs, 1, ())
+    block, outputs = _read(body, inputs, (), ())
     return Program(block, inputs, outputs)
 
 
@@ -138,9 +145,7 @@ def _constant(aval: Any, data: Any) -> Value:
     return Value(aval, kind="constant", data=data, fixed=True, uniform=_units(aval))
 
 
-def _read(
-    body: internals.Body, args: list[Value], times: int, calls: tuple[core.JaxprEqn, ...]
-) -> tuple[Block, list[Value]]:
+def _read(body: internals.Body, args: list[Value], loops: Loops, calls: Loops) -> tuple[Block, list[Value]]:
     jaxpr, block = body.jaxpr, []
     env = dict(zip(jaxpr.invars, args, strict=True))
     env |= {var: _constant(var.aval, data) for var, data in zip(jaxpr.constvars, body.consts, strict=True)}
@@ -152,21 +157,21 @@ def _read(
         name, inputs = eqn.primitive.name, [value(atom) for atom in eqn.invars]
         inner = (*calls, eqn)
         if name in internals.INLINED:
-            items, outputs = _read(internals.bodies(eqn)[0], inputs, times, inner)
+            items, outputs = _read(internals.bodies(eqn)[0], inputs, loops, inner)
         elif name in internals.REMAT:
-            items, outputs = _read(internals.bodies(eqn)[0], inputs, times, inner)
+            items, outputs = _read(internals.bodies(eqn)[0], inputs, loops, inner)
             items = [Region("checkpoint", eqn, items, outputs)]
         elif name == "scan":
-            region = _read_scan(eqn, inputs, times, inner)
+            region = _read_scan(eqn, inputs, loops, inner)
             items, outputs = [region], region.outputs
         elif name == "optimization_barrier":  # one for each array: each may be moved on its own
             items = [
-                _equation(eqn, name, [one], [var.aval], times, calls)
+                _equation(eqn, name, [one], [var.aval], loops, calls)
                 for one, var in zip(inputs, eqn.outvars, strict=True)
             ]
             outputs = [item.outputs[0] for item in items]
         else:
-            items = [_equation(eqn, name, inputs, [var.aval for var in eqn.outvars], times, calls)]
+            items = [_equation(eqn, name, inputs, [var.aval for var in eqn.outvars], loops, calls)]
             outputs = items[0].outputs
         block += items
         env.update(zip(eqn.outvars, outputs, strict=True))
@@ -174,20 +179,20 @@ def _read(
 
 
 def _equation(
-    eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], times: int, calls: tuple[core.JaxprEqn, ...]
+    eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], loops: Loops, calls: Loops
 ) -> Equation:
     made = Equation(name, eqn, inputs, [], calls)
     fixed = all(one.fixed for one in inputs) and not eqn.effects and not name.startswith("scan_")
-    made.outputs = [Value(aval, times, equation=made, fixed=fixed) for aval in avals]
+    made.outputs = [Value(aval, loops, equation=made, fixed=fixed) for aval in avals]
     for out in made.outputs:
         out.uniform = _units(out.aval) | _uniform(made, out)
     return made
 
 
-def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], times: int, calls: tuple[core.JaxprEqn, ...]) -> Region:
-    params, body = eqn.params, internals.bodies(eqn)[0]
+def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], loops: Loops, calls: Loops) -> Region:
+    body = internals.bodies(eqn)[0]
     consts, carries = internals.scan_counts(eqn)
-    inside, first = times * params["length"], consts + carries
+    inside, first = (*loops, eqn), consts + carries
     avals = [var.aval for var in body.jaxpr.invars]
     # The value at the body's end is not known yet: it is put in below.
     enter = [
@@ -202,9 +207,9 @@ def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], times: int, calls: tuple
     block, ends = _read(body, args, inside, calls)
     for one, end in zip(enter, ends, strict=False):
         one.inputs.append(end)
-        one.outputs[1].times = times
+        one.outputs[1].loops = loops
     ys = [
-        _equation(eqn, "scan_ys", [end], [var.aval], times, calls)
+        _equation(eqn, "scan_ys", [end], [var.aval], loops, calls)
         for end, var in zip(ends[carries:], eqn.outvars[carries:], strict=True)
     ]
     outputs = [one.outputs[1] for one in enter] + [one.outputs[0] for one in ys]
