@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 B, T, D, H = 2, 4, 6, 2
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 Step = Callable[[dict, dict, jax.Array], jax.Array]  # of (parameters, inputs, stream)
 
 
@@ -21,6 +23,7 @@ class Draw:
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.params: dict[str, np.ndarray] = {}
+        self.coarse = False  # whether something is rounded to float32
 
     def param(self, *shape: int) -> str:
         name = f"p{len(self.params)}"
@@ -116,7 +119,7 @@ def branch(draw: Draw) -> Step:
 
 def on_branch(draw: Draw) -> Step:
     """What happens to a branch's output before it is added: along the stream (no rule holds) or across it."""
-    kind = draw.of(["none", "none", "layer_scale", "dropout", "depth", "scalar", "divide", "tanh", "stopped", "cumsum"])
+    kind = draw.of(["none"] * 5 + ["layer_scale", "dropout", "depth", "scalar", "divide", "tanh", "stopped", "cumsum"])
     scale, mask = (draw.param(D) if kind == "layer_scale" else None), draw.constant(B, T, D) > 0
     flip = draw.chance()
 
@@ -142,27 +145,34 @@ def on_branch(draw: Draw) -> Step:
 
 def residual(draw: Draw) -> Step:
     """x + f(norm(x)), or with the norm elsewhere."""
-    place = draw.of(["pre"] * 6 + ["post", "none", "raw"])
+    place = draw.of(["pre"] * 12 + ["post", "none", "raw"])
     inner, outer, between = norm(draw), branch(draw), on_branch(draw)
-    minus, wrapped = draw.chance(0.2), draw.of(["", "", "remat", "jit", "custom", "cond"])
+    minus = draw.chance(0.2)
 
-    def whole(p: dict, i: dict, x: jax.Array) -> jax.Array:
+    def apply(p: dict, i: dict, x: jax.Array) -> jax.Array:
         y = between(p, i, outer(p, i, x if place in ("post", "none") else inner(p, i, x)))
         y = x - y if minus else x + y
         y = y + 0.1 * jnp.tanh(x) if place == "raw" else y
         return inner(p, i, y) if place == "post" else y
 
+    return wrapped(draw, apply)
+
+
+def wrapped(draw: Draw, whole: Step) -> Step:
+    """A step as a call of some kind, or on what a call gives."""
+    kind = draw.of(["", "", "", "remat", "jit", "custom", "cond"])
+
     def apply(p: dict, i: dict, x: jax.Array) -> jax.Array:
-        if wrapped == "remat":
+        if kind == "remat":
             return jax.checkpoint(lambda p, x: whole(p, i, x))(p, x)
-        if wrapped == "jit":
+        if kind == "jit":
             return jax.jit(lambda p, x: whole(p, i, x))(p, x)
-        if wrapped == "custom":
+        if kind == "custom":
             double = jax.custom_jvp(lambda x: 2 * x)
             double.defjvp(lambda primals, tangents: (double(*primals), 2 * tangents[0]))
             return whole(p, i, double(x))
-        if wrapped == "cond":
-            return whole(p, i, jax.lax.cond(i["flag"], lambda x: 2 * x, lambda x: x - 0.5, x))
+        if kind == "cond":
+            return whole(p, i, jax.lax.cond(i["flag"], lambda x: 2 * x, lambda x: -x, x))
         return whole(p, i, x)
 
     return apply
@@ -194,6 +204,8 @@ def rearranged(draw: Draw) -> Step:
     kind, across = draw.of(KINDS), draw.chance(0.75)
     axis = 1 if across else 2
     extra = draw.param(B, 1, D) if across else draw.param(B, T, 1)
+    draw.coarse |= kind == "cast"
+    pattern = draw.constant((T, D)[axis - 1]) > 0.3
     order, table = draw.rng.permutation((T, D)[axis - 1]), draw.param((T, D)[axis - 1])
 
     def apply(p: dict, i: dict, x: jax.Array) -> jax.Array:
@@ -212,6 +224,18 @@ def rearranged(draw: Draw) -> Step:
         if kind == "dynamic":
             row = jax.lax.dynamic_slice_in_dim(x, i["place"], 2, axis)
             return jax.lax.dynamic_update_slice_in_dim(x, 2 * row, 0, axis)
+        if kind in ("reversed", "copied", "named", "placed"):
+            x = {"reversed": lambda x: jnp.flip(x, axis), "copied": jnp.copy}.get(kind, lambda x: x)(x)
+            x = checkpoint_name(x, "stream") if kind == "named" else x
+            return jax.lax.with_sharding_constraint(x, HERE) if kind == "placed" else x
+        if kind == "pulled":
+            return jax.vjp(lambda x: 2 * x - x[:, ::-1], x)[1](x)[0]
+        if kind == "cast":
+            return x.astype(jnp.float32).astype(x.dtype)
+        if kind == "divided":
+            return x / (1 + jnp.square(p[table].reshape((T, 1) if across else (D,))))
+        if kind == "chosen":
+            return jnp.where(pattern.reshape((T, 1) if across else (D,)), x, 2 * x)
         if kind == "weigh":
             return x * p[table].reshape((T, 1) if across else (D,))
         if kind == "mix":
@@ -235,12 +259,13 @@ def rearranged(draw: Draw) -> Step:
 
 
 KINDS = ["concatenate", "split", "pad", "take", "dynamic", "weigh", "mix", "transpose", "fold_tokens", "halves"]
-KINDS += ["summed", "stretch"]
+KINDS += ["summed", "stretch", "reversed", "copied", "named", "placed", "cast", "divided", "chosen", "pulled"]
 
 
 def start(draw: Draw) -> Step:
     """The first value of the stream."""
-    table, positions = draw.param(7, D), draw.param(T, D)
+    table, positions, more = draw.param(7, D), draw.param(T, D), draw.param(B, T, D)
+    arranged = wrapped(draw, rearranged(draw))
     kind, first = draw.of(["tokens", "tokens", "patches", "input", "constant", "counts"]), linear(draw, D, D)
     fixed = draw.constant(T, D)
 
@@ -255,7 +280,7 @@ def start(draw: Draw) -> Step:
             x = (i["tokens"][:, :, None] * jnp.arange(D)).astype(jnp.float64)
         else:
             x = i["x"]
-        return x
+        return x + arranged(p, i, p[more])  # what is made of parameters alone folds for nothing
 
     return apply, table
 
@@ -266,7 +291,7 @@ def program(seed: int) -> tuple[Callable[..., jax.Array], dict, dict]:
     first, table = start(draw)
     makers = [residual, residual, residual, looped, rearranged]
     steps = [draw.of(makers)(draw) for _ in range(int(draw.rng.integers(1, 5)))]
-    last, head = norm(draw), draw.of(["linear", "linear", "tied", "sum", "raw"])
+    last, head = norm(draw), draw.of(["linear"] * 5 + ["tied"] * 3 + ["sum", "raw"])
     out = linear(draw, D, 4)
     inputs = {
         "tokens": draw.rng.integers(0, 7, (B, T)),
@@ -284,4 +309,5 @@ def program(seed: int) -> tuple[Callable[..., jax.Array], dict, dict]:
         n = last(p, i, x)
         return n @ p[table].T if head == "tied" else out(p, i, n) if head == "linear" else n.sum(1)
 
+    function.coarse = draw.coarse
     return function, {name: jnp.asarray(value) for name, value in draw.params.items()}, inputs

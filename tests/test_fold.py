@@ -92,13 +92,12 @@ def linen(**options: Any) -> tuple[Callable, Any]:
 
 class NnxGPT(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.embed, self.head = nnx.Embed(11, WIDTH, rngs=rngs), nnx.Linear(WIDTH, 11, rngs=rngs)
-        self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(5)])
-        self.attention = nnx.List(
-            [nnx.MultiHeadAttention(2, WIDTH, decode=False, rngs=rngs, param_dtype=jnp.float64) for _ in range(2)]
-        )
-        self.up = nnx.List([nnx.Linear(WIDTH, 16, rngs=rngs) for _ in range(2)])
-        self.down = nnx.List([nnx.Linear(16, WIDTH, rngs=rngs) for _ in range(2)])
+        f64 = {"rngs": rngs, "param_dtype": jnp.float64}
+        self.embed, self.head = nnx.Embed(11, WIDTH, **f64), nnx.Linear(WIDTH, 11, **f64)
+        self.norms = nnx.List([nnx.LayerNorm(WIDTH, **f64) for _ in range(5)])
+        self.attention = nnx.List([nnx.MultiHeadAttention(2, WIDTH, decode=False, **f64) for _ in range(2)])
+        self.up = nnx.List([nnx.Linear(WIDTH, 16, **f64) for _ in range(2)])
+        self.down = nnx.List([nnx.Linear(16, WIDTH, **f64) for _ in range(2)])
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens)
@@ -484,7 +483,7 @@ def error_of(seed: int) -> float:
     theirs = [expected, *gradient(lambda p: function(p, inputs))]
     scales = [float(jnp.abs(expected).max())] + [max(float(jnp.abs(x).max()) for x in theirs[1:])] * (len(theirs) - 1)
     errors = [float(jnp.abs(a - b).max()) / max(s, 1e-3) for a, b, s in zip(ours, theirs, scales, strict=True)]
-    return max(errors) if np.isfinite(errors).all() else np.inf
+    return max(errors) * (1e-4 if function.coarse else 1) if np.isfinite(errors).all() else np.inf
 
 
 EXACT = 1e-9  # some programs amplify rounding
@@ -500,3 +499,82 @@ def test_random_programs_stay_the_same_functions(seeds: range) -> None:
 def test_a_thousand_random_programs_stay_the_same_functions(seeds: range) -> None:
     jax.clear_caches()
     assert not [seed for seed in seeds if not error_of(seed) < EXACT]
+
+
+Rule = Callable[[Any, frozenset, int], Any]
+
+
+def forgetful(rule: Rule) -> Rule:
+    """What had to lose its mean keeps it."""
+
+    def broken(eqn: Any, axes: frozenset, out: int) -> Any:
+        found = rule(eqn, axes, out)
+        return found and ["raw" if isinstance(need, dict) else need for need in found]
+
+    return broken
+
+
+def with_uniform(rule: Rule) -> Rule:
+    """What is uniform along S stays, in the place of zeros."""
+
+    def broken(eqn: Any, axes: frozenset, out: int) -> Any:
+        found = rule(eqn, axes, out)
+        return found and ["raw" if need == "zero" else need for need in found]
+
+    return broken
+
+
+def lenient(*needs: Any) -> Callable[[Rule], Rule]:
+    """The condition is dropped: these needs wherever the rule has none. "same": the mean over the same axes."""
+
+    def breaking(rule: Rule) -> Rule:
+        def broken(eqn: Any, axes: frozenset, out: int) -> Any:
+            found = [rules.same(axes) if need == "same" else need for need in needs]
+            found += found[-1:] * (len(eqn.inputs) - len(found))
+            return rule(eqn, axes, out) or found[: len(eqn.inputs)]
+
+        return broken
+
+    return breaking
+
+
+def whole(rule: Rule) -> Rule:
+    """A table's S is its last axis, whatever is taken of it; a kernel's its features, whatever the groups."""
+
+    def broken(eqn: Any, axes: frozenset, out: int) -> Any:
+        found = rule(eqn, axes, out)
+        if found is not None:
+            return found
+        if eqn.name == "gather":
+            return [{len(eqn.inputs[0].shape) - 1: max(axes)}, "raw"]
+        return ["raw", {eqn.params["dimension_numbers"].rhs_spec[0]: max(axes)}]
+
+    return broken
+
+
+def unmoved(rule: Rule) -> Rule:
+    """S does not move with the axes."""
+    return lambda eqn, axes, out: [rules.same(axes)]
+
+
+LENIENT = {
+    "convert_element_type": lenient("same"),
+    "mul": lenient("same", "raw"),
+    "div": lenient("same", "raw"),
+    "select_n": lenient("raw", "same"),
+    "slice": lenient("same"),
+    "dynamic_slice": lenient("same", "raw"),
+    "dynamic_update_slice": lenient("same", "same", "raw"),
+    "concatenate": lenient("same"),
+    "split": lenient("same"),
+    "pad": lenient("same", "zero"),
+    "cumsum": lenient("same"),
+    "conv_general_dilated": whole,
+    "gather": whole,
+    "transpose": unmoved,
+    "squeeze": unmoved,
+    "reduce_sum": unmoved,
+    "scan_xs": unmoved,
+    "scan_ys": unmoved,
+}
+KEEPING_UNIFORM = ("add", "sub", "select_n", "broadcast_in_dim", "pad", "concatenate")

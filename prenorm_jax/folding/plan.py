@@ -58,6 +58,7 @@ class Plan:
       sites: its sites by their equations; refused: what looks like one.
       wanted: for each value the labels that something wants it by; the first is the one it can be stored by.
       centred: the values that are stored without their mean, by their label.
+      made: the values whose mean is removed for a reader that is not a site, and that reader's label.
       forced: why a value has to be raw.
     """
 
@@ -67,6 +68,7 @@ class Plan:
         self.differences = {eqn.outputs[0]: site for eqn, site in self.sites.items() if site.form == "difference"}
         self.wanted: dict[Value, list[Label]] = {}
         self.centred: dict[Value, Label] = {}
+        self.made: set[tuple[Value, Label]] = set()
         self.forced: dict[Value, Why] = {}
         self._needs: dict[tuple[Value, Label], list[Any] | None] = {}
         self._known: dict[tuple[Value, Label], bool] = {}
@@ -249,11 +251,16 @@ class Plan:
                 self._edge(value, "sink")
         sink_side = _cut(self.edges)
         self.centred = {value: labels[0] for value, labels in self.wanted.items() if value in sink_side}
+        self.made = {node for node, reader in self.edges if isinstance(node, tuple) and reader in self.centred}
         broken = [value for value in self.centred if value in self.forced]  # no cut: a pin and what forces disagree
         kept = all(pin is None or self.pin(i) == pin or not self._is_read(i) for i, pin in (pins or {}).items())
         if broken or not kept:
             raise PrenormError("the folded parameters do not serve inputs of these shapes: fold with examples of them")
         return self
+
+    def folded(self, site: Site) -> bool:
+        """Whether a site is given its base without mean: so stored, or so made for another reader at run time."""
+        return site.base in self.centred or (site.base, Label(site.axes)) in self.made
 
     def _is_read(self, index: int) -> bool:
         value = self.program.inputs[index]

@@ -151,7 +151,7 @@ def _norms(plan: Plan) -> list[Norm]:
     for eqn in plan.program.equations():
         if eqn in chosen:
             site = plan.sites[eqn]
-            norm = _norm(site, "folded" if site.base in plan.centred else "kept")
+            norm = _norm(site, "folded" if plan.folded(site) else "kept")
             norms.append(norm if norm.status == "folded" else _explained(norm, plan, site.base))
         elif eqn in refused:
             norm = _norm(refused[eqn], "refused")

@@ -77,8 +77,8 @@ class Runner:
     def _operands(self, eqn: Equation, out: Value) -> list[Any]:
         """What computes the output in the form it is stored in: a key for each operand, ZERO or UNREAD."""
         site, label = self.plan.sites.get(eqn), self.centred.get(out)
-        if site is not None and site.base in self.centred:
-            return [(site.base, self.centred[site.base])]
+        if site is not None and self.plan.folded(site):
+            return [(site.base, Label(site.axes))]
         found = [RAW] * len(eqn.inputs) if label is None else self.plan.needs(out, label)
         return [
             (one, need) if isinstance(need, Label) else (one, self.centred.get(one)) if need == RAW else need
@@ -125,7 +125,7 @@ class Runner:
                 continue
             keys = tuple(self._operands(eqn, out))
             site = self.plan.sites.get(eqn)
-            if site is not None and site.base in self.centred:
+            if site is not None and self.plan.folded(site):
                 result = _at_site(site, env[keys[0]], out)
             elif UNREAD in keys:
                 result = next(env[key] for key in keys if key != UNREAD).astype(out.aval.dtype)
