@@ -262,10 +262,51 @@ KINDS = ["concatenate", "split", "pad", "take", "dynamic", "weigh", "mix", "tran
 KINDS += ["summed", "stretch", "reversed", "copied", "named", "placed", "cast", "divided", "chosen", "pulled"]
 
 
+def tabled(draw: Draw) -> Step:
+    """To the stream is added what is made of parameters alone, and so folds for nothing where a rule holds."""
+    kind, axis = (
+        draw.of(["slice", "dynamic", "update", "split", "join", "pad", "stack", "unstack", "sum"]),
+        draw.of([1, 2]),
+    )
+    n = (T, D)[axis - 1]
+
+    def sized(size: int) -> str:
+        return draw.param(*((B, size, D) if axis == 1 else (B, T, size)))
+
+    wide, small, other, high = sized(2 * n), sized(n - 1), sized(1), draw.param(B, T, D, 2)
+    full, flat = sized(n), draw.param(T, D)
+    stacked = [draw.param(B, (T, D)[2 - axis]) for _ in range(n)]
+
+    def made(p: dict, i: dict) -> jax.Array:
+        if kind == "slice":
+            return jax.lax.slice_in_dim(p[wide], 1, 1 + n, axis=axis)
+        if kind == "dynamic":
+            return jax.lax.dynamic_slice_in_dim(p[wide], i["place"], n, axis)
+        if kind == "update":
+            return jax.lax.dynamic_update_slice_in_dim(p[full], p[small], i["place"], axis)
+        if kind == "split":
+            return jnp.split(p[wide], 2, axis)[1]
+        if kind == "join":
+            return jnp.concatenate([p[other], p[small]], axis)
+        if kind == "pad":
+            return jax.lax.pad(p[small], 0.7, [(0, 1, 0) if k == axis else (0, 0, 0) for k in range(3)])
+        if kind == "stack":
+            return jax.lax.stack([p[name] for name in stacked], axis)
+        if kind == "unstack":
+            return (
+                p[flat] + jax.lax.unstack(p[high], 3)[0]
+                if axis == 1
+                else jax.lax.unstack(p[high][:, None], 1)[0][..., 1]
+            )
+        return p[high].sum(3) if axis == 1 else p[high].swapaxes(1, 3).sum(1).swapaxes(1, 2)
+
+    return wrapped(draw, lambda p, i, x: x + made(p, i))
+
+
 def start(draw: Draw) -> Step:
     """The first value of the stream."""
     table, positions, more = draw.param(7, D), draw.param(T, D), draw.param(B, T, D)
-    arranged = wrapped(draw, rearranged(draw))
+    arranged, added = wrapped(draw, rearranged(draw)), tabled(draw)
     kind, first = draw.of(["tokens", "tokens", "patches", "input", "constant", "counts"]), linear(draw, D, D)
     fixed = draw.constant(T, D)
 
@@ -280,7 +321,7 @@ def start(draw: Draw) -> Step:
             x = (i["tokens"][:, :, None] * jnp.arange(D)).astype(jnp.float64)
         else:
             x = i["x"]
-        return x + arranged(p, i, p[more])  # what is made of parameters alone folds for nothing
+        return added(p, i, x + arranged(p, i, p[more]))
 
     return apply, table
 
@@ -289,7 +330,7 @@ def program(seed: int) -> tuple[Callable[..., jax.Array], dict, dict]:
     """A function of (parameters, inputs), and both."""
     draw = Draw(seed)
     first, table = start(draw)
-    makers = [residual, residual, residual, looped, rearranged]
+    makers = [residual, residual, residual, looped, rearranged, tabled]
     steps = [draw.of(makers)(draw) for _ in range(int(draw.rng.integers(1, 5)))]
     last, head = norm(draw), draw.of(["linear"] * 5 + ["tied"] * 3 + ["sum", "raw"])
     out = linear(draw, D, 4)

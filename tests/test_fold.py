@@ -557,6 +557,17 @@ def unmoved(rule: Rule) -> Rule:
     return lambda eqn, axes, out: [rules.same(axes)]
 
 
+def half(rule: Rule) -> Rule:
+    """The first operand that had to lose its mean keeps it."""
+
+    def broken(eqn: Any, axes: frozenset, out: int) -> Any:
+        found = rule(eqn, axes, out)
+        first = next((i for i, need in enumerate(found or ()) if isinstance(need, dict)), None)
+        return found and ["raw" if i == first else need for i, need in enumerate(found)]
+
+    return broken
+
+
 LENIENT = {
     "convert_element_type": lenient("same"),
     "mul": lenient("same", "raw"),
@@ -573,6 +584,8 @@ LENIENT = {
     "gather": whole,
     "transpose": unmoved,
     "squeeze": unmoved,
+    "stack": unmoved,
+    "unstack": unmoved,
     "reduce_sum": unmoved,
     "scan_xs": unmoved,
     "scan_ys": unmoved,

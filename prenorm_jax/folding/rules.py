@@ -167,6 +167,20 @@ def split(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
     return None if eqn.params["axis"] in axes else [same(axes)]
 
 
+@rule("stack")
+def stack(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+    """C stack(x, y) = stack(Cx, Cy), where S does not have the new axis."""
+    new = eqn.params["axis"]
+    return None if new in axes else [{axis - (axis > new): axis for axis in axes}] * len(eqn.inputs)
+
+
+@rule("unstack")
+def unstack(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+    """The parts of Cx are C of the parts: the axis that goes is not of S."""
+    gone = eqn.params["axis"]
+    return [{axis + (axis >= gone): axis for axis in axes}]
+
+
 @rule("pad")
 def pad(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
     """C pad(x, u) = pad(Cx, 0) where nothing is padded along S: what is put there is uniform."""
