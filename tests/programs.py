@@ -224,9 +224,14 @@ def rearranged(draw: Draw) -> Step:
         if kind == "dynamic":
             row = jax.lax.dynamic_slice_in_dim(x, i["place"], 2, axis)
             return jax.lax.dynamic_update_slice_in_dim(x, 2 * row, 0, axis)
-        if kind in ("reversed", "copied", "named", "placed"):
+        if kind in ("reversed", "copied", "named", "placed", "tiled"):
             x = {"reversed": lambda x: jnp.flip(x, axis), "copied": jnp.copy}.get(kind, lambda x: x)(x)
             x = checkpoint_name(x, "stream") if kind == "named" else x
+            x = (
+                jnp.tile(x[:1] if across else x[:, :, : D // 2], (B, 1, 1) if across else (1, 1, 2))
+                if kind == "tiled"
+                else x
+            )
             return jax.lax.with_sharding_constraint(x, HERE) if kind == "placed" else x
         if kind == "pulled":
             return jax.vjp(lambda x: 2 * x - x[:, ::-1], x)[1](x)[0]
@@ -259,7 +264,7 @@ def rearranged(draw: Draw) -> Step:
 
 
 KINDS = ["concatenate", "split", "pad", "take", "dynamic", "weigh", "mix", "transpose", "fold_tokens", "halves"]
-KINDS += ["summed", "stretch", "reversed", "copied", "named", "placed", "cast", "divided", "chosen", "pulled"]
+KINDS += ["summed", "stretch", "reversed", "copied", "named", "placed", "tiled", "cast", "divided", "chosen", "pulled"]
 
 
 def tabled(draw: Draw) -> Step:

@@ -74,7 +74,8 @@ class Plan:
         self._known: dict[tuple[Value, Label], bool] = {}
         self.live = self._live()
         for site in self.live_sites():
-            self._want(site.base, Label(site.axes))
+            if not self.known(site.base, Label(site.axes)):
+                self._want(site.base, Label(site.axes))
         self.edges: dict[tuple[Any, Any], float] = {}
         self._connect()
 
@@ -138,7 +139,9 @@ class Plan:
             self._known[key] = site is not None and site.axes == label.axes
             if site is None and value.equation is not None and (found := self._push(value, label)):
                 self._known[key] = any(isinstance(need, Label) for need in found) and all(
-                    need == RAW or (rules.value_of(one) == 0 if need == ZERO else self.known(one, need, depth + 1))
+                    rules.value_of(one) == 0
+                    if need == ZERO
+                    else need in (RAW, UNREAD) or self.known(one, need, depth + 1)
                     for one, need in zip(value.equation.inputs, found, strict=True)
                 )
         return self._known.get(key, False)
@@ -183,7 +186,10 @@ class Plan:
                 continue
             if eqn in self.sites:
                 site = self.sites[eqn]
-                self._edge((site.base, Label(site.axes)), "sink")
+                if self.known(site.base, Label(site.axes)):
+                    self._force(site.base, Why("a norm of a norm reads it", "read", eqn))
+                else:
+                    self._edge((site.base, Label(site.axes)), "sink")
                 self._tie_casts(eqn, site)
                 self._force(eqn.outputs[0], Why("a norm of a norm, over other axes", "other", eqn))
             elif eqn.has_effect:
@@ -259,8 +265,9 @@ class Plan:
         return self
 
     def folded(self, site: Site) -> bool:
-        """Whether a site is given its base without mean: so stored, or so made for another reader at run time."""
-        return site.base in self.centred or (site.base, Label(site.axes)) in self.made
+        """Whether a site is given its base without mean: so stored, or so made for another reader, or so by itself."""
+        label = Label(site.axes)
+        return site.base in self.centred or (site.base, label) in self.made or self.known(site.base, label)
 
     def _is_read(self, index: int) -> bool:
         value = self.program.inputs[index]

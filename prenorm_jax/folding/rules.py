@@ -62,6 +62,12 @@ def unary(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
     return [same(axes)]
 
 
+@rule("tile")
+def tile(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+    """C tile(x) = tile(Cx): what is repeated has the mean of what it repeats."""
+    return [same(axes)]
+
+
 @rule("convert_element_type")
 def cast(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
     """C cast(x) = cast(Cx), up to rounding, between floating dtypes."""

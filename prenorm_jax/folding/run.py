@@ -78,7 +78,8 @@ class Runner:
         """What computes the output in the form it is stored in: a key for each operand, ZERO or UNREAD."""
         site, label = self.plan.sites.get(eqn), self.centred.get(out)
         if site is not None and self.plan.folded(site):
-            return [(site.base, Label(site.axes))]
+            known = self.plan.known(site.base, Label(site.axes))
+            return [(site.base, None if known else Label(site.axes))]
         found = [RAW] * len(eqn.inputs) if label is None else self.plan.needs(out, label)
         return [
             (one, need) if isinstance(need, Label) else (one, self.centred.get(one)) if need == RAW else need
