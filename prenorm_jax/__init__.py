@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from prenorm_jax.base.errors import PrenormError
     from prenorm_jax.equivalence.choice import choose_coordinates
     from prenorm_jax.equivalence.convert import convert_config, convert_params
+    from prenorm_jax.folding.fold import fold
     from prenorm_jax.interop.certify import certify_checkpoint
     from prenorm_jax.interop.checkpoint import load
     from prenorm_jax.interop.encoder import TextEncoder
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from prenorm_jax.models.registry import build_model
 
 __all__ = ["PrenormError", "TextEncoder", "build_model", "certify_checkpoint", "choose_coordinates", "convert_config"]
-__all__ += ["convert_foreign", "convert_params", "load"]
+__all__ += ["convert_foreign", "convert_params", "fold", "load"]
 
 _HOMES = {
     "build_model": "models.registry",
@@ -23,6 +24,7 @@ _HOMES = {
     "convert_config": "equivalence.convert",
     "convert_foreign": "interop.foreign",
     "convert_params": "equivalence.convert",
+    "fold": "folding.fold",
     "load": "interop.checkpoint",
     "PrenormError": "base.errors",
     "TextEncoder": "interop.encoder",

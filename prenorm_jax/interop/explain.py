@@ -1,7 +1,7 @@
 """What conversion would do to a checkpoint, and why, from its config.json and its tensors' names: no weight is read."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import count
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.roles import parameter_roles
+from prenorm_jax.folding.fold import fold
 from prenorm_jax.interop.families import family_of
 from prenorm_jax.interop.files import is_workdir, open_config, open_source, tower_of
 from prenorm_jax.interop.leaves import ForeignLeaves
@@ -24,14 +25,17 @@ from prenorm_jax.train.checkpoint import Checkpoints
 Report = Mapping[str, Any]
 
 
-def explain(name: str | Path) -> dict[str, Any]:
+def explain(name: str | Path | Callable[..., Any], *args: Any) -> dict[str, Any]:
     """What would become of each norm of a checkpoint, of its ties and of its parameter count.
 
-    `name`: a workdir, or another library's folder, file or name on the hub, of which config.json alone is fetched.
+    `name`: a workdir, or another library's folder, file or name on the hub, of which config.json alone is fetched. Or a
+    JAX function, with its parameters and inputs or their shapes: then it is what `fold` reports of its LayerNorms.
 
     Raises PrenormError, with the reason, for what cannot be converted: a family that has no table, or no equivalent, a
     value of config.json that no model here computes, tensors that are not the config's.
     """
+    if callable(name):
+        return fold(name, *args).report.as_dict()
     with jax.enable_x64(True):  # for what is of float64
         return _explain(name)
 
