@@ -311,6 +311,7 @@ REFUSED = {
     "gptj": [
         ({"rotary_dim": None}, "rotary_dim=null changes"),
         ({"activation_function": "gelu_10"}, "'gelu_10' changes"),
+        ({"scale_attn_weights": False}, "scale_attn_weights=False changes"),
     ],
     "codegen": [({"n_head": 6, "n_embd": 24}, "n_head=6 is not supported: a codegen's heads are a multiple of 4")],
     "phi": [({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type='dynamic' changes")],
