@@ -16,6 +16,7 @@ from prenorm_jax.interop.explain import explain
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.models.coordinates import coordinates
+from prenorm_jax.models.decoding import generate
 
 pytestmark = pytest.mark.reference
 
@@ -180,6 +181,18 @@ def test_alibi_is_the_librarys_at_500_tokens(name, tmp_path):
     assert relative(logits(*rms, tokens), expected) < 1e-9
     other = changed(config, alibi_rounded=not config.alibi_rounded)
     assert relative(logits(other, params, tokens)[:, 200:], expected[:, 200:]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["cohere2", "mpt"])
+def test_greedy_tokens_from_the_cache_are_the_librarys(name, tmp_path):
+    """Of blocks with a window and without positions, and of ALiBi, past the window."""
+    model_type, config, _ = CASES[name]
+    model = theirs.make(model_type, **config | {"max_seq_len" if name == "mpt" else "max_position_embeddings": 24})
+    model.save_pretrained(tmp_path)
+    config, params = prenorm_jax.load(tmp_path)
+    crms = build_model(convert_config(config, "crmsnorm")), convert_params(params, config, "crmsnorm")
+    found = [int(step[0]) for step in generate(*crms, [[1, 5, 2, 7]], 16)]
+    assert found == theirs.generate(model, [1, 5, 2, 7], 16)
 
 
 def test_blooms_embedding_norm_is_centred_behind_it(tmp_path, monkeypatch):
