@@ -79,7 +79,8 @@ def _parser() -> Parser:
         help="norms keep scales and biases, which are else folded into what they feed; not --to=crmsnorm",
     )
     parser.add_argument(
-        "--format", help="of an imported run: source, its source's format; llama, where it can be told as one"
+        "--format",
+        help="of an imported run: source, its source's format; llama, mistral, timm-rmsnorm, if it is one",
     )
     parser.add_argument(
         "--dtype",

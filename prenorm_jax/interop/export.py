@@ -1,6 +1,7 @@
 """A workdir that was imported, back in its source's format, or in that of another stock family."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.fit import model_differences
 from prenorm_jax.equivalence.stored import Part, Readable, convert_stored, copy_stored
 from prenorm_jax.interop import npz
-from prenorm_jax.interop.families import family_of, llama
+from prenorm_jax.interop.families import family_of, llama, timm
 from prenorm_jax.interop.family import Family
 from prenorm_jax.interop.importing import ABOUT, PART_SIZE, REST
 from prenorm_jax.interop.leaves import ForeignLeaves
@@ -68,8 +69,8 @@ def export_checkpoint(
     Args:
       workdir: an imported checkpoint, or what was converted or trained from one.
       target: must not exist.
-      to: layernorm; with the format "llama" rmsnorm.
-      form: source, or llama, where the network can be told as one.
+      to: layernorm; with a format of RMSNorms rmsnorm; with mistral crmsnorm.
+      form: source; or llama, mistral, timm-rmsnorm, where the network can be told as one.
       dtype: keep, each tensor's of the source; None: that too if nothing was done to it, else the run's.
       step: which checkpoint; None: the latest.
 
@@ -88,12 +89,14 @@ def export_checkpoint(
 
         def write(step: int) -> None:
             stored = checkpoints.model(step)
-            tree = stored if stored.norm == to else convert_config(stored, to, keep_affine=True)
+            tree = stored if stored.norm == to else convert_config(stored, to, keep_affine=_keeps_affine(to))
+            tree = narrow_rmsnorm(tree) if tree.norm == "crmsnorm" else tree
             made = FORMATS[form][1](about, tree)
             unchanged = about["unchanged"] == checkpoints.metadata(step)["digests"]["params"]
             if not (unchanged or dtype == "keep"):
                 made = _in_dtype(made, tree.param_dtype)
-            defaults = _defaults(made, tree)
+            scale = math.sqrt(stored.d_model / (stored.d_model - 1)) if to == "crmsnorm" else 1.0
+            defaults = _defaults(made, tree, scale)
             with in_the_making(target) as folder, checkpoints.leaves(step) as leaves:
                 _write(Path(workdir), folder, made, defaults, leaves, stored)
                 _finish(folder, made)
@@ -128,8 +131,8 @@ def _source_format(about: dict[str, Any], tree: ModelConfig) -> Format:
     return Format(family, config, model, headers)
 
 
-def _llama_format(about: dict[str, Any], tree: ModelConfig) -> Format:
-    family, config = llama.FAMILY, llama.config(tree, about["config"])
+def _llama_format(about: dict[str, Any], tree: ModelConfig, family: Family = llama.FAMILY) -> Format:
+    config = llama.config(tree, about["config"], family)
     model = dataclasses.replace(tree, norm_affine=True, norm_bias=False, final_norm_affine=True)
     sizes, shapes, dtype = axis_sizes(model), param_shapes(model), NAMES[np.dtype(model.param_dtype)]
     places = [place for place in read_table(family.lines(config), model.depth) if place.path in shapes]
@@ -137,10 +140,49 @@ def _llama_format(about: dict[str, Any], tree: ModelConfig) -> Format:
     return Format(family, config, model, {"model.safetensors": Header(tensors, {"format": "pt"})})
 
 
+def _mistral_format(about: dict[str, Any], tree: ModelConfig) -> Format:
+    return _llama_format(about, tree, llama.MISTRAL)
+
+
+def narrow_rmsnorm(tree: ModelConfig) -> ModelConfig:
+    """The network of plain RMSNorms that a crmsnorm one in reflected coordinates is, d-1 wide.
+
+    Its norms divide by d: y/√(Σy²/d + ε) = √(d/(d-1)) y/√(Σy²/(d-1) + ε d/(d-1)). Raises PrenormError for one whose
+    norms are no RMSNorms: what drops an entry, and a tied table, which is as wide as its raw stream.
+    """
+    if tree.coordinates != "reflect" or tree.tie_embeddings:
+        raise PrenormError(
+            f"a network with model.coordinates={tree.coordinates!r} and model.tie_embeddings={tree.tie_embeddings} is "
+            "none of plain RMSNorms: one is that was converted by --to=crmsnorm --coordinates=reflect and is not tied"
+        )
+    d = tree.d_model
+    changed = {"norm": "rmsnorm", "d_model": d - 1, "epsilon": tree.epsilon * d / (d - 1)}
+    return dataclasses.replace(tree, **changed, coordinates_entry=None)
+
+
+def _timm_format(about: dict[str, Any], tree: ModelConfig) -> Format:
+    source = _source_format(about, tree)
+    config, model = timm.of_rmsnorms(source.config, source.model)
+    headers = {
+        file: header._replace(
+            tensors={name: entry for name, entry in header.tensors.items() if not timm.NORM_BIAS.search(name)}
+        )
+        for file, header in source.headers.items()
+    }
+    return Format(timm.FAMILY, config, model, headers)
+
+
 FORMATS: dict[str, tuple[str, Callable[[dict[str, Any], ModelConfig], Format]]] = {
     "source": ("layernorm", _source_format),
     "llama": ("rmsnorm", _llama_format),
+    "mistral": ("crmsnorm", _mistral_format),
+    "timm-rmsnorm": ("rmsnorm", _timm_format),
 }
+
+
+def _keeps_affine(to: str) -> bool:
+    """Whether a tree that is converted on its way out keeps γ and β: RMSNorms have no place for β."""
+    return to == "layernorm"
 
 
 def _in_dtype(made: Format, dtype: str) -> Format:
@@ -158,8 +200,10 @@ def _in_dtype(made: Format, dtype: str) -> Format:
     return made._replace(headers=headers, config=config)
 
 
-def _defaults(made: Format, tree: ModelConfig) -> dict[trees.Path, float]:
+def _defaults(made: Format, tree: ModelConfig, scale: float) -> dict[trees.Path, float]:
     """The leaves that the format has and the tree has not: norms without an affine, and what they are then.
+
+    `scale`: what a norm multiplies by that has none.
 
     Raises PrenormError for a tree of another function, and for leaves that the format has no place for.
     """
@@ -168,11 +212,11 @@ def _defaults(made: Format, tree: ModelConfig) -> dict[trees.Path, float]:
         raise PrenormError(f"the run is of another network than its source ({'; '.join(differences)})")
     there, wanted = param_shapes(dataclasses.replace(tree, scan=False)), param_shapes(made.model)
     if homeless := ["/".join(path) for path in there if path not in wanted]:
-        raise PrenormError(
-            f"the {made.family.model_type} format has no place for {', '.join(homeless[:4])}, into which norms were "
-            "folded: convert the source with --keep-affine, under which they keep theirs"
-        )
-    return {path: float(path[-1].endswith("scale")) for path in wanted if path not in there}
+        remedy = "into which norms were folded: convert the source with --keep-affine, under which they keep theirs"
+        if made.model.norm == "rmsnorm":
+            remedy = "as RMSNorms have no bias: give --to=layernorm --format=source"
+        raise PrenormError(f"the {made.family.model_type} format has no place for {', '.join(homeless[:4])}, {remedy}")
+    return {path: scale * path[-1].endswith("scale") for path in wanted if path not in there}
 
 
 def _write(
@@ -188,10 +232,10 @@ def _write(
     for path, value in defaults.items():
         places.write(path, (), np.full(param_shapes(made.model)[path].shape, value))
     new = _Exported(places, center_table=made.family is llama.FAMILY)
-    if stored.norm == made.model.norm:
+    if stored.norm in (made.model.norm, "crmsnorm" if made.family is llama.MISTRAL else None):
         copy_stored(leaves, new, param_shapes(stored), PART_SIZE)
     else:
-        convert_stored(leaves, new, stored, made.model.norm, PART_SIZE, keep_affine=True)
+        convert_stored(leaves, new, stored, made.model.norm, PART_SIZE, _keeps_affine(made.model.norm))
 
 
 def _create(workdir: Path, folder: Path, made: Format) -> dict[str, np.ndarray]:

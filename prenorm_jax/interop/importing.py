@@ -37,7 +37,7 @@ from prenorm_jax.train.convert_run import check_asked, compare, in_the_making, w
 from prenorm_jax.train.workdir import SOURCE, configure_jax
 
 REST = "rest.safetensors"
-PART_SIZE = 2**21  # entries of a part: twice as many take .63 GB for .40, and the time is no less
+PART_SIZE = 2**20  # entries of a part, of which there are some copies: four times as many take twice the memory
 KEPT_BYTES = 2**16  # of a tensor that says nothing new: masks are larger
 
 

@@ -165,7 +165,12 @@ class View:
     def read(self, part: Part = ()) -> np.ndarray:
         """Part of the leaf (of (), all of it), in the tensor's dtype."""
         index, shape, inside = self._cover(part)
-        return self._array[index].reshape(shape)[inside]
+        covered = self._array[index]
+        if (
+            max(self._merged, default=1) > 1
+        ):  # copied in the order of the file: merged as it lies, it would be transposed
+            covered = covered.copy(order="K")
+        return covered.reshape(shape)[inside]
 
     def write(self, part: Part, values: np.ndarray) -> None:
         """Assigns to part of the leaf."""

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from prenorm_jax.base.errors import PrenormError, check_choice
 from prenorm_jax.base.files import write_json
 from prenorm_jax.base.trees import count
-from prenorm_jax.equivalence.choice import stored_choices, with_choice
+from prenorm_jax.equivalence.choice import Choice, stored_choices, with_choice
 from prenorm_jax.equivalence.convert import convert_config
 from prenorm_jax.equivalence.stored import Readable, convert_stored
 from prenorm_jax.models.abstract import param_shapes
@@ -137,17 +137,23 @@ def _check_wanted(
 
 
 def with_coordinates(stored: Readable, model: ModelConfig, asked: str | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model with the coordinates that its conversion is to have, and what run.json says of them."""
-    choices = stored_choices(stored, model)
-    best, last = choices[0], model.d_model - 1
+    """The model with the coordinates that its conversion is to have, and what run.json says of them.
+
+    Those that are asked for take no reading of the weights: nothing is predicted of them.
+    """
+    last = model.d_model - 1
     if asked is not None:
         kind, _, entry = asked.partition(":")
         if entry and not (entry.isdecimal() and int(entry) <= last):
             raise PrenormError(f"--coordinates={asked}: name an entry from 0 to {last}, as in {kind}:{last}")
-        best = next(choice for choice in choices if choice[:2] == (kind, int(entry or last)))
-    papers = next(choice.error for choice in choices if choice[:2] == ("drop", last))
-    error = f"{best.error:.2f} times rmsnorm's, dropping the last {papers:.2f}"
-    print(f"coordinates: {best.kind} entry {best.entry}; rounding predicted: {error}")
+        best = Choice(kind, int(entry or last), None)
+        print(f"coordinates: {best.kind} entry {best.entry}, as asked for")
+    else:
+        choices = stored_choices(stored, model)
+        best = choices[0]
+        papers = next(choice.error for choice in choices if choice[:2] == ("drop", last))
+        error = f"{best.error:.2f} times rmsnorm's, dropping the last {papers:.2f}"
+        print(f"coordinates: {best.kind} entry {best.entry}; rounding predicted: {error}")
     return with_choice(model, best), {"coordinates": best._asdict()}
 
 

@@ -1,5 +1,7 @@
 """Imported, converted and exported image models beside the families' own libraries, in float64."""
 
+import json
+
 import checkpoints as theirs
 import numpy as np
 import pytest
@@ -100,6 +102,27 @@ def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case
     if output is None:  # text tower and projections came along
         embeds = (theirs.embeds(model, images) for model in (exported, theirs.load(folder)))
         assert relative(*embeds) < 1e-9
+
+
+def test_a_converted_vit_of_timms_is_timms_own_with_rmsnorms_or_is_refused(case, tmp_path):
+    folder, images, expected, output = case
+    refused = {"dinov2": "head_affine/bias", "qk_norm": "qk_norm", "siglip": "pooling", "clip": "embed_norm"}
+    if output != "":
+        refused = {"": "is of timm's ViTs"}  # other libraries' formats
+    import_checkpoint(folder, tmp_path / "run", "rmsnorm")
+    name = json.loads((folder / "config.json").read_text()).get("architecture", "")
+    name += "_qk_norm" if "gap_240" in name else ""
+    if said := [words for part, words in refused.items() if part in name]:
+        with pytest.raises(prenorm_jax.PrenormError, match=said[0]):
+            export_checkpoint(tmp_path / "run", tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
+        assert not (tmp_path / "rms").exists()
+        return
+    export_checkpoint(tmp_path / "run", tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
+    theirs_of_rmsnorms = theirs.load(tmp_path / "rms")
+    assert type(theirs_of_rmsnorms.blocks[0].norm1).__name__ == "RmsNorm"
+    assert relative(theirs.features(theirs_of_rmsnorms, images, output), expected) < 1e-9
+    theirs_of_rmsnorms.load_state_dict(theirs.load(folder).state_dict(), strict=False)  # not recentred
+    assert relative(theirs.features(theirs_of_rmsnorms, images, output), expected) > 1e-2
 
 
 def test_every_name_of_timms_that_is_known_has_its_heads_activation_and_epsilon():

@@ -234,3 +234,19 @@ def test_a_recentred_olmo_is_a_stock_llama(tmp_path, tied):
     assert relative(theirs.logits(llama, tokens), theirs.logits(model, tokens)) < 1e-9
     llama.load_state_dict(model.state_dict(), strict=False)  # OLMo's own weights, under norms that keep their mean
     assert relative(theirs.logits(llama, tokens), theirs.logits(model, tokens)) > 1e-2
+
+
+def test_a_reflected_crmsnorm_is_a_stock_mistral_of_one_entry_less(tmp_path):
+    model = theirs.make("olmo", **OLMO | {"tie_word_embeddings": False})
+    model.save_pretrained(tmp_path / "source")
+    tokens = np.random.default_rng(1).integers(V, size=(2, T))
+    for kind in ("drop", "reflect"):
+        import_checkpoint(tmp_path / "source", tmp_path / kind, "crmsnorm", coordinates=kind)
+    with pytest.raises(prenorm_jax.PrenormError, match="none of plain RMSNorms: one is that was converted by"):
+        export_checkpoint(tmp_path / "drop", tmp_path / "mistral", "crmsnorm", form="mistral")
+    export_checkpoint(tmp_path / "reflect", tmp_path / "mistral", "crmsnorm", form="mistral")
+    mistral = theirs.load(tmp_path / "mistral")
+    assert (type(mistral).__name__, mistral.config.hidden_size) == ("MistralForCausalLM", OLMO["hidden_size"] - 1)
+    assert relative(theirs.logits(mistral, tokens), theirs.logits(model, tokens)) < 1e-9
+    mistral.model.norm.weight.data[:] = 1  # as if it were a norm of d - 1 entries
+    assert relative(theirs.logits(mistral, tokens), theirs.logits(model, tokens)) > 1e-4

@@ -1,4 +1,7 @@
-"""LLaMA, to be written alone: what a recentred OLMo is, and so what any program that runs LLaMAs computes."""
+"""LLaMA, to be written alone: what a recentred OLMo is, and so what any program that runs LLaMAs computes.
+
+Mistral without its window is the same network, whose width need be no multiple of its heads.
+"""
 
 from typing import Any
 
@@ -7,8 +10,11 @@ from prenorm_jax.interop.family import Family, Given
 from prenorm_jax.models.config import ModelConfig
 
 
-def config(model: ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of an rmsnorm network, with what its source's says of tokens. Raises PrenormError."""
+def config(model: ModelConfig, source: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The config.json, of one of the two families, of an rmsnorm network, with what its source's says of tokens.
+
+    Raises PrenormError for a network that is none of these.
+    """
     wanted = {"positions": "rotary", "rotary_dim": None, "rotary_interleaved": False, "window": None, "clip_qkv": None}
     wanted |= {"global_rotary_base": None, "score_scale": None, "embed_scale": 1.0, "logit_scale": 1.0}
     wanted |= {"gated_mlp": True, "activation": "silu", "parallel": False, "use_bias": False, "reader_bias": False}
@@ -16,11 +22,11 @@ def config(model: ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
     if other := [
         f"model.{key}={getattr(model, key)!r}" for key, value in wanted.items() if getattr(model, key) != value
     ]:
-        raise PrenormError(f"a llama has no {', '.join(other)}: give --format=source")
+        raise PrenormError(f"a {family.model_type} has no {', '.join(other)}: give --format=source")
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
     return {key: source[key] for key in keys if key in source} | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{family.model_type.title()}ForCausalLM"],
+        "model_type": family.model_type,
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "intermediate_size": model.mlp_dim,
@@ -33,6 +39,7 @@ def config(model: ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": model.epsilon,
         "rope_theta": model.rotary_base,
         "rope_scaling": None,
+        "sliding_window": None,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": model.tie_embeddings,
@@ -44,10 +51,7 @@ def _config(given: Given) -> dict[str, Any]:
     raise PrenormError("a llama is not read: its RMSNorms keep the stream's mean")
 
 
-FAMILY = Family(
-    "llama",
-    _config,
-    table="""
+_TABLE = """
     model.embed_tokens.weight                         v d      token_embedding
     model.layers.{i}.input_layernorm.weight           d        block_{i}/attention_norm/scale
     model.layers.{i}.self_attn.q_proj.weight          (h k) d  block_{i}/attention/query/kernel   d (h k)
@@ -59,5 +63,5 @@ FAMILY = Family(
     model.norm.weight                                 d        head_affine/scale                  # under a tied head
     model.norm.weight                                 d        head_norm/scale                    # else, and:
     lm_head.weight                                    v d      head/kernel                        d v
-    """,
-)
+"""
+FAMILY, MISTRAL = Family("llama", _config, _TABLE), Family("mistral", _config, _TABLE)

@@ -5,11 +5,13 @@ say follows from the name: the heads, the activation, ε, and that the blocks ar
 `model_args` that the tensors do not show, are refused. Without a head they give what the pooling does.
 """
 
+import dataclasses
 import re
 from typing import Any
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.family import Family, Given
+from prenorm_jax.models.config import ModelConfig
 
 _HEADS = {"tiny": 3, "xsmall": 4, "wee": 4, "little": 5, "small": 6, "medium": 8, "mediumd": 8, "betwixt": 10}
 _HEADS |= {"base": 12, **dict.fromkeys(("large", "huge", "giant", "gigantic", "so400m", "giantopt"), 16)}
@@ -152,3 +154,24 @@ def _table(given: Given) -> str:
 
 
 FAMILY = Family("timm", _config, _table)
+NORM_BIAS = re.compile(r"(^|\.)(norm[12]?|fc_norm)\.bias$")
+
+
+def of_rmsnorms(config: dict[str, Any], model: ModelConfig) -> tuple[dict[str, Any], ModelConfig]:
+    """The config.json that has timm make such a ViT, a Pre-LN one, with its own RmsNorm, and our model of that.
+
+    Raises PrenormError where timm would put RmsNorms on what is not the stream, or another ε than the ViT's into them.
+    """
+    if model_type := config.get("model_type"):
+        raise PrenormError(
+            f"timm-rmsnorm is of timm's ViTs, which config.json, of a {model_type}, is not: see --format"
+        )
+    wanted = {"embed_norm": False, "qk_norm": False, "epsilon": 1e-6}
+    other = [f"model.{key}={getattr(model, key)!r}" for key, value in wanted.items() if getattr(model, key) != value]
+    if model.pooling == "attention":
+        other.append("model.pooling='attention'")
+    if other:
+        raise PrenormError(f"timm's norm_layer='rmsnorm' is another function with {', '.join(other)}: --format=source")
+    changed = {"norm": "rmsnorm", "norm_affine": True, "norm_bias": False, "final_norm_affine": True}
+    arguments = (config.get("model_args") or {}) | {"norm_layer": "rmsnorm"}
+    return config | {"model_args": arguments}, dataclasses.replace(model, **changed)
