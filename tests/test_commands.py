@@ -211,7 +211,7 @@ def test_train_refuses_what_is_not_there(tmp_path):
         ("def get_config(): return {'steps': 3}", "its get_config returns no ConfigDict, but a dict"),
         ("config = base_config()", "KeyError: 'get_config'"),
         ("def get_config(size): return base_config()", "missing 1 required positional argument: 'size'"),
-        ("def get_config(): return base_config('nosuch')", "model.family='nosuch' is not one of gpt, vit"),
+        ("def get_config(): return base_config('nosuch')", "model.family='nosuch' is not one of gpt, encoder, vit"),
         ("def get_config(): return ConfigDict({'steps': 3})", "it lacks accumulate: begin with base_config()"),
         (
             "config = base_config(); config.stpes = 3\ndef get_config(): return config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from common import relative
 
 import prenorm_jax
-from prenorm_jax import build_model, convert_config, convert_params
+from prenorm_jax import build_model, certify_checkpoint, convert_config, convert_params
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.interop.tokens import source_tokenizer
 from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
@@ -47,7 +49,6 @@ CASES = {
     "esm2": ("EsmForMaskedLM", ESM2, "logits", True),
     "esm2-tokens": ("EsmModel", ESM2 | {"token_dropout": False}, "last_hidden_state", True),
     "esm1b": ("EsmForMaskedLM", ESM1, "logits", True),
-    "clip": ("CLIPTextModel", CLIP, "pooler_output", True),
     "clip-old": ("CLIPTextModelWithProjection", CLIP | {"eos_token_id": 2}, None, True),
     "clip-whole": ("CLIPModel", WHOLE, None, True),
     "siglip-whole": ("SiglipModel", SIGLIP, None, True),
@@ -148,3 +149,25 @@ def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case
     for given, expected in zip(case.inputs, case.expected, strict=True):
         counted = slice(None) if given[1] is None or expected.ndim == 2 else given[1].astype(bool)
         assert relative(outputs(exported, case.output, *given)[counted], expected[counted]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["esm2", "clip-whole", "siglip"])
+def test_what_the_library_computes_is_certified(name, tmp_path):
+    """In its own process; stored frequencies of rotary positions are of float32 there and do not limit it."""
+    case = Case(tmp_path / "source", name)
+    import_checkpoint(case.name, tmp_path / "run", "crmsnorm")
+    report = certify_checkpoint(tmp_path / "run", case.name, reference="library")
+    assert report["verdict"] == "PASS", report["failures"]
+    assert report["rows"][0]["relative"] < 1e-9
+    outputs = {"logits": "logits", "last_hidden_state": "features"}
+    assert report["output"] == outputs.get(case.output, "pooled output")
+
+
+def test_residues_are_read_as_esms_own_tokenizer_reads_them(tmp_path):
+    words = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "esm"}))
+    own = theirs.transformers().EsmTokenizer(str(tmp_path / "vocab.txt"))
+    ours = source_tokenizer(tmp_path, {"model_type": "esm"}, len(words))
+    for text in ("MKTAYIAK", "MK<mask>TA", "M KT A.-", "MJK", "mkt", "<cls>MK<eos>", "MK<null_1>", ""):
+        assert ours.encode(text).ids == own(text)["input_ids"], text
