@@ -85,7 +85,8 @@ def only_process(folder: Path) -> contextlib.AbstractContextManager[None]:
 def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
     """While entered, no other process can enter it with this folder; one that dies lets go of it (flock).
 
-    If another is there already, which is doing `what`, says so and waits, or raises PrenormError.
+    If another is there already, which is doing `what`, says so and waits, or raises PrenormError; that, too, if the
+    lock's place is taken.
     """
     path = folder / "lock"
     # Where there is no flock, an OSError: a marker file in its place would outlive a process that is killed.
@@ -98,6 +99,8 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
             raise PrenormError(f"{owner} is {what} {folder}: wait for it, stop it, or name another one") from error
         say(f"waiting: {owner} is {what} {folder}")
         lock.acquire()
+    except IsADirectoryError as error:
+        raise PrenormError(f"{path} is a folder, where processes lock a file of that name: remove it") from error
     try:
         path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
         yield

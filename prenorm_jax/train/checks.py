@@ -62,8 +62,13 @@ def check_workdir(workdir: Path, config: ConfigDict, record: RunRecord) -> bool:
         if any((workdir / "checkpoints").glob("*")):  # an empty one is of a start that came no further
             raise PrenormError(f"{workdir} holds checkpoints but no config.json: name another workdir")
         return True
-    differences = config_differences(literal_config(load_config(workdir)), literal_config(config))
-    if differences:
+    asked = literal_config(config)
+    try:
+        held = literal_config(load_config(workdir))
+    except PrenormError as error:
+        path = workdir / "config.json"
+        raise error if str(path) in str(error) else PrenormError(f"{path} is damaged: {error}") from error
+    if differences := config_differences(held, asked):
         raise PrenormError(
             f"{workdir} holds a run with another config ({'; '.join(differences)}): name another workdir, or leave out "
             "--config to go on with the one it holds"
