@@ -21,8 +21,9 @@ from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.families import FAMILIES
 from prenorm_jax.interop.files import open_source
 from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.interop.leaves import ForeignLeaves
 from prenorm_jax.interop.safetensors import Entry, Header, create_file, map_file
-from prenorm_jax.interop.views import View, axis_sizes, read_table, tensor_shape
+from prenorm_jax.interop.views import NOTHING, View, axis_sizes, read_table, tensor_names, tensor_shape
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.train import convert_run
 
@@ -126,6 +127,39 @@ def test_a_familys_table_has_one_line_for_each_leaf_of_its_defaults(name):
     for place in places:
         tensor = np.broadcast_to(np.zeros(()), tensor_shape(place, sizes))  # of no size in memory
         assert View(tensor, place, sizes).shape == shapes[place.path].shape, place
+
+
+def foreign_leaves(name: str, **config) -> tuple[dict[str, np.ndarray], ForeignLeaves]:
+    """Random tensors of a family, under the names of its table, and its leaves in them."""
+    family, rng = FAMILIES[name], np.random.default_rng(0)
+    config |= {"vocab_size": 11, "hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config |= {"num_hidden_layers": 1, "intermediate_size": 5}
+    model = family.model(config)
+    sizes, tensors = axis_sizes(model), {}
+    for place in read_table(family.lines(config), 1):
+        if place.path in param_shapes(model) and place.tensor != NOTHING:
+            shape = tensor_shape(place, sizes)
+            tensors |= {own: rng.normal(size=shape).astype(np.float32) for own in tensor_names(place, sizes)}
+    return tensors, ForeignLeaves(family, config, model, tensors)
+
+
+def test_a_leaf_of_many_tensors_is_read_and_written_in_parts():
+    tensors, leaves = foreign_leaves("stablelm", qk_layernorm=True, partial_rotary_factor=0.5)
+    path = ("block_0", "attention", "query_norm", "scale")
+    own = [tensors[f"layers.0.self_attn.q_layernorm.norms.{h}.weight"] for h in range(3)]
+    before = np.stack(own)
+    np.testing.assert_array_equal(leaves.read(path), before)
+    np.testing.assert_array_equal(leaves.read(path, (slice(1, 3), slice(2, 4))), before[1:3, 2:4])
+    leaves.write(path, (slice(1, 2),), np.full((1, 4), 7.0))
+    np.testing.assert_array_equal(np.stack(own), [before[0], np.full(4, 7.0), before[2]])
+
+
+def test_a_leaf_that_is_one_more_than_its_tensor_is_so_before_it_is_rounded():
+    tensors, leaves = foreign_leaves("nemotron")
+    path, own = ("head_norm", "scale"), tensors["norm.weight"]
+    np.testing.assert_array_equal(leaves.read(path), (1 + own.astype(np.float64)).astype(np.float32))
+    leaves.write(path, (), np.full(12, 1.25))
+    assert (own == 0.25).all()
 
 
 # --- In and out. ---
