@@ -196,9 +196,12 @@ def check_goes_on(run: Path, text: Path, expected: dict[int, float]) -> int:
             assert (run / "checkpoints" / "4").is_dir() and (run / "checkpoints" / "2").is_dir()
             print(f"{file.relative_to(run)} {how}: {error}")
             continue
+        if file.name == "metrics.jsonl" and file.parent == run:  # of a run at its end, which reads no line of it
+            print(f"{file.relative_to(run)} {how}: harmless")
+            continue
         losses = losses_of(run)
         assert all(losses[step] == expected[step] for step in losses), f"{file} {how}: other losses"
-        assert losses == expected or file.name in ("metrics.jsonl", "lock"), f"{file} {how}: {sorted(losses)}"
+        assert losses == expected or file.name == "lock", f"{file} {how}: {sorted(losses)}"
         said = [line for line in errors.getvalue().splitlines() if "damaged" in line or "warning" in line]
         print(f"{file.relative_to(run)} {how}: {said[0] if said else 'harmless'}")
     return done
