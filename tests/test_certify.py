@@ -151,6 +151,8 @@ MUTANTS = {
     "rotary pairs": {"rotary_interleaved": True},
     "activation": {"activation": "gelu"},
     "window": {"window": 4},
+    "score scale": {"score_scale": 0.41},
+    "ALiBi for positions": {"positions": "alibi", "rotary_dim": None},
     "ε": {"epsilon": 1.1e-5},
 }
 

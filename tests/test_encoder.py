@@ -46,14 +46,14 @@ def counted(config, outputs):
 
 
 @pytest.mark.slow
-def test_matches_it_under_every_norm_with_padding(network):
+def test_matches_it_under_every_norm_and_back_with_padding(network):
     config, params, tokens, expected = network
     expected = counted(config, expected)
     assert relative(masked(config, params, tokens), expected) < 1e-12
-    for to in ("rmsnorm", "crmsnorm"):
-        converted = convert_params(params, config, to)
-        assert relative(masked(convert_config(config, to), converted, tokens), expected) < 1e-10, to
     assert relative(masked(changed(config, norm="rmsnorm"), params, tokens), expected) > 1e-2
+    for to in ("rmsnorm", "crmsnorm", "layernorm"):  # each from the one before
+        params, config = convert_params(params, config, to), convert_config(config, to)
+        assert relative(masked(config, params, tokens), expected) < 1e-10, to
 
 
 @pytest.mark.slow
@@ -66,6 +66,30 @@ def test_a_network_whose_block_0_reads_the_centred_embedding_is_another():
         path = ("block_0", "attention", name, "kernel")
         flat[path] = center(flat[path], 0)  # as if what it reads were centred
     assert relative(logits(config, unflatten_dict(flat), tokens), expected) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "ignored"),
+    [
+        ("masked", {"token_types": 0}),
+        ("masked", {"pad_token": 3}),
+        ("modern", {"window": None}),
+        ("modern", {"global_rotary_base": None}),
+        ("modern", {"attention_pattern": "l", "global_rotary_base": None}),
+        ("protein", {"mask_token": None}),
+        ("mean", {"pooling": "first"}),
+        ("eos", {"eos_token": None}),
+        ("eos", {"causal": False}),
+        ("highest", {"eos_token": 3}),
+        ("last", {"pooling": "first"}),
+    ],
+)
+def test_a_key_that_is_ignored_makes_it_another_function(name, ignored):
+    """For the network in NumPy, so that the comparison above would show it."""
+    config = tiny_encoder(**NETWORKS[name])
+    params, tokens = jax.device_get(random_params(config, 1)), random_inputs(config)
+    found, other = (numpy_encoder(each, params, tokens, MASK) for each in (config, changed(config, **ignored)))
+    assert relative(other, found) > 1e-3
 
 
 def test_what_stands_at_padding_is_never_felt():

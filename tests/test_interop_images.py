@@ -54,6 +54,57 @@ def test_leaves_that_lie_in_one_tensor_are_read_once_and_written_as_their_sum():
     np.testing.assert_array_equal(tensors["classifier.bias"], [0, 8, 9, 3, 4])
 
 
+# family -> (config.json, what its files' names may be in place of these, tensors that older files have too)
+OTHER_NAMES = {
+    "dinov3_vit": (
+        {},
+        ("layer.", "model.layer."),
+        {"rope_embeddings.inv_freq": (1,), "embeddings.mask_token": (1, 1, 12)},
+    ),
+    "beit": (
+        {"use_relative_position_bias": True},
+        ("embeddings.", "beit.embeddings."),
+        {"encoder.layer.0.attention.attention.relative_position_bias.relative_position_index": (10, 10)},
+    ),
+    "siglip_vision_model": ({}, ("encoder.", "vision_model.encoder."), {"embeddings.position_ids": (1, 9)}),
+    "vit_mae": ({}, ("layernorm.", "vit.layernorm."), {"decoder.decoder_layers.0.layernorm_after.bias": (8,)}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_files_of_other_versions_have_other_names_and_buffers(name):
+    keys, (prefix, other), more = OTHER_NAMES[name]
+    config, family = VIT | keys | {"model_type": name}, FAMILIES[name]
+    shapes = shapes_of(config)
+    renamed = {
+        tensor.replace(prefix, other, 1) if tensor.startswith(prefix) else tensor: x for tensor, x in shapes.items()
+    }
+    assert renamed.keys() != shapes.keys()
+    leaves = ForeignLeaves(
+        family,
+        config,
+        family.model(config, renamed),
+        {tensor: np.zeros(shape, np.float32) for tensor, shape in (renamed | more).items()},
+    )
+    assert leaves.ignored == more.keys()
+    without_bias = [("block_0", "attention", "key", "bias")] if name in ("beit", "dinov3_vit") else []
+    assert leaves.absent == without_bias
+
+
+def test_what_folding_gives_a_key_without_a_bias_is_dropped_only_where_softmax_drops_it():
+    path = ("block_0", "attention", "key", "bias")
+    for name, drops in (("beit", True), ("dinov3_vit", False)):
+        config, family = VIT | {"model_type": name}, FAMILIES[name]
+        tensors = {tensor: np.zeros(shape) for tensor, shape in shapes_of(config).items()}
+        leaves = ForeignLeaves(family, config, family.model(config), tensors)
+        leaves.write(path, (), np.zeros(12))
+        if drops:
+            leaves.write(path, (), np.ones(12))
+        else:
+            with pytest.raises(PrenormError, match=r"dinov3_vit format has no place for .*key/bias.*--keep-affine"):
+                leaves.write(path, (), np.ones(12))
+
+
 # --- config.json alone. ---
 
 SPECTROGRAM = {"num_mel_bins": 9, "max_length": 13, "frequency_stride": 2, "time_stride": 2, "patch_size": 3}
@@ -152,7 +203,9 @@ def test_what_a_source_does_with_images_is_set_and_what_is_not_is_said(name, tmp
     given, config, (edge, mean, std, others) = PREPARED[name]
     if given is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
-    found = preprocessing(Source("source", tmp_path, config, {"model.safetensors": None}, {}), 6)
+    found = preprocessing(
+        Source("source", tmp_path, config, {"model.safetensors": None}, {}), FAMILIES["vit"].model(VIT)
+    )
     assert found[:3] == (edge, mean, std)
     assert re.search(others, "; ".join(found.others)), found.others
 
@@ -177,6 +230,17 @@ def test_without_a_word_of_images_that_is_said():
     lines = said(None, model, Path("run"))
     assert "does not say how images are prepared" in lines[0]
     assert lines[-1] == "it has no classifier, so that it gives features (model.pooling=none)"
+
+
+def test_of_spectrograms_nothing_is_asked_that_is_said_of_images(tmp_path):
+    """A feature extractor's file has other keys, which would not be understood."""
+    config = ALONE["ast"][0]
+    model = FAMILIES[config["model_type"]].model(config)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"num_mel_bins": 9, "mean": -4.2, "std": 4.5}))
+    assert preprocessing(Source("source", tmp_path, config, {"model.safetensors": None}, {}), model) is None
+    assert said(None, model, Path("run")) == [
+        "it takes spectrograms, 9 mel bins × 13 frames: no data here has any to evaluate it on"
+    ]
 
 
 # --- Refused, in one line. ---

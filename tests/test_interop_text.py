@@ -18,8 +18,9 @@ from tiny_tokenizer import END, TEXT, tiny_tokenizer, write_slow
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 import prenorm_jax
-from prenorm_jax import build_model
+from prenorm_jax import PrenormError, build_model
 from prenorm_jax.base.files import read_json
+from prenorm_jax.interop.families import FAMILIES
 from prenorm_jax.interop.tokens import Ends, SourceTexts, ends_of, source_ends
 from prenorm_jax.train import convert_run
 
@@ -302,3 +303,51 @@ def test_the_run_to_train_further_has_to_be_named():
         "train.py", "--config=configs/finetune.py", "--workdir=x"
     )
     assert "no such workdir: nowhere" in error_of("train.py", "--config=configs/finetune.py:nowhere", "--workdir=x")
+
+
+# --- What a config.json says that no model here computes. ---
+
+REFUSED = {
+    "gptj": [
+        ({"rotary_dim": None}, "rotary_dim=null changes"),
+        ({"activation_function": "gelu_10"}, "'gelu_10' changes"),
+        ({"scale_attn_weights": False}, "scale_attn_weights=False changes"),
+    ],
+    "codegen": [({"n_head": 6, "n_embd": 24}, "n_head=6 is not supported: a codegen's heads are a multiple of 4")],
+    "phi": [({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type='dynamic' changes")],
+    "stablelm": [({"rotary_pct": 0.5}, r"rotary_pct=0.5 is not how this family says it \(0.25 is read\)")],
+    "gpt_neo": [
+        ({"num_layers": 3}, "attention_types=.* does not say of each of 3 blocks"),
+        ({"attention_types": [[["global", "sparse"], 12]]}, "attention_types=.*'sparse'"),
+        ({"attention_layers": ["local"] * 24}, "attention_layers=.* it is not what attention_types says"),
+    ],
+    "bloom": [({"apply_residual_connection_post_layernorm": True}, "post_layernorm=True changes .*affine and all")],
+    "mpt": [
+        ({"no_bias": False}, "no_bias=False changes"),
+        ({"logit_scale": "inv_sqrt_d_model"}, "logit_scale='inv_sqrt_d_model' changes"),
+        ({"norm_type": "rmsnorm"}, "norm_type='rmsnorm' changes"),
+        ({"attn_config": {"alibi": False}}, "alibi=False changes"),
+        ({"attn_config": {"alibi_bias_max": 16}}, "alibi_bias_max=16 changes .*reads 8 whatever it says"),
+        ({"attn_config": {"qk_ln": True}}, "qk_ln=True changes"),
+        ({"attn_config": {"prefix_lm": True}}, "prefix_lm=True changes"),
+        ({"attn_config": {"attn_type": "multiquery_attention"}}, "attn_type='multiquery_attention' changes"),
+    ],
+    "cohere": [({"hidden_act": "geglu"}, "hidden_act='geglu' changes")],
+    "cohere2": [
+        ({"sliding_window": None}, "sliding_window=null changes"),
+        ({"head_dim": 64}, "head_dim=64 changes"),
+        ({"layer_types": ["chunked_attention"] * 40}, "layer_types=.* does not say of each of 40 blocks"),
+    ],
+    "persimmon": [({"rope_theta": "1e4"}, "rope_theta='1e4' must be of type float")],
+    "nemotron": [({"is_causal": False}, "is_causal=False changes")],
+    "xglm": [({"add_cross_attention": True}, "add_cross_attention=True changes")],
+    "biogpt": [({"scale_embedding": 1}, "scale_embedding=1 must be of type bool")],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_model_here_computes_is_refused_by_name(name):
+    for config, line in REFUSED[name]:
+        with pytest.raises(PrenormError, match=line) as error:
+            FAMILIES[name].model({"model_type": name} | config)
+        assert "\n" not in str(error.value)

@@ -43,6 +43,8 @@ def test_flops_are_those_of_the_kernels_and_of_attention():
     windowed = [model_flops(model_config(vars(config) | {"window": size}), 2, 16, training=False) for size in (4, 16)]
     assert windowed[1] == model_flops(config, 2, 16, training=False)
     assert windowed[1] - windowed[0] == 2 * (attention - config.depth * 4 * (16 * 4 - 4 * 4 / 2) * config.d_model)
+    by_turns = model_config(vars(config) | {"window": 4, "attention_pattern": "lg"})
+    assert model_flops(by_turns, 2, 16, training=False) == sum(windowed) / 2
     vit = model_config(sizes.model("vit:Ti/16"))
     assert model_flops(vit, 1, 0, training=False) == pytest.approx(2 * 1.26e9, rel=0.02)  # multiply-adds of ViT-Ti/16
 

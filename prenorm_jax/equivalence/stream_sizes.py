@@ -16,7 +16,7 @@ from prenorm_jax.equivalence.stored import Readable, read_parts
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import center
-from prenorm_jax.models.positions import sincos2d_table, sinusoidal_table
+from prenorm_jax.models.positions import POSITION_TABLES, sincos2d_table
 from prenorm_jax.models.stacking import LAYER, STACKED
 from prenorm_jax.models.transformer import activate
 
@@ -88,6 +88,8 @@ class _Statistics:
             added = column_squares(center(np.moveaxis(leaf, axis, -1).reshape(-1, source.d_model)))
             if names[0] in ("vocab", "position"):  # a token adds one row of a table
                 added /= leaves[path].value.shape[0]
+            if path == ("token_embedding",):
+                added *= source.embed_scale**2
             _add(self.writers, key, *((0.0, added) if path[-1] == "bias" else (added, 0.0)))
         embedding = sum(sum(of) for (block, _), of in self.writers.items() if block is None)
         embedding = np.broadcast_to(embedding + _constant_positions(source), (source.d_model,))
@@ -126,8 +128,8 @@ def _add(to: dict[Any, list[Any]], key: Any, *values: Any) -> None:
 
 def _constant_positions(source: ModelConfig) -> Any:
     """(d,) mean squares of a computed position table, 0 if the model has none."""
-    if source.positions == "sinusoidal":
-        table = sinusoidal_table(source.max_len, source.d_model)
+    if source.positions in POSITION_TABLES:
+        table = POSITION_TABLES[source.positions](source.max_len, source.d_model)
     elif source.positions == "sincos2d":
         table = sincos2d_table(source.grid[0], source.d_model)
     else:

@@ -163,7 +163,8 @@ def _of_library(name: str | Path) -> Side:
     found = foreign(open_source(name), "float64")
     params = {path: found.leaves.read(path) for path in param_shapes(found.model)}
     dtype = dtype_of(found.source, "keep")
-    files = {path.name: _sha256_of_file(path) for path in (found.source.folder / "config.json", *found.source.files)}
+    written = [*found.source.folder.glob("config.json"), *found.source.files]  # beside an .npz there is none
+    files = {path.name: _sha256_of_file(path) for path in written}
     about = {"what": f"{name} ({found.family.model_type}, {dtype})", "files": files}
     return Side(form_of(found.model, unflatten_dict(params)), dtype, about, found.source.folder)
 
@@ -195,10 +196,7 @@ def _reference(
         return own, "the source is a workdir"
     if how == "own":
         return own, "asked for"
-    inputs, note = (
-        np.stack([probe.inputs for probe in probes]),
-        why_not(source.folder, str(name), source.form.config.inputs),
-    )
+    inputs, note = np.stack([probe.inputs for probe in probes]), why_not(source.folder, str(name), source.form.config)
     if not note:
         try:
             return by_library(source.folder, source.form.config, inputs, positions), ""

@@ -34,6 +34,7 @@ _OTHERS = re.compile(
     r"initializer_.*|.*_initializer_.*|init_.*|output_.*|return_dict.*|task_specific_params|summary_.*|problem_type|"
     r"id2label|label2id|num_labels|label_names|num_classes|gradient_checkpointing|pretraining_tp|"
     r"(transformers_)?loss_.*|prefix|pruned_heads|use_bfloat16|torchscript|finetuning_task|pretrained_cfg|"
+    r"tokenizer_(class|name)|"
     r"is_(encoder_)?decoder|encoder_stride|pooler_.*|.*softmax_in_fp32|reorder_and_upcast_attn|out_(features|indices)|"
     r"stage_names|reshape_hidden_states|use_mask_token|(text|vision)_config(_dict)?|logit_scale_init_value|"
     r"image_size|patch_size|projection_dim|apply_layernorm|pos_embed_(shift|jitter|rescale)|decoder_.*|norm_pix_loss|"

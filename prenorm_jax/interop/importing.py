@@ -68,7 +68,7 @@ def import_checkpoint(
     new_model = model if to == model.norm else convert_config(model, to, keep_affine)
     texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.inputs == "text" else None
     config = run_config(new_model, target, texts)
-    images = preprocessing(source, model.image_size) if model.inputs == "images" else None
+    images = preprocessing(source, model) if model.inputs == "images" else None
     if images:
         images.set(config)
     with in_the_making(target) as folder:

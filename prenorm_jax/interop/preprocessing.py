@@ -45,9 +45,11 @@ class Preprocessing(NamedTuple):
             config.data.image_size = self.edge
 
 
-def preprocessing(source: Source, size: int) -> Preprocessing | None:
-    """That of a source whose model takes images of this size; None: it says nothing of it. Raises PrenormError."""
-    config, labels = source.config, _labels(source.config)
+def preprocessing(source: Source, model: ViTConfig) -> Preprocessing | None:
+    """That of a source of this model; None: it says nothing of it, or takes no squares. Raises PrenormError."""
+    config, labels, (size, width, _) = source.config, _labels(source.config), model.image_shape
+    if size != width:
+        return None
     try:
         if "pretrained_cfg" in config:
             return _at_least(size, _timm(config["pretrained_cfg"], size, labels))
@@ -120,6 +122,9 @@ def _numbers(values: Any) -> tuple[float, ...]:
 
 def said(found: Preprocessing | None, model: ViTConfig, workdir: Path) -> list[str]:
     """Lines about it, and about what a workdir that was imported lacks."""
+    height, width, _ = model.image_shape
+    if height != width:
+        return [f"it takes spectrograms, {height} mel bins × {width} frames: no data here has any to evaluate it on"]
     lines = ["it does not say how images are prepared: data.mean and data.std are 0.5, as for pixels from -1 to 1"]
     if found:
         lines = [f"images: shorter edge {found.edge}, mean {found.mean}, std {found.std} (config.data)"]

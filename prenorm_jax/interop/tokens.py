@@ -30,7 +30,9 @@ _CLASSES: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END),
     "GPTNeoXTokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END) | {"pad_token": "<|padding|>"},
 }
-_BY_FAMILY = dict.fromkeys(("gpt2", "opt", "starcoder2"), "GPT2Tokenizer")  # where the files name no class
+_BY_FAMILY = dict.fromkeys(
+    ("gpt2", "opt", "starcoder2", "gptj", "gpt_neo"), "GPT2Tokenizer"
+)  # where the files name no class
 _BY_FAMILY |= dict.fromkeys(("gpt_neox", "olmo"), "GPTNeoXTokenizer")
 
 # Keys of generation_config.json under which transformers' greedy continuation is not the likeliest token each time,

@@ -88,10 +88,10 @@ def attend(
     B, T, H, K = q_BxTxHxK.shape
     S, G = k_BxSxGxK.shape[1:3]
     plain = kernel == "auto" and dropout_key is None and bias is None and mask_BxS is None
-    if plain and (T == S or not (causal or window)) and _cudnn_serves(q_BxTxHxK, S, G):
+    # Of windows the kernel knows those that end at the query's own position.
+    if plain and (T == S if causal else window is None) and _cudnn_serves(q_BxTxHxK, S, G):
         qkv = q_BxTxHxK, k_BxSxGxK, v_BxSxGxK
-        # Before and after a query's own position.
-        sides = None if window is None else (window - 1, 0 if causal else window - 1)
+        sides = None if window is None else (window - 1, 0)  # before and after it
         options = {"scale": scale, "is_causal": causal, "local_window_size": sides, "implementation": "cudnn"}
         return jax.nn.dot_product_attention(*qkv, **options).reshape(B, T, H * K)
     q_LxRxTxK = _group(q_BxTxHxK, G, scale)

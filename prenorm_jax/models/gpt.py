@@ -15,7 +15,7 @@ from prenorm_jax.models.linear import matmul, reader
 from prenorm_jax.models.norms import Normed
 from prenorm_jax.models.parameters import annotated, spread
 from prenorm_jax.models.placement import fusion_barrier
-from prenorm_jax.models.positions import fairseq_table, sinusoidal_table
+from prenorm_jax.models.positions import POSITION_TABLES
 from prenorm_jax.models.transformer import (
     StreamModel,
     blocks,
@@ -90,9 +90,6 @@ class GPTConfig(ModelConfig):
     def flops_outside_blocks(self, length: int, logits: int | None) -> int:
         """FLOPs of the head's product, for logits at so many tokens (None: all)."""
         return 2 * (length if logits is None else logits) * self.d_model * self.vocab_size
-
-
-_TABLES = {"sinusoidal": sinusoidal_table, "fairseq": fairseq_table}
 
 
 def _scaled(x: jax.Array, scale: float) -> jax.Array:
@@ -176,9 +173,9 @@ class GPT(StreamModel):
         if config.positions == "learned":
             table_TxW = rows(table(self, config, "position_embedding", config.max_len, "position"))
             return x_BxTxW + spread(table_TxW, x_BxTxW.shape, x_BxTxW.dtype)
-        if config.positions in _TABLES:
+        if config.positions in POSITION_TABLES:
             length = T if position is None else config.max_len
-            return x_BxTxW + rows(constant_table(config, _TABLES[config.positions](length, config.d_model)))
+            return x_BxTxW + rows(constant_table(config, POSITION_TABLES[config.positions](length, config.d_model)))
         return x_BxTxW
 
     def _tied_head(self, x_BxTxD: jax.Array, table_VxW: jax.Array, train: bool) -> jax.Array:

@@ -132,3 +132,6 @@ def fairseq_table(length: int, width: int) -> np.ndarray:
     frequencies = 10000.0 ** (-np.arange(half) / max(half - 1, 1))
     angles = (np.arange(length)[:, None] + 2) * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles), np.zeros((length, width % 2))], axis=1)
+
+
+POSITION_TABLES = {"sinusoidal": sinusoidal_table, "fairseq": fairseq_table}  # of sequences: by `GPTConfig.positions`

@@ -69,7 +69,7 @@ class ViTConfig(ModelConfig):
         "pooling": ("class", "mean", "class_mean", "distilled", "class_pair", "attention", "none"),
     }
     at_least = ModelConfig.at_least | {
-        **dict.fromkeys(("image_size", "image_width", "patch_size", "patch_stride", "channels"), 1),
+        **dict.fromkeys(("image_size", "image_width", "patch_size", "patch_stride", "channels", "rotary_base"), 1),
         **dict.fromkeys(("classes", "registers"), 0),
     }
 

@@ -23,7 +23,7 @@ from prenorm_jax.equivalence.stored import Readable, convert_stored
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import NORMS, ModelConfig
 from prenorm_jax.models.coordinates import KINDS
-from prenorm_jax.models.registry import build_model
+from prenorm_jax.models.registry import build_model, family
 from prenorm_jax.train.checkpoint import Checkpoints, check_place
 from prenorm_jax.train.workdir import SOURCE, configure_jax, load_config
 
@@ -78,6 +78,8 @@ def convert(
             return step
 
         step = checkpoints.of(step, write)
+    if not family(config.model.family).config_class.trains:
+        return
     made = shlex.quote(str(target))
     print(f"evaluate: python eval.py --workdir={made}")
     print(f"train on: python train.py --workdir={made} --config.steps=N   (now at step {step} of {config.steps})")

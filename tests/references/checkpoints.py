@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
 import json
 import re
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import made_up_torchvision
 import numpy as np
 from common import changed, relative
 from common import logits as logits_of
@@ -43,35 +42,11 @@ def transformers() -> ModuleType:
 def timm() -> ModuleType:
     """The library. Its ViTs need nothing of torchvision, for whose builds it is a matter of luck to fit torch's.
 
-    So what it imports of that for reading images and for other networks is made up while it is imported.
+    So what it imports of that is made up while it is imported.
     """
     transformers()  # which would else believe in a torchvision
 
-    class Named(type):
-        def __getattr__(cls, name: str) -> str:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return name
-
-    class MadeUp(ModuleType):
-        __path__ = ()
-
-        def __getattr__(self, name: str) -> type:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Named(name, (), {})
-
-    class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-            return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] == "torchvision" else None
-
-        def create_module(self, spec: Any) -> ModuleType:
-            return MadeUp(spec.name)
-
-        def exec_module(self, module: ModuleType) -> None:
-            pass
-
-    sys.meta_path.insert(0, finder := Finder())
+    sys.meta_path.insert(0, finder := made_up_torchvision.Finder())
     import timm
 
     sys.meta_path.remove(finder)

@@ -48,7 +48,6 @@ CASES = {
     "clip": ("CLIPModel", CLIP, None),
     "deit": ("DeiTForImageClassificationWithTeacher", PLAIN | LABELS, "logits"),
     "deit-one-head": ("DeiTForImageClassification", PLAIN | LABELS, "logits"),
-    "deit-tokens": ("DeiTModel", PLAIN | {"qkv_bias": False}, "last_hidden_state"),
     "mae": ("ViTMAEModel", MAE, "last_hidden_state"),
     "beit": ("BeitForImageClassification", PLAIN | LABELS | {"use_relative_position_bias": True}, "logits"),
     "beit-shared": (
@@ -90,23 +89,26 @@ def nothing_compared(monkeypatch):
     monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
+def save(name, folder):
+    """Writes a case's folder: the model, which of its outputs is compared, and images."""
+    rng = np.random.default_rng(1)
+    if name in TIMM_CASES:
+        library = theirs.timm()
+        model = theirs.awkward(library.create_model(name, **(TIMM | TIMM_CASES[name])))
+        library.models.save_for_hf(model, folder, safe_serialization=True)
+        return model, "", rng.normal(size=(2, 12, 12, TIMM_CASES[name].get("in_chans", 3))) + 1
+    kind, config, output = CASES[name]
+    kind = getattr(theirs.transformers(), kind)
+    model = theirs.awkward(kind(kind.config_class(**config)))
+    model.save_pretrained(folder)
+    return model, output, rng.normal(size=(2, SIDE, FRAMES, 1) if "max_length" in config else (2, SIDE, SIDE, 3)) + 1
+
+
 @pytest.fixture(scope="module", params=[*CASES, *TIMM_CASES])
 def case(request, tmp_path_factory):
     """A folder that the library wrote, images, what the library makes of them, and which output that is."""
-    rng = np.random.default_rng(1)
-    if request.param in TIMM_CASES:
-        library = theirs.timm()
-        model = theirs.awkward(library.create_model(request.param, **(TIMM | TIMM_CASES[request.param])))
-        folder = tmp_path_factory.mktemp(request.param) / "source"
-        library.models.save_for_hf(model, folder, safe_serialization=True)
-        images = rng.normal(size=(2, 12, 12, TIMM_CASES[request.param].get("in_chans", 3))) + 1
-        return folder, images, theirs.features(model, images, ""), ""
-    name, config, output = CASES[request.param]
-    kind = getattr(theirs.transformers(), name)
-    model = theirs.awkward(kind(kind.config_class(**config)))
     folder = tmp_path_factory.mktemp(request.param) / "source"
-    model.save_pretrained(folder)
-    images = rng.normal(size=(2, SIDE, FRAMES, 1) if "max_length" in config else (2, SIDE, SIDE, 3)) + 1
+    model, output, images = save(request.param, folder)
     return folder, images, theirs.features(model, images, output), output
 
 
@@ -162,6 +164,7 @@ def test_dinov3_with_its_class_token_and_registers_turned_too_is_another_functio
     assert relative(wrong, expected) > 1e-2
 
 
+@pytest.mark.parametrize("case", [*TIMM_CASES, "vit"], indirect=True)
 def test_a_converted_vit_of_timms_is_timms_own_with_rmsnorms_or_is_refused(case, tmp_path):
     folder, images, expected, output = case
     refused = {"dinov2": "head_affine/bias", "qk_norm": "qk_norm", "siglip": "pooling", "clip": "embed_norm"}

@@ -1,13 +1,22 @@
 """Imported, converted and exported checkpoints beside the families' own library, in float64."""
 
+import dataclasses
+
 import checkpoints as theirs
 import numpy as np
 import pytest
-from common import relative
+from common import changed, logits, relative
+from flax.traverse_util import flatten_dict, unflatten_dict
+from oracle import numpy_gpt
 
 import prenorm_jax
+from prenorm_jax import build_model, convert_config, convert_params
+from prenorm_jax.base.trees import count
+from prenorm_jax.interop.explain import explain
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax.models.coordinates import coordinates
+from prenorm_jax.models.decoding import generate
 
 pytestmark = pytest.mark.reference
 
@@ -100,6 +109,104 @@ def test_an_import_is_the_librarys_function_under_every_norm(case):
 def test_an_import_comes_back_bit_for_bit(case, tmp_path):
     is_nemotron = (case[0] / "config.json").read_text().find('"nemotron"') > 0
     theirs.check_way_back(case[0], tmp_path, r"norm\.weight" if is_nemotron else "")
+
+
+def test_explain_says_what_a_conversion_does(case):
+    report = explain(case[0])
+    assert not any("not looked at" in note for note in report["notes"]), report["notes"]
+    config, params = prenorm_jax.load(case[0])
+    converted = convert_params(params, config, "rmsnorm")
+    assert {norm: count(tree) for norm, tree in (("layernorm", params), ("rmsnorm", converted))}.items() <= report[
+        "parameters"
+    ].items()
+    affine = {path[:-1] for path in flatten_dict(params) if path[-1] == "scale"}
+    kept = {path[:-1] for path in flatten_dict(converted) if path[-1] == "scale"}
+    said = {site["norm"]: site for site in report["norms"]}
+    for path in affine:
+        assert said["/".join(path).replace("head_affine", "head_norm")]["becomes"] == (
+            "kept" if path in kept else "folded"
+        ), path
+
+
+def edited(leaf, edit):
+    """The parameters with what `edit` makes of each leaf whose path ends in these words."""
+
+    def change(params):
+        flat = flatten_dict(params)
+        found = [path for path in flat if "/".join(path).endswith(leaf)]
+        assert found
+        return unflatten_dict(flat | {path: edit(flat[path]) for path in found})
+
+    return change
+
+
+# What each of these families would be without one of its rules: other keys of our config, or other parameters.
+RULES = {
+    "gptj": [{"rotary_interleaved": False}, {"rotary_dim": None}],
+    "phi": [edited("key/bias", np.zeros_like), {"rotary_dim": None}],
+    "stablelm-12b": [edited("query_norm/scale", lambda x: x[:1] + 0 * x), edited("key_norm/scale", lambda x: x[::-1])],
+    "gpt-neo": [{"score_scale": None}, {"attention_pattern": "l"}, {"window": None}],
+    "bloom": [{"positions": "none"}],
+    "mpt": [{"positions": "none"}, {"score_scale": None}, {"clip_qkv": None}],
+    "falcon-rw": [{"positions": "none", "alibi_rounded": False}, {"alibi_rounded": False}],
+    "cohere": [edited("query_norm/scale", lambda x: x[:1] + 0 * x), {"logit_scale": 1.0}],
+    "cohere2": [{"global_rotary_base": None}, {"attention_pattern": "l", "global_rotary_base": None}, {"window": None}],
+    "nemotron": [edited("_norm/scale", lambda x: x - 1)],
+    "xglm": [{"positions": "sinusoidal"}, {"embed_scale": 1.0}],
+    "biogpt": [edited("position_embedding", lambda x: np.roll(x, 2, 0)), {"embed_scale": 1.0}],
+}
+
+
+@pytest.mark.parametrize("case", RULES, indirect=True)
+def test_without_one_of_its_rules_a_family_is_another_function(case, request):
+    folder, tokens, expected, _ = case
+    config, params = prenorm_jax.load(folder)
+    assert relative(numpy_gpt(config, params, tokens), expected) < 1e-9
+    for rule in RULES[request.node.callspec.params["case"]]:
+        without = (config, rule(params)) if callable(rule) else (changed(config, **rule), params)
+        assert relative(numpy_gpt(*without, tokens), expected) > 1e-2, rule
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon-rw"])
+def test_alibi_is_the_librarys_at_500_tokens(name, tmp_path):
+    """Of three heads. Rounded to bfloat16, as Falcon's, it is another function behind some 200 tokens."""
+    model_type, config, _ = CASES[name]
+    longer = {"max_seq_len": 500} if name == "mpt" else {"seq_length": 500, "max_position_embeddings": 500}
+    model = theirs.make(model_type, **config | longer | {"n_layer": 1, "n_layers": 1, "num_hidden_layers": 1})
+    model.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(1).integers(V, size=(1, 500))
+    expected = theirs.logits(model, tokens)
+    config, params = prenorm_jax.load(tmp_path)
+    rms = convert_config(config, "rmsnorm"), convert_params(params, config, "rmsnorm")
+    assert relative(logits(*rms, tokens), expected) < 1e-9
+    other = changed(config, alibi_rounded=not config.alibi_rounded)
+    assert relative(logits(other, params, tokens)[:, 200:], expected[:, 200:]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["cohere2", "mpt"])
+def test_greedy_tokens_from_the_cache_are_the_librarys(name, tmp_path):
+    """Of blocks with a window and without positions, and of ALiBi, past the window."""
+    model_type, config, _ = CASES[name]
+    model = theirs.make(model_type, **config | {"max_seq_len" if name == "mpt" else "max_position_embeddings": 24})
+    model.save_pretrained(tmp_path)
+    config, params = prenorm_jax.load(tmp_path)
+    crms = build_model(convert_config(config, "crmsnorm")), convert_params(params, config, "crmsnorm")
+    found = [int(step[0]) for step in generate(*crms, [[1, 5, 2, 7]], 16)]
+    assert found == theirs.generate(model, [1, 5, 2, 7], 16)
+
+
+def test_blooms_embedding_norm_is_centred_behind_it(tmp_path, monkeypatch):
+    model_type, config, _ = CASES["bloom"]
+    model = theirs.make(model_type, **config)
+    model.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(1).integers(V, size=(2, T))
+    config, params = prenorm_jax.load(tmp_path)
+    rms, converted = convert_config(config, "rmsnorm"), convert_params(params, config, "rmsnorm")
+    table = converted["token_embedding"]
+    converted["token_embedding"] = table - table.mean(-1, keepdims=True)  # in place of what comes after its norm
+    raw = dataclasses.replace(coordinates(rms), enter=lambda x: x)
+    monkeypatch.setattr("prenorm_jax.models.transformer.coordinates", lambda _: raw)
+    assert relative(build_model(rms).apply({"params": converted}, tokens), theirs.logits(model, tokens)) > 1e-2
 
 
 @pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])

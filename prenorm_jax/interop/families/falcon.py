@@ -11,30 +11,31 @@ from prenorm_jax.interop.family import Family, Given
 
 def _config(given: Given) -> dict[str, Any]:
     width, heads = given("hidden_size", "n_embed", default=4544), given("num_attention_heads", default=71)
+    for key in ("num_ln_in_parallel_attn", "parallel_attn"):  # of which a layout reads one
+        given(key, default=None)
+    grouped = given("num_kv_heads", default=heads)
     alone = 1 if given("multi_query", default=True) else heads
-    fall = {"positions": "alibi", "alibi_rounded": True, "rotary_dim": None} if given("alibi", default=False) else {}
-    return (
-        given.rotary(width, heads)
-        | fall
-        | {
-            "vocab_size": given("vocab_size", default=65024),
-            "max_len": given("max_position_embeddings", default=2048),
-            "d_model": width,
-            "depth": given("num_hidden_layers", default=32),
-            "heads": heads,
-            "kv_heads": given("num_kv_heads", default=heads) if _is_new(given) else alone,
-            "mlp_dim": given("ffn_hidden_size", default=4 * width),
-            "activation": given.activation("activation", default="gelu"),
-            "parallel": _norms(given) is not _IN_TURN,
-            "shared_norm": _norms(given) is _ONE,
-            "use_bias": given("bias", default=False),
-            "epsilon": given("layer_norm_epsilon", default=1e-5),
-            "tie_embeddings": given("tie_word_embeddings", default=True),
-            "embed_dropout": 0.0,
-            "branch_dropout": given("hidden_dropout", default=0.0),
-            "attention_dropout": given("attention_dropout", default=0.0),
-        }
-    )
+    positions = given.rotary(width, heads)
+    if given("alibi", default=False):
+        positions |= {"positions": "alibi", "alibi_rounded": True, "rotary_dim": None}
+    return positions | {
+        "vocab_size": given("vocab_size", default=65024),
+        "max_len": given("max_position_embeddings", default=2048),
+        "d_model": width,
+        "depth": given("num_hidden_layers", default=32),
+        "heads": heads,
+        "kv_heads": grouped if _is_new(given) else alone,
+        "mlp_dim": given("ffn_hidden_size", default=4 * width),
+        "activation": given.activation("activation", default="gelu"),
+        "parallel": _norms(given) is not _IN_TURN,
+        "shared_norm": _norms(given) is _ONE,
+        "use_bias": given("bias", default=False),
+        "epsilon": given("layer_norm_epsilon", default=1e-5),
+        "tie_embeddings": given("tie_word_embeddings", default=True),
+        "embed_dropout": 0.0,
+        "branch_dropout": given("hidden_dropout", default=0.0),
+        "attention_dropout": given("attention_dropout", default=0.0),
+    }
 
 
 def _is_new(given: Given) -> bool:

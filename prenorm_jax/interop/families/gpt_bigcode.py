@@ -9,13 +9,15 @@ def _config(given: Given) -> dict[str, Any]:
     given.only("add_cross_attention", False)
     given.only("scale_attn_weights", True)
     heads = given("n_head", "num_attention_heads", default=12)
+    kv_heads = 1 if given("multi_query", default=True) else heads
+    given.only("num_key_value_heads", kv_heads, why="it is not what multi_query says")
     return {
         "vocab_size": given("vocab_size", default=50257),
         "max_len": given("n_positions", "max_position_embeddings", default=1024),
         "d_model": given("n_embd", "hidden_size", default=768),
         "depth": given("n_layer", "num_hidden_layers", default=12),
         "heads": heads,
-        "kv_heads": 1 if given("multi_query", default=True) else heads,
+        "kv_heads": kv_heads,
         "mlp_dim": given("n_inner", default=None),
         "activation": given.activation("activation_function", default="gelu_pytorch_tanh"),
         "epsilon": given("layer_norm_epsilon", default=1e-5),

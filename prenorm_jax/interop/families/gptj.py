@@ -8,6 +8,8 @@ from prenorm_jax.interop.family import Family, Given
 def config(given: Given) -> dict[str, Any]:
     """The keys of our model; CodeGen's too."""
     given.said("rotary_dim")
+    given.only("rotary", True)
+    given.only("scale_attn_weights", True)
     width, heads = given("n_embd", "hidden_size", default=4096), given("n_head", "num_attention_heads", default=16)
     turned = given("rotary_dim", default=64)
     return {

@@ -16,6 +16,7 @@ def config(model: ModelConfig, source: dict[str, Any], family: Family) -> dict[s
     Raises PrenormError for a network that is none of these.
     """
     wanted = {"positions": "rotary", "rotary_dim": None, "rotary_interleaved": False, "window": None, "clip_qkv": None}
+    wanted |= {"global_rotary_base": None, "score_scale": None, "embed_scale": 1.0, "logit_scale": 1.0}
     wanted |= {"gated_mlp": True, "activation": "silu", "parallel": False, "use_bias": False, "reader_bias": False}
     wanted |= {"qkv_bias": False, "head_bias": False, "qk_norm": False, "embed_norm": False, "norm_affine": False}
     if other := [
