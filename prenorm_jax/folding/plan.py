@@ -69,7 +69,7 @@ class Plan:
         self.forced: dict[Value, Why] = {}
         self._needs: dict[tuple[Value, Label], list[Any] | None] = {}
         self._known: dict[tuple[Value, Label], bool] = {}
-        self.live = self._live()
+        self.live, self._read = self._liveness()
         for site in self.live_sites():
             if not self.known(site.base, Label(site.axes)):
                 self._want(site.base, Label(site.axes))
@@ -81,8 +81,8 @@ class Plan:
 
     # What reads what.
 
-    def _live(self) -> set[Equation]:
-        """The equations that an output needs, where a site needs its base alone."""
+    def _liveness(self) -> tuple[set[Equation], set[Value]]:
+        """The equations that an output needs, where a site needs its base alone; and the values that are read."""
         live, needed = set(), set(self.program.outputs)
 
         def walk(block: Block) -> None:
@@ -102,7 +102,7 @@ class Plan:
                     needed.update([self.sites[eqn].base] if eqn in self.sites else eqn.inputs)
 
         walk(self.program.block)
-        return live
+        return live, needed
 
     def needs(self, value: Value, label: Label) -> list[Any] | None:
         """What the operands of the value's equation must be for it to come by this label: RAW, ZERO or a Label each."""
@@ -192,7 +192,7 @@ class Plan:
             elif eqn.has_effect:
                 self._read_raw(eqn, None, [RAW] * len(eqn.inputs))
             else:
-                for out in eqn.outputs:
+                for out in (one for one in eqn.outputs if one in self._read):
                     self._connect_output(eqn, out)
         bases = {site.base for site in self.live_sites()}
         for value, labels in self.wanted.items():
