@@ -22,6 +22,7 @@ from programs import program
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params, fold
 from prenorm_jax.folding import internals, rules
+from prenorm_jax.interop.explain import explain
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 7))
 WIDTH = 8
@@ -433,6 +434,7 @@ def test_the_report_is_text_a_dict_and_a_page() -> None:
     assert (found["folded"], found["found"]) == (4, 4) and "4 of 4 norms folded" in str(report)
     assert b"Centred once and for all" in report.html() and b"<table" in report.html()
     assert "norm and 3 more" in str(report)
+    assert explain(plain, PLAIN, TOKENS) == report.as_dict()
 
 
 def test_what_is_relied_on_of_jax_is_there() -> None:
@@ -491,7 +493,7 @@ def error_of(seed: int, gradients: bool = True) -> float:
 EXACT = 1e-9  # some programs amplify rounding
 
 
-@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 50), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 50), marks=pytest.mark.slow)], ids=str)
 def test_random_programs_stay_the_same_functions(seeds: range) -> None:
     assert not [seed for seed in seeds if not error_of(seed) < EXACT]
 
@@ -586,7 +588,7 @@ BROKEN: dict[str, dict[Callable[[Rule], Rule], int]] = {
     "sub": {forgetful: 15},
     "add_any": {forgetful: 66},
     "mul": {forgetful: 28, lenient("same", "raw"): 16},
-    "div": {lenient("same", "raw"): 0},
+    "div": {forgetful: 454, lenient("same", "raw"): 0},
     "select_n": {forgetful: 70, lenient("raw", "same"): 20, with_uniform: 70},
     "transpose": {forgetful: 19},
     "squeeze": {forgetful: 28},
@@ -596,7 +598,7 @@ BROKEN: dict[str, dict[Callable[[Rule], Rule], int]] = {
     "dynamic_slice": {forgetful: 66, lenient("same", "raw"): 53},
     "dynamic_update_slice": {forgetful: 52, lenient("same", "same", "raw"): 100},
     "concatenate": {forgetful: 9, lenient("same"): 70},
-    "split": {forgetful: 116},
+    "split": {forgetful: 116, lenient("same"): 78},
     "stack": {forgetful: 9, unmoved: 9},
     "unstack": {forgetful: 66, unmoved: 66},
     "pad": {forgetful: 77, lenient("same", "zero"): 19, with_uniform: 77},
@@ -604,7 +606,7 @@ BROKEN: dict[str, dict[Callable[[Rule], Rule], int]] = {
     "reduce_sum": {forgetful: 75, unmoved: 75},
     "dot_general": {forgetful: 9},
     "conv_general_dilated": {forgetful: 2, whole: 3},
-    "gather": {forgetful: 9},
+    "gather": {forgetful: 9, whole: 214},
     "scan_carry": {half: 38},
     "scan_xs": {forgetful: 28, unmoved: 28},
     "scan_ys": {forgetful: 28},

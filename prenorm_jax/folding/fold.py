@@ -128,4 +128,5 @@ def _centre_stored(x: Array, axes: frozenset[int], scale: Array | None, dims: tu
     wide = np.asarray(x).astype(np.float64)
     wide = centre(wide, axes, None if scale is None else np.asarray(scale).astype(np.float64), dims)
     stored = centre(wide, axes).astype(x.dtype)  # twice: what rounding has left of the mean goes too
-    return jax.device_put(stored, x.sharding) if isinstance(x, jax.Array) else stored
+    # As bound to its device as x is: an array that is bound to one cannot be used beside others on several.
+    return jax.device_put(stored, x.sharding if x.committed else None) if isinstance(x, jax.Array) else stored
