@@ -376,6 +376,21 @@ def test_sharded_parameters_stay_where_they_are() -> None:
 
 
 @pytest.mark.slow
+def test_shardings_that_are_part_of_the_types_are_kept() -> None:
+    def function(p: dict, x: jax.Array) -> jax.Array:
+        return layer_norm(x @ p["up"][0] @ p["down"][0]) @ p["head"]
+
+    x = np.random.default_rng(5).normal(size=(8, 8))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put(x, PartitionSpec("data"))
+        folded = fold(function, jax.device_put(PLAIN, PartitionSpec()), inputs)
+        actual = jax.jit(folded.apply)(folded.params, inputs)
+    assert folded.report.count() == 1 and jax.typeof(actual).sharding.spec[0] == "data"
+    assert relative(actual, function(PLAIN, x)) < 1e-12
+
+
+@pytest.mark.slow
 def test_bfloat16_errs_no_more_than_the_source_does() -> None:
     apply, params = linen(depth=2)
     exact = np.asarray(apply(params, TOKENS))
