@@ -22,6 +22,7 @@ from programs import program
 
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params, fold
 from prenorm_jax.folding import internals, rules
+from prenorm_jax.interop.explain import explain
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 7))
 WIDTH = 8
@@ -375,6 +376,21 @@ def test_sharded_parameters_stay_where_they_are() -> None:
 
 
 @pytest.mark.slow
+def test_shardings_that_are_part_of_the_types_are_kept() -> None:
+    def function(p: dict, x: jax.Array) -> jax.Array:
+        return layer_norm(x @ p["up"][0] @ p["down"][0]) @ p["head"]
+
+    x = np.random.default_rng(5).normal(size=(8, 8))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put(x, PartitionSpec("data"))
+        folded = fold(function, jax.device_put(PLAIN, PartitionSpec()), inputs)
+        actual = jax.jit(folded.apply)(folded.params, inputs)
+    assert folded.report.count() == 1 and jax.typeof(actual).sharding.spec[0] == "data"
+    assert relative(actual, function(PLAIN, x)) < 1e-12
+
+
+@pytest.mark.slow
 def test_bfloat16_errs_no_more_than_the_source_does() -> None:
     apply, params = linen(depth=2)
     exact = np.asarray(apply(params, TOKENS))
@@ -433,6 +449,7 @@ def test_the_report_is_text_a_dict_and_a_page() -> None:
     assert (found["folded"], found["found"]) == (4, 4) and "4 of 4 norms folded" in str(report)
     assert b"Centred once and for all" in report.html() and b"<table" in report.html()
     assert "norm and 3 more" in str(report)
+    assert explain(plain, PLAIN, TOKENS) == report.as_dict()
 
 
 def test_what_is_relied_on_of_jax_is_there() -> None:
@@ -469,19 +486,21 @@ def test_what_is_relied_on_of_jax_is_there() -> None:
 # Random programs, and rules broken on purpose.
 
 
-def error_of(seed: int) -> float:
+def error_of(seed: int, gradients: bool = True) -> float:
     """Of the random program of this seed: the largest error of its output, and of its gradients through h."""
     function, params, inputs = program(seed)
     folded = fold(function, params, inputs)
-    expected = function(params, inputs)
-    weights = np.random.default_rng(seed).normal(size=expected.shape)
+    ours, theirs = [folded.apply(folded.params, inputs)], [function(params, inputs)]
+    scales = [float(jnp.abs(theirs[0]).max())]
+    if gradients:
+        weights = np.random.default_rng(seed).normal(size=theirs[0].shape)
 
-    def gradient(apply: Callable) -> list[jax.Array]:
-        return jax.tree.leaves(jax.grad(lambda p: (apply(p) * weights).sum())(params))
+        def gradient(apply: Callable) -> list[jax.Array]:
+            return jax.tree.leaves(jax.grad(lambda p: (apply(p) * weights).sum())(params))
 
-    ours = [folded.apply(folded.params, inputs), *gradient(lambda p: folded.apply(folded.h(p), inputs))]
-    theirs = [expected, *gradient(lambda p: function(p, inputs))]
-    scales = [float(jnp.abs(expected).max())] + [max(float(jnp.abs(x).max()) for x in theirs[1:])] * (len(theirs) - 1)
+        ours += gradient(lambda p: folded.apply(folded.h(p), inputs))
+        theirs += gradient(lambda p: function(p, inputs))
+        scales += [max(float(jnp.abs(x).max()) for x in theirs[1:])] * (len(theirs) - 1)
     errors = [float(jnp.abs(a - b).max()) / max(s, 1e-3) for a, b, s in zip(ours, theirs, scales, strict=True)]
     return max(errors) * (1e-4 if function.coarse else 1) if np.isfinite(errors).all() else np.inf
 
@@ -489,7 +508,7 @@ def error_of(seed: int) -> float:
 EXACT = 1e-9  # some programs amplify rounding
 
 
-@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 50), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 50), marks=pytest.mark.slow)], ids=str)
 def test_random_programs_stay_the_same_functions(seeds: range) -> None:
     assert not [seed for seed in seeds if not error_of(seed) < EXACT]
 
@@ -568,26 +587,67 @@ def half(rule: Rule) -> Rule:
     return broken
 
 
-LENIENT = {
-    "convert_element_type": lenient("same"),
-    "mul": lenient("same", "raw"),
-    "div": lenient("same", "raw"),
-    "select_n": lenient("raw", "same"),
-    "slice": lenient("same"),
-    "dynamic_slice": lenient("same", "raw"),
-    "dynamic_update_slice": lenient("same", "same", "raw"),
-    "concatenate": lenient("same"),
-    "split": lenient("same"),
-    "pad": lenient("same", "zero"),
-    "cumsum": lenient("same"),
-    "conv_general_dilated": whole,
-    "gather": whole,
-    "transpose": unmoved,
-    "squeeze": unmoved,
-    "stack": unmoved,
-    "unstack": unmoved,
-    "reduce_sum": unmoved,
-    "scan_xs": unmoved,
-    "scan_ys": unmoved,
+# Each rule broken on purpose: how, and the random program that notices. A rule that is changed may need another one
+# (`test_every_rule_that_is_broken_is_noticed` says which).
+BROKEN: dict[str, dict[Callable[[Rule], Rule], int]] = {
+    "neg": {forgetful: 28},
+    "copy": {forgetful: 52},
+    "name": {forgetful: 134},
+    "optimization_barrier": {forgetful: 75},
+    "stop_gradient": {forgetful: 19},
+    "rev": {forgetful: 68},
+    "tile": {forgetful: 81},
+    "sharding_constraint": {forgetful: 189},
+    "convert_element_type": {forgetful: 161, lenient("same"): 61},
+    "add": {forgetful: 2, with_uniform: 9},
+    "sub": {forgetful: 15},
+    "add_any": {forgetful: 66},
+    "mul": {forgetful: 28, lenient("same", "raw"): 16},
+    "div": {forgetful: 454, lenient("same", "raw"): 0},
+    "select_n": {forgetful: 70, lenient("raw", "same"): 20, with_uniform: 70},
+    "transpose": {forgetful: 19},
+    "squeeze": {forgetful: 28},
+    "reshape": {forgetful: 9},
+    "broadcast_in_dim": {forgetful: 9},
+    "slice": {forgetful: 9, lenient("same"): 13},
+    "dynamic_slice": {forgetful: 66, lenient("same", "raw"): 53},
+    "dynamic_update_slice": {forgetful: 52, lenient("same", "same", "raw"): 100},
+    "concatenate": {forgetful: 9, lenient("same"): 70},
+    "split": {forgetful: 116, lenient("same"): 78},
+    "stack": {forgetful: 9, unmoved: 9},
+    "unstack": {forgetful: 66, unmoved: 66},
+    "pad": {forgetful: 77, lenient("same", "zero"): 19, with_uniform: 77},
+    "cumsum": {forgetful: 21, lenient("same"): 42},
+    "reduce_sum": {forgetful: 75, unmoved: 75},
+    "dot_general": {forgetful: 9},
+    "conv_general_dilated": {forgetful: 2, whole: 3},
+    "gather": {forgetful: 9, whole: 214},
+    "scan_carry": {half: 38},
+    "scan_xs": {forgetful: 28, unmoved: 28},
+    "scan_ys": {forgetful: 28},
+    "cond": {forgetful: 38},
+    "custom_jvp_call": {forgetful: 38},
 }
-KEEPING_UNIFORM = ("add", "sub", "select_n", "broadcast_in_dim", "pad", "concatenate")
+
+
+def test_every_rule_is_broken_by_a_test() -> None:
+    assert BROKEN.keys() == rules.RULES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_rule_that_is_broken_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a random program; if by none, by which of the first 400 is what to put into BROKEN."""
+    for breaking, seed in BROKEN[name].items():
+        assert error_of(seed, gradients=False) < EXACT
+        with monkeypatch.context() as patch:
+            patch.setitem(rules.RULES, name, breaking(rules.RULES[name]))
+            assert is_noticed(seed), next(filter(is_noticed, range(400)), "no other does")
+
+
+def is_noticed(seed: int) -> bool:
+    """Whether the program of this seed is another function, or none, as the rules are."""
+    try:
+        return not error_of(seed, gradients=False) < EXACT
+    except (TypeError, ValueError, IndexError, AssertionError):
+        return True

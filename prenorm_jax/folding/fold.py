@@ -107,7 +107,7 @@ class Folded:
     def _runner(self, args: tuple[Any, ...]) -> tuple[Runner, Any]:
         """That of inputs of these shapes, and the tree of the outputs."""
         leaves, tree = jax.tree.flatten(args)
-        key = tree, tuple((leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves)
+        key = tree, tuple((leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding) for leaf in leaves)
         if key not in self._runners:
             program, out = trace(self._function, args, len(self.names))
             self._runners[key] = Runner(Plan(program).solve(self._pins)), out
@@ -116,7 +116,11 @@ class Folded:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)
+    sharding = kind.sharding  # part of the type where a mesh has explicit axes
+    explicit = jax.sharding.AxisType.Explicit in getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    return jax.ShapeDtypeStruct(
+        kind.shape, kind.dtype, sharding=sharding if explicit else None, weak_type=kind.weak_type
+    )
 
 
 def _centre_stored(x: Array, axes: frozenset[int], scale: Array | None, dims: tuple[int, ...]) -> Array:
@@ -128,4 +132,5 @@ def _centre_stored(x: Array, axes: frozenset[int], scale: Array | None, dims: tu
     wide = np.asarray(x).astype(np.float64)
     wide = centre(wide, axes, None if scale is None else np.asarray(scale).astype(np.float64), dims)
     stored = centre(wide, axes).astype(x.dtype)  # twice: what rounding has left of the mean goes too
-    return jax.device_put(stored, x.sharding) if isinstance(x, jax.Array) else stored
+    # As bound to its device as x is: an array that is bound to one cannot be used beside others on several.
+    return jax.device_put(stored, x.sharding if x.committed else None) if isinstance(x, jax.Array) else stored

@@ -25,7 +25,7 @@ from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.folding import rules
 from prenorm_jax.folding.program import Block, Equation, Program, Region, Value, back_map
 from prenorm_jax.folding.rules import RAW, UNREAD, ZERO
-from prenorm_jax.folding.sites import Site, find_sites, widened
+from prenorm_jax.folding.sites import Site, find_sites
 
 
 class Label(NamedTuple):
@@ -46,9 +46,6 @@ class Why:
     text: str
     kind: str = "other"
     equation: Equation | None = None
-
-
-Pins = Mapping[int, tuple[frozenset[int], int] | None]
 
 
 class Plan:
@@ -72,7 +69,7 @@ class Plan:
         self.forced: dict[Value, Why] = {}
         self._needs: dict[tuple[Value, Label], list[Any] | None] = {}
         self._known: dict[tuple[Value, Label], bool] = {}
-        self.live = self._live()
+        self.live, self._read = self._liveness()
         for site in self.live_sites():
             if not self.known(site.base, Label(site.axes)):
                 self._want(site.base, Label(site.axes))
@@ -84,8 +81,8 @@ class Plan:
 
     # What reads what.
 
-    def _live(self) -> set[Equation]:
-        """The equations that an output needs, where a site needs its base alone."""
+    def _liveness(self) -> tuple[set[Equation], set[Value]]:
+        """The equations that an output needs, where a site needs its base alone; and the values that are read."""
         live, needed = set(), set(self.program.outputs)
 
         def walk(block: Block) -> None:
@@ -105,7 +102,7 @@ class Plan:
                     needed.update([self.sites[eqn].base] if eqn in self.sites else eqn.inputs)
 
         walk(self.program.block)
-        return live
+        return live, needed
 
     def needs(self, value: Value, label: Label) -> list[Any] | None:
         """What the operands of the value's equation must be for it to come by this label: RAW, ZERO or a Label each."""
@@ -190,12 +187,12 @@ class Plan:
                     self._force(site.base, Why("a norm of a norm reads it", "read", eqn))
                 else:
                     self._edge((site.base, Label(site.axes)), "sink")
-                self._tie_casts(eqn, site)
+                self._tie(eqn, site)
                 self._force(eqn.outputs[0], Why("a norm of a norm, over other axes", "other", eqn))
             elif eqn.has_effect:
                 self._read_raw(eqn, None, [RAW] * len(eqn.inputs))
             else:
-                for out in eqn.outputs:
+                for out in (one for one in eqn.outputs if one in self._read):
                     self._connect_output(eqn, out)
         bases = {site.base for site in self.live_sites()}
         for value, labels in self.wanted.items():
@@ -231,18 +228,20 @@ class Plan:
             else:
                 self._edge(out, one)
 
-    def _tie_casts(self, eqn: Equation, site: Site) -> None:
-        """A site that stays as it is reads casts of its base: they are raw if it is."""
-        for one in eqn.inputs:
-            while one is not site.base and one in self.wanted and widened(one) is site.base:
-                self._edge(site.base, one)
-                one = one.equation.inputs[0]
+    def _tie(self, eqn: Equation, site: Site) -> None:
+        """A site that stays as it is reads what lies between its base and it: that is raw if the base is."""
+        todo = list(eqn.inputs)
+        while todo:
+            if (one := todo.pop()) is not site.base:
+                if one in self.wanted:
+                    self._edge(site.base, one)
+                todo += one.equation.inputs if one.equation is not None else []
 
     def _edge(self, tail: Any, head: Any, cost: float = math.inf) -> None:
         if tail is not head:
             self.edges[tail, head] = max(cost, self.edges.get((tail, head), 0.0))
 
-    def solve(self, pins: Pins | None = None) -> "Plan":
+    def solve(self, pins: Mapping[int, Any] | None = None) -> "Plan":
         """Finds the labels. `pins`: those of some parameters, by their index: an earlier plan's.
 
         Raises PrenormError where a pinned parameter cannot be so in this program.

@@ -81,6 +81,9 @@ class Runner:
             known = self.plan.known(site.base, Label(site.axes))
             return [(site.base, None if known else Label(site.axes))]
         found = [RAW] * len(eqn.inputs) if label is None else self.plan.needs(out, label)
+        for i, (one, need) in enumerate(zip(eqn.inputs, found, strict=True)):
+            if need == RAW and one in self.centred and not self.plan.indifferent(eqn, i):
+                raise AssertionError(f"the plan is wrong: {eqn.name} at {eqn.where} reads what has lost its mean")
         return [
             (one, need) if isinstance(need, Label) else (one, self.centred.get(one)) if need == RAW else need
             for one, need in zip(eqn.inputs, found, strict=True)
