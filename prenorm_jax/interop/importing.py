@@ -33,7 +33,14 @@ from prenorm_jax.interop.tokens import ABOUT, TOKENIZER, SourceTexts
 from prenorm_jax.models.abstract import param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.train.checkpoint import Checkpoints
-from prenorm_jax.train.convert_run import check_asked, compare, in_the_making, with_coordinates, write_about
+from prenorm_jax.train.convert_run import (
+    check_asked,
+    chosen_coordinates,
+    compare,
+    in_the_making,
+    stated_coordinates,
+    write_about,
+)
 from prenorm_jax.train.workdir import SOURCE, configure_jax
 
 REST = "rest.safetensors"
@@ -63,7 +70,10 @@ def import_checkpoint(
     found = foreign(source, dtype, keep_dropout)
     model, made = found.model, {"imported_from": str(name), "sessions": []}
     if to == "crmsnorm":
-        model, chosen = with_coordinates(found.leaves, model, coordinates)
+        if coordinates is None:
+            model, chosen = chosen_coordinates(found.leaves, model)
+        else:
+            model, chosen = stated_coordinates(model, coordinates)
         made |= chosen
     new_model = model if to == model.norm else convert_config(model, to, keep_affine)
     texts = SourceTexts.of(source.folder, source.config, model.vocab_size) if model.inputs == "text" else None

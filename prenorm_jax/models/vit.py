@@ -56,9 +56,8 @@ class ViTConfig(ModelConfig):
     distillation_token: bool = False  # a second class token, behind it (DeiT, arXiv 2012.12877)
     class_position: bool = True  # a learned position table has a row for each class token too
     registers: int = 0  # further tokens without position or output (arXiv 2309.16588)
-    # class token | mean of the patches | class_mean: both | distilled: each class token has a head, logits are the mean
-    # of theirs | class_pair: mean of the two class tokens | attention | none: all, without head
-    pooling: str = "class"
+    # distilled: each class token has a head, logits are the mean of theirs; class_pair: the mean of the two tokens
+    pooling: str = "class"  # token | mean of the patches | class_mean: both | distilled | class_pair | attention | none
     norm_after_pooling: bool = False  # the final norm takes what the pooling gives, not what it is given
     pooled_norm: bool = False  # a LayerNorm more, of what the pooling gives, outside the stream (AST)
 

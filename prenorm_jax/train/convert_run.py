@@ -68,8 +68,11 @@ def convert(
             _check_wanted(source, config, model.norm, to, materialize, would_lose)
             chosen = {}
             if to == "crmsnorm" and model.norm != to:
-                with checkpoints.leaves(step) as stored:
-                    model, chosen = with_coordinates(stored, model, coordinates)
+                if coordinates is None:
+                    with checkpoints.leaves(step) as stored:
+                        model, chosen = chosen_coordinates(stored, model)
+                else:
+                    model, chosen = stated_coordinates(model, coordinates)
             new_model = model if to == model.norm else convert_config(model, to, keep_affine)
             with in_the_making(target) as folder:
                 _write(source, checkpoints, step, folder, target, model, new_model, keep_affine)
@@ -138,25 +141,24 @@ def _check_wanted(
         )
 
 
-def with_coordinates(stored: Readable, model: ModelConfig, asked: str | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model with the coordinates that its conversion is to have, and what run.json says of them.
-
-    Those that are asked for take no reading of the weights: nothing is predicted of them.
-    """
-    last = model.d_model - 1
-    if asked is not None:
-        kind, _, entry = asked.partition(":")
-        if entry and not (entry.isdecimal() and int(entry) <= last):
-            raise PrenormError(f"--coordinates={asked}: name an entry from 0 to {last}, as in {kind}:{last}")
-        best = Choice(kind, int(entry or last), None)
-        print(f"coordinates: {best.kind} entry {best.entry}, as asked for")
-    else:
-        choices = stored_choices(stored, model)
-        best = choices[0]
-        papers = next(choice.error for choice in choices if choice[:2] == ("drop", last))
-        error = f"{best.error:.2f} times rmsnorm's, dropping the last {papers:.2f}"
-        print(f"coordinates: {best.kind} entry {best.entry}; rounding predicted: {error}")
+def chosen_coordinates(stored: Readable, model: ModelConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model with the coordinates that round the least, for which all weights are read; and run.json's words."""
+    choices = stored_choices(stored, model)
+    best, last = choices[0], model.d_model - 1
+    papers = next(choice.error for choice in choices if choice[:2] == ("drop", last))
+    error = f"{best.error:.2f} times rmsnorm's, dropping the last {papers:.2f}"
+    print(f"coordinates: {best.kind} entry {best.entry}; rounding predicted: {error}")
     return with_choice(model, best), {"coordinates": best._asdict()}
+
+
+def stated_coordinates(model: ModelConfig, asked: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """The same of coordinates that are asked for, as reflect:7: no weight is read, and nothing predicted."""
+    last, (kind, _, entry) = model.d_model - 1, asked.partition(":")
+    if entry and not (entry.isdecimal() and int(entry) <= last):
+        raise PrenormError(f"--coordinates={asked}: name an entry from 0 to {last}, as in {kind}:{last}")
+    stated = Choice(kind, int(entry or last), None)
+    print(f"coordinates: {stated.kind} entry {stated.entry}, as asked for")
+    return with_choice(model, stated), {"coordinates": stated._asdict()}
 
 
 def _write(
