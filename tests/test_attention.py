@@ -257,6 +257,7 @@ def test_no_attention_matrix_is_kept_for_the_backward_pass(causal, dropout):
     assert sum(variables.values()) < 1.2 * sum(x.size for x in inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu"], indirect=True)
 @pytest.mark.parametrize("causal", [True, False])
 def test_dropout_keeps_the_mean_and_needs_its_key(causal):

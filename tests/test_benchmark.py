@@ -31,6 +31,7 @@ from prenorm_jax.train.sharding import make_mesh
 SETTING = Setting("gpt:1x64", batch=2, length=16, dtype="float64")
 
 
+@pytest.mark.slow
 def test_all_contenders_but_none_compute_one_function():
     config = SETTING.run_config()
     config.model.param_dtype = "float64"
@@ -230,6 +231,7 @@ def test_only_contenders_with_pre_ln_parameters_have_an_h():
     assert contenders_of("step", list(CONTENDERS)) == list(CONTENDERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_programs_are_compiled_for_the_devices_of_the_mesh(task, monkeypatch):
     """Else a topology's figures would be those of this machine's CPUs."""

@@ -115,6 +115,7 @@ def test_a_control_that_is_not_far_off_is_said_and_fails(places, monkeypatch):
     assert "no power" in (places / "rmsnorm" / "certificate.html").read_text()
 
 
+@pytest.mark.slow
 def test_what_the_library_gave_once_is_verified_without_it(places, monkeypatch, tmp_path):
     ours = certified(places, "rmsnorm")
     with np.load(places / "rmsnorm" / "certificate.npz") as arrays:

@@ -187,6 +187,7 @@ def test_any_network(config, start):
     check_stacked(config)
 
 
+@pytest.mark.slow
 def test_post_ln_without_affine_converts():
     config = tiny(post_norm=True, norm_affine=False, embed_norm=True, tie_embeddings=False)
     check_round(config, random_params(config, 1), 1e-10)
@@ -194,6 +195,7 @@ def test_post_ln_without_affine_converts():
     check_round(config, random_params(config, 1), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("float32")
 @pytest.mark.parametrize("tie_embeddings", [True, False])
 @pytest.mark.parametrize("embedding_mean", [pytest.param(0.0, marks=pytest.mark.slow), 100.0])

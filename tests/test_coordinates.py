@@ -200,6 +200,7 @@ def test_a_choice_is_the_same_of_any_tree_of_one_network_however_it_is_stored_an
         choose_coordinates(params, pre_ln, sizes=np.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_the_command_chooses_says_records_and_obeys(saved, tmp_path):
     convert = ["-m", "prenorm_jax.convert", saved]

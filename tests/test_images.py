@@ -556,6 +556,7 @@ def test_a_resized_crop_stays_inside_and_keeps_a_gradient_a_gradient():
     assert crops.min() > 0 and crops.max() < 31
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mixing_is_in_the_proportion_of_the_targets(mixup, cutmix):
     images = jnp.arange(6.0)[:, None, None, None] * jnp.ones((6, 16, 16, 1))

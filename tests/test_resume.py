@@ -263,6 +263,7 @@ def test_data_may_move_but_not_change(saved, text, tmp_path):
 # --- Losses that are not finite. ---
 
 
+@pytest.mark.slow
 @alone
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(text, tmp_path, monkeypatch):
     config = small_run(text, steps=12, log_every=7)
@@ -357,6 +358,7 @@ def raising(error: Exception) -> Callable[..., None]:
     return fail
 
 
+@pytest.mark.slow
 @alone
 def test_any_error_in_the_loop_saves_first_and_what_goes_on_is_bit_for_bit_the_same(
     saved, text, tmp_path, monkeypatch, capsys

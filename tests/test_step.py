@@ -276,6 +276,7 @@ def test_binary_cross_entropy_takes_each_class_for_itself():
     np.testing.assert_allclose(binary_cross_entropy(logits, targets), [expected], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_loss_that_is_asked_for_is_trained_and_augmentation_changes_with_step_and_seed():
     def program(**changes: object):
         config = run_config("layernorm", "pre_ln", family="vit")

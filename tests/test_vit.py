@@ -88,6 +88,7 @@ HEADLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADLESS)
 def test_without_a_head_the_features_are_the_same_under_every_norm(name):
     """The final norm keeps its affine where nothing reads it; that of a pooling by attention is folded into that."""
