@@ -153,11 +153,11 @@ TURNS = [
     )
     for n, shape in enumerate(MESHES)
 ]
-QUICK, LONG = [(1, 2, 2)], [(1, 4, 2), (2, 2, 2), (2, 4, 1), (4, 1, 2)]  # the others are `wide`
+LONG = [(1, 2, 2), (1, 4, 2), (2, 2, 2), (2, 4, 1), (4, 1, 2)]  # the others are `wide`
 
 
 def how_long(shape: tuple[int, int, int]) -> list[pytest.MarkDecorator]:
-    return [] if shape in QUICK else [pytest.mark.slow if shape in LONG else pytest.mark.wide]
+    return [pytest.mark.slow if shape in LONG else pytest.mark.wide]
 
 
 def test_turns_meet():
