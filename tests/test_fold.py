@@ -651,3 +651,54 @@ def is_noticed(seed: int) -> bool:
         return not error_of(seed, gradients=False) < EXACT
     except (TypeError, ValueError, IndexError, AssertionError):
         return True
+
+
+def _norm(x):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-5)
+
+
+W_AND_SCALE = {"w": np.random.default_rng(5).normal(size=(6, 6)), "s": np.linspace(0.5, 2.0, 6)}
+STREAM = np.random.default_rng(6).normal(size=(2, 3, 6)) + 1
+
+# What a LayerScale, a cast or a factor must not be moved across: each was once folded into another function.
+NOT_MOVED = {
+    "a scale before a reversal": lambda p, x: _norm((x @ p["w"])[..., ::-1] * p["s"]),
+    "a scale before a tile": lambda p, x: _norm(jnp.tile(x @ p["w"][:, :3], (1, 1, 2)) * p["s"]),
+    "a scale before a reshape that splits": lambda p, x: (lambda y: y - y.mean((-2, -1), keepdims=True))(
+        (x @ p["w"]).reshape(2, 3, 2, 3) * p["s"][:2, None]
+    ),
+    "a scale before a stop": lambda p, x: _norm(x + (x @ jax.lax.stop_gradient(p["w"])) * p["s"]),
+    "a mean that was cast": lambda p, x: (lambda h: h - h.mean(-1, keepdims=True).astype(jnp.float32))(x @ p["w"]),
+    "a factor that is nearly one": lambda p, x: (lambda h: h - h.mean(-1, keepdims=True) * (1 - 5e-7))(x @ p["w"]),
+    "weights of integers": lambda p, x: _norm(
+        (jnp.ones((2, 3, 6), jnp.int8) @ jnp.round(p["w"]).astype(jnp.int8)) * p["s"]
+    ),
+    "a base within a checkpoint": lambda p, x: _norm(
+        jax.checkpoint(lambda p, x: (x @ p["w"]).astype(jnp.float32).astype(jnp.float64))(p, x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_MOVED)
+def test_what_must_not_move_stays_the_same_function_with_the_same_gradients(name):
+    function = NOT_MOVED[name]
+    folded = fold(function, W_AND_SCALE, STREAM)
+    weights = np.random.default_rng(7).normal(size=STREAM.size)
+
+    def loss(apply):
+        return lambda p: (apply(p, STREAM).ravel() * weights).sum()
+
+    assert relative(folded.apply(folded.params, STREAM), function(W_AND_SCALE, STREAM)) < 1e-11
+    found = jax.grad(lambda p: loss(folded.apply)(folded.h(p)))(W_AND_SCALE)
+    for ours, expected in zip(*map(jax.tree.leaves, (found, jax.grad(loss(function))(W_AND_SCALE))), strict=True):
+        assert np.abs(ours - expected).max() <= 1e-9 * max(np.abs(expected).max(), 1)
+
+
+def test_a_function_with_an_effect_is_refused_for_it_would_be_lost():
+    def printing(p, x):
+        jax.debug.print("{}", x)
+        return _norm(x @ p["w"])
+
+    with pytest.raises(PrenormError, match=r"has an effect, debug.* fold it without"):
+        fold(printing, W_AND_SCALE, STREAM)

@@ -18,7 +18,7 @@ from prenorm_jax.models.linear import Linear, reader
 from prenorm_jax.models.norms import Normed
 from prenorm_jax.models.parameters import NormSite
 from prenorm_jax.models.registry import FAMILIES
-from prenorm_jax.models.transformer import StreamModel, blocks, enter_stream, make_norm, table
+from prenorm_jax.models.transformer import StreamModel, blocks, end_embedding, enter_stream, make_norm, table
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import make_mesh
 from prenorm_jax.train.step import init_state, make_gradients, make_train_step
@@ -238,7 +238,7 @@ class Bag(StreamModel):
     def __call__(self, tokens_BxT: jax.Array, train: bool = False) -> jax.Array:
         config = self.config
         table_VxW = table(self, config, "words", config.vocab_size, "vocab")
-        x_BxTxD = blocks(config, enter_stream(config, table_VxW[tokens_BxT], train), train)
+        x_BxTxD = blocks(config, enter_stream(config, end_embedding(config, table_VxW[tokens_BxT], train)), train)
         twin = Linear(config, 4, ("heads", "heads"), True, name="off_stream")(np.ones((1, 4), config.dtype))
         normed = make_norm(config, "last", config.final_norm_affine).for_readers(x_BxTxD)
         return reader(config, "head", config.vocab_size, "vocab", config.head_bias)(normed) + twin.sum()

@@ -278,12 +278,21 @@ class Plan:
         return None if label is None else (label.axes, -1 if label.scale is None else label.scale.index, label.dims)
 
 
+# What a λ crosses too: f(λ ⊙ x) = λ' ⊙ f(x) with λ' along the same axes as they lie in x, in values and derivatives.
+_LINEAR_ENTRYWISE = {"neg", "copy", "name", "sharding_constraint", "optimization_barrier", "convert_element_type"}
+_LINEAR_ENTRYWISE |= {"add", "sub", "add_any", "mul", "div", "select_n", "transpose", "squeeze", "reshape"}
+_LINEAR_ENTRYWISE |= {"broadcast_in_dim", "reduce_sum", "dot_general", "conv_general_dilated", "gather", "scan_xs"}
+_LINEAR_ENTRYWISE |= {"concatenate", "slice", "dynamic_slice", "pad", "expand_dims"}
+
+
 def _mapped(eqn: Equation, label: Label, need: dict[int, int]) -> Label | None:
     """The label of an operand whose axes are the label's in another order."""
     if label.scale is None:
         return Label(frozenset(need))
     back, scale = {theirs: ours for ours, theirs in need.items()}, label.scale
-    if len(back) != len(need) or not back.keys() >= set(label.dims) or eqn.name in ("scan_carry", "scan_ys"):
+    if len(back) != len(need) or not back.keys() >= set(label.dims) or eqn.name not in _LINEAR_ENTRYWISE:
+        return None
+    if eqn.name == "reshape" and any(eqn.inputs[0].shape[back[dim]] != eqn.outputs[0].shape[dim] for dim in back):
         return None
     axes, dims = frozenset(need), tuple(back[dim] for dim in label.dims)
     if eqn.name == "scan_xs" and scale.equation is not None:  # each turn has its λ: they are one array outside

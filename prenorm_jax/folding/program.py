@@ -14,6 +14,7 @@ import jax
 import jax.extend.core as core
 import jax.numpy as jnp
 
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.folding import internals
 
 Loops = tuple[core.JaxprEqn, ...]
@@ -111,6 +112,17 @@ class Program:
         """All of them in the order of computation, those of the regions too."""
         return list(_flat(self.block))
 
+    def checkpoints(self) -> list[Region]:
+        """Those of all depths."""
+        return [one for one in _regions(self.block) if one.name == "checkpoint"]
+
+
+def _regions(block: Block) -> Iterator[Region]:
+    for item in block:
+        if isinstance(item, Region):
+            yield item
+            yield from _regions(item.body)
+
 
 def _flat(block: Block) -> Iterator[Equation]:
     for item in block:
@@ -154,6 +166,12 @@ def _read(body: internals.Body, args: list[Value], loops: Loops, calls: Loops) -
         return _constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
+        # Of psum and its like it is no more than a name.
+        if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):
+            raise PrenormError(
+                f"the function has an effect, {eqn.primitive.name} at {internals.where(eqn) or 'an unknown line'}, "
+                "that the folded one would not have: fold it without (debug prints, callbacks, checks, references)"
+            )
         name, inputs = eqn.primitive.name, [value(atom) for atom in eqn.invars]
         inner = (*calls, eqn)
         if name in internals.INLINED:

@@ -214,7 +214,7 @@ def dot(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
     for i, one in enumerate(eqn.inputs):
         taken = {*eqn.params["dimension_numbers"][0][i], *eqn.params["dimension_numbers"][1][i]}
         free = {first + place: axis for place, axis in enumerate(j for j in range(len(one.shape)) if j not in taken)}
-        if axes <= free.keys():
+        if axes <= free.keys() and one.is_float:
             found[i] = {free[axis]: axis for axis in axes}
             return found
         first += len(free)
@@ -226,6 +226,8 @@ def convolve(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
     """C(x * W) = x * (C W), where S is the output's features and there is one group of them."""
     numbers, grouped = eqn.params["dimension_numbers"], ("feature_group_count", "batch_group_count")
     if axes != {numbers.out_spec[1]} or any(eqn.params[count] != 1 for count in grouped):
+        return None
+    if not eqn.inputs[1].is_float:
         return None
     return [RAW, {numbers.rhs_spec[0]: numbers.out_spec[1]}]
 

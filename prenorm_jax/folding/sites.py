@@ -11,6 +11,7 @@ import math
 
 import jax.numpy as jnp
 
+from prenorm_jax.folding import internals
 from prenorm_jax.folding.program import Equation, Program, Value, back_map
 from prenorm_jax.folding.rules import value_of
 
@@ -49,9 +50,23 @@ def find_sites(program: Program) -> tuple[dict[Equation, Site], list[Site]]:
         site = _difference(eqn) or _variance(eqn)
         if site is not None and site.refused:
             refused.append(site)
+        elif site is not None and not _is_seen(site.base, eqn, program):
+            refused.append(
+                dataclasses.replace(site, refused="its base lies within a checkpoint, and the norm around it")
+            )
         elif site is not None:
             sites[eqn] = site
     return sites, refused
+
+
+def _is_seen(base: Value, reader: Equation, program: Program) -> bool:
+    """Whether the base is outside of every checkpoint that the reader is outside of, or given by it."""
+    if base.equation is None:
+        return True
+    hidden = [call for call in base.equation.calls if call.primitive.name in internals.REMAT]
+    hidden = [call for call in hidden if call not in reader.calls]
+    given = {id(region.eqn) for region in program.checkpoints() if base in region.outputs}
+    return all(id(call) in given for call in hidden)
 
 
 def _difference(eqn: Equation) -> Site | None:
@@ -67,7 +82,7 @@ def _difference(eqn: Equation) -> Site | None:
             continue
         if mean.through:
             return Site(eqn, base, mean.axes, "difference", refused=f"its mean is behind {mean.through}")
-        if _close(mean.factor, 1.0 if eqn.name == "sub" else -1.0):
+        if _close(mean.factor, 1.0 if eqn.name == "sub" else -1.0, eqn):
             return Site(eqn, base, mean.axes, "difference")
     return None
 
@@ -89,15 +104,16 @@ def _variance(eqn: Equation) -> Site | None:
     if of_squares is None or mean is None or (base := squared(of_squares.base)) is None:
         return None
     agree = widened(base) is mean.base and (of_squares.axes, of_squares.dims) == (mean.axes, mean.dims)
-    ones = _close(of_squares.factor, 1.0) and _close(abs(mean.factor), 1.0)
+    ones = _close(of_squares.factor, 1.0, eqn) and _close(abs(mean.factor), 1.0, eqn)
     placed = [dim for dim in mean.dims if dim is not None]
     if not (agree and ones and placed == sorted(placed)) or of_squares.through or mean.through:
         return None
     return Site(eqn, mean.base, mean.axes, "variance", mean.dims)
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6)
+def _close(a: float, b: float, eqn: Equation) -> bool:
+    """To the rounding of 1/n in the dtype of what the equation gives."""
+    return math.isclose(a, b, rel_tol=min(4 * float(jnp.finfo(eqn.outputs[0].aval.dtype).eps), 1e-6))
 
 
 def widened(value: Value) -> Value:
@@ -123,14 +139,17 @@ def squared(value: Value) -> Value | None:
 def mean_of(value: Value) -> Mean | None:
     """The mean that a value is a multiple of, if it is one."""
     dims: list[int | None] = list(range(len(value.shape)))
-    factor, through = 1.0, ""
+    factor, through, digits = 1.0, "", math.inf
     while (eqn := value.equation) is not None:
         x = eqn.inputs[0] if eqn.inputs else value
         if eqn.name == "reduce_sum":
             kept = [axis for axis in range(len(x.shape)) if axis not in eqn.params["axes"]]
             factor *= math.prod(x.shape[axis] for axis in eqn.params["axes"])
             places = tuple(None if dim is None else kept[dim] for dim in dims)
-            return Mean(widened(x), frozenset(eqn.params["axes"]), places, factor, through)
+            base = widened(x)
+            if digits < jnp.finfo(base.aval.dtype).nmant:
+                through = through or "a cast to a dtype of fewer digits"
+            return Mean(base, frozenset(eqn.params["axes"]), places, factor, through)
         if eqn.name in ("mul", "div"):
             number = value_of(eqn.inputs[1])
             if number is None and eqn.name == "mul" and (number := value_of(x)) is not None:
@@ -148,6 +167,8 @@ def mean_of(value: Value) -> Mean | None:
             dims = [None if dim is None else back[dim] for dim in dims]
         elif not (eqn.name == "copy" or (eqn.name == "convert_element_type" and x.is_float)):
             return None
+        if value.is_float:
+            digits = min(digits, jnp.finfo(value.aval.dtype).nmant)
         value = x
     return None
 

@@ -59,6 +59,10 @@ class TextEncoder:
         else:
             folder, _, said = open_config(name)
             tokenizer = source_tokenizer(folder, said, config.vocab_size)
+        if tokenizer is not None:  # else padding would count as text
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        said = said | (said.get("text_config") or {})  # of a whole CLIP or SigLIP
         padding = said.get("pad_token_id") if config.pad_token is None else config.pad_token
         return cls(config, params, tokenizer, 1 if padding is None else padding)
 
@@ -91,7 +95,8 @@ class TextEncoder:
 
         Args:
           texts: strings, which the tokenizer reads, or lists of ids.
-          pooling: first, last, eos (`EncoderConfig.eos_token`) or mean; None: the model's own, or else the mean.
+          pooling: first, last, eos (`EncoderConfig.eos_token`) or mean; None: the model's own, or else the mean. A
+            model whose own is the last (SigLIP) takes that of `max_len` tokens, padding and all; others the text's.
 
         Raises:
           PrenormError: where a head has the final norm's scale in its weights; for a text that is too long.
@@ -99,6 +104,10 @@ class TextEncoder:
         check_choice("pooling", pooling or "mean", ("first", "last", "eos", "mean"))
         config, params = self.config, self.params
         own = config.pooling != "none" and not config.transform and pooling in (None, config.pooling)
+        if pooling == "last" and config.pooling != "last":
+            texts = self._ids(texts)
+            outputs = self._run(*without_head(config, params), texts)
+            return outputs[np.arange(len(texts)), [len(ids) - 1 for ids in texts]]
         if not own:
             default = "mean" if config.pooling == "none" else config.pooling
             config, params = without_head(config, params, pooling or default)
@@ -119,7 +128,11 @@ class TextEncoder:
 
         There, as in SigLIP's training, padding is seen as other tokens are.
         """
-        longest = max(map(len, texts), default=0)
+        if not texts or not all(texts):
+            raise PrenormError("there is no text, or one of no token: give texts of one token at least")
+        if wrong := next((i for ids in texts for i in ids if not 0 <= i < config.vocab_size), None):
+            raise PrenormError(f"there is no token {wrong}: ids are below model.vocab_size={config.vocab_size}")
+        longest = max(map(len, texts))
         last = config.pooling == "last"
         size = config.max_len if last else max(longest, min(-(-longest // _MULTIPLE) * _MULTIPLE, config.max_len))
         tokens = np.full((len(texts), size), self.padding, np.int32)

@@ -153,7 +153,7 @@ class Given:
 
         Where no tensors are known, the architecture that config.json names says which.
         """
-        architectures = self("architectures", default=None) or [""]
+        architectures = self("architectures", default=[]) or [""]
         tied, has_head = self("tie_word_embeddings", default=True), str(architectures[0]).endswith("ForMaskedLM")
         has_head = head in self.shapes if self.shapes else has_head
         return {
@@ -178,15 +178,20 @@ class Given:
         this one's library does not read, if it says anything else.
         """
         rope = self("rope_scaling", default=None) or self("rope_parameters", default={})
+        said = rope if isinstance(rope, Mapping) else {"rope_scaling": rope}
+        for key in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
+            if not isinstance(said.get(key, 1.0), int | float | None):
+                raise PrenormError(f"config.json: {key}={said[key]!r} is no number: correct it")
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise PrenormError(f"config.json: rope_type={kind!r} changes the function and is not supported: default is")
-        base = rope.get("rope_theta") or self(base_key, default=base)
+        base = self(base_key, default=base) if rope.get("rope_theta") is None else rope["rope_theta"]
         if not share_key and rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise PrenormError(
                 "config.json: partial_rotary_factor changes the function, and this family has none: remove it"
             )
         if share_key:
-            share = rope.get("partial_rotary_factor") or self(share_key, default=share)
+            own = rope.get("partial_rotary_factor")
+            share = self(share_key, default=share) if own is None else own
         read = {"rope_theta": base, "rotary_emb_base": base, "partial_rotary_factor": share, "rotary_pct": share}
         self.asked |= set(read)
         for key, value in read.items():
@@ -237,8 +242,7 @@ class Family:
         """
         given = self._given(config, shapes)
         values = {"family": "gpt"} | self.config(given) | changes
-        if values["family"] == "gpt":
-            given.only("is_causal", True)
+        given.only("is_causal", values["family"] == "gpt" or values.get("causal", False))
         return model_config({key: value for key, value in values.items() if value is not None})
 
     def unread(self, config: Mapping[str, Any], shapes: Shapes | None = None) -> list[str]:

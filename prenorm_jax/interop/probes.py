@@ -53,6 +53,11 @@ def check_by_probes(
     if (off := differ(shifted(flat, roles))) > tolerance:
         raise PrenormError(f"shift: the declared writers' mean changes the outputs by {off:.1e}: {_WRITERS}")
     differ = _difference_from(apply, plain := _without_affines(flat, roles))
+    if names := ", ".join("/".join(path) for path in _unfelt(plain, differ, tolerance)[:8]):
+        raise PrenormError(
+            f"nothing of {names} is felt in the outputs, so that nothing can be said of it: give longer and more "
+            "varied inputs, and all outputs; or leave it out of the tree"
+        )
     if (off := differ(shifted(plain, roles, reads=True))) > tolerance:
         raise PrenormError(f"shift: what the declared readers read has a mean, felt by {off:.1e}: {_FEEDS}")
     if found := omitted(plain, roles, differ, tolerance):
@@ -87,6 +92,16 @@ def _difference_from(apply: Apply, flat: Flat) -> Callable[[Flat], float]:
         return float(np.nan_to_num(delta, nan=np.inf))
 
     return differ
+
+
+def _unfelt(flat: Flat, differ: Callable[[Flat], float], tolerance: float) -> list[Path]:
+    """The kernels and tables that the outputs do not feel. (A vector may be a key's bias, which softmax removes.)"""
+    rng, found = np.random.default_rng(3), []
+    for path, leaf in flat.items():
+        nudged = {**flat, path: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype)}
+        if leaf.ndim > 1 and min(leaf.shape) > 1 and differ(nudged) <= tolerance:
+            found.append(path)
+    return found
 
 
 def vanishing(flat: Flat, roles: Roles, apply: Apply, raw: Collection[Path]) -> list[Path]:

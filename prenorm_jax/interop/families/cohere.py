@@ -17,7 +17,7 @@ def _config(given: Given) -> dict[str, Any]:
 def _config2(given: Given) -> dict[str, Any]:
     given.said("sliding_window")
     found = _shared(given, 10000.0)
-    given.only("head_dim", found["d_model"] // found["heads"])
+    given.only("head_dim", found["d_model"] // max(found["heads"], 1))
     pattern = _pattern(given, found["depth"])
     return found | {
         "window": given("sliding_window", default=4096),
@@ -57,10 +57,10 @@ def _shared(given: Given, base: float) -> dict[str, Any]:
 
 def _pattern(given: Given, depth: int) -> str:
     """Our letters for the blocks, which older files say as a number. Raises PrenormError for kinds not known."""
-    every = given("sliding_window_pattern", "_sliding_window_pattern", default=4)
+    every = given("sliding_window_pattern", default=4)
     full, sliding = "full_attention", "sliding_attention"
     kinds = given("layer_types", default=[sliding if i % max(every, 1) else full for i in range(1, depth + 1)])
-    if len(kinds) != depth or set(kinds) - {full, sliding}:
+    if len(kinds) != depth or not all(kind in (full, sliding) for kind in kinds):
         raise PrenormError(
             f"config.json: layer_types={kinds!r} does not say of each of {depth} blocks whether its attention is full "
             "or sliding"

@@ -6,6 +6,7 @@ weights, is no part of the network and goes along into an export.
 
 from typing import Any
 
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.families.roberta_prelayernorm import BLOCK, EMBEDDING, HEAD, at_padding
 from prenorm_jax.interop.family import Family, Given
 
@@ -20,7 +21,13 @@ def _config(given: Given) -> dict[str, Any]:
     width, heads, pad = given("hidden_size", default=768), given("num_attention_heads", default=12), None
     length, positions = given("max_position_embeddings", default=1026), {}
     if rotary:
-        positions = given.rotary(width, heads)
+        positions = {"positions": "rotary", "rotary_base": given("rope_theta", default=10000.0)}
+        for key in ("rope_parameters", "rope_scaling"):  # which its library does not read
+            rope = given(key, default=None) or {}
+            if rope.get("rope_theta", positions["rotary_base"]) != positions["rotary_base"] or (
+                rope.get("rope_type", rope.get("type", "default")) != "default"
+            ):
+                raise PrenormError(f"config.json: {key}={rope!r} is not how this family says it: remove it")
     else:
         pad = given("pad_token_id", default=1)
     dropout = given("token_dropout", default=False)
@@ -65,7 +72,8 @@ FAMILY = Family(
         r"embeddings\.position_ids",
         r"(encoder\.layer\.(\d+|\*)\.attention\.self\.)?rotary_embeddings\.inv_freq",
     ),
-    along=(r"contact_head\.regression\..*", r"pooler\.dense\..*"),
+    # The hub's files still have a table of positions, which rotary networks do not read.
+    along=(r"contact_head\.regression\..*", r"pooler\.dense\..*", r"embeddings\.position_embeddings\.weight"),
     aliases=((r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias")),
     sizes=lambda model: {"e": model.d_model},
 )

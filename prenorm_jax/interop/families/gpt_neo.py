@@ -36,7 +36,7 @@ def _pattern(given: Given, depth: int) -> str:
     except (TypeError, ValueError):
         kinds = []
     given.only("attention_layers", kinds, why="it is not what attention_types says")
-    if len(kinds) != depth or set(kinds) - {"global", "local"}:
+    if len(kinds) != depth or not all(kind in ("global", "local") for kind in kinds):
         raise PrenormError(
             f"config.json: attention_types={types!r} does not say of each of {depth} blocks whether it is global or "
             "local"

@@ -70,24 +70,26 @@ def _head(given: Given) -> dict[str, Any]:
 
 def _attention(given: Given, depth: int) -> dict[str, Any]:
     """The keys that say which block sees how far, and how it turns queries and keys; in either spelling."""
-    every = given("global_attn_every_n_layers", default=3)
-    kinds = given("layer_types", default=None) or [_LOCAL if i % every else _GLOBAL for i in range(depth)]
-    if len(kinds) != depth or set(kinds) - {_GLOBAL, _LOCAL}:
+    if (every := given("global_attn_every_n_layers", default=3)) < 1:
+        raise PrenormError(f"config.json: global_attn_every_n_layers={every} must be at least 1")
+    kinds = given("layer_types", default=[]) or [_LOCAL if i % every else _GLOBAL for i in range(depth)]
+    if len(kinds) != depth or not all(kind in (_GLOBAL, _LOCAL) for kind in kinds):
         raise PrenormError(f"config.json: layer_types must name {_GLOBAL} or {_LOCAL} for each of {depth} layers")
     if given("rope_scaling", default=None):
         raise PrenormError("config.json: rope_scaling changes the function and is not supported: remove it")
-    parameters, bases = given("rope_parameters", default=None) or {}, []
+    parameters, bases = given("rope_parameters", default={}), []
     for kind, key, default in ((_GLOBAL, "global_rope_theta", 160000.0), (_LOCAL, "local_rope_theta", 10000.0)):
-        rope = parameters.get(kind) or {}
-        if (how := rope.get("rope_type", "default")) != "default":
+        rope = Given(parameters)(kind, default={})
+        if (how := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise PrenormError(f"config.json: rope_type={how!r} changes the function and is not supported: default is")
         old = given(key, default=default)
-        bases.append(float(rope.get("rope_theta", old)))
+        bases.append(Given(rope)("rope_theta", default=float(old)))
     pattern = "".join("l" if kind == _LOCAL else "g" for kind in kinds)
     return {
         "positions": "rotary",
         "attention_pattern": pattern,
-        "window": given("local_attention", default=128) // 2 + 1,  # its own, and so many on either side
+        "window": given("local_attention", "sliding_window", default=128) // 2
+        + 1,  # its own, and so many on either side
         "rotary_base": bases[1],
         "global_rotary_base": bases[0] if "g" in pattern else None,
     }

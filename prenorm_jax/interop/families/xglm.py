@@ -3,11 +3,16 @@
 import math
 from typing import Any
 
+from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.interop.family import Family, Given
 
 
 def _config(given: Given) -> dict[str, Any]:
     given.only("add_cross_attention", False)
+    if (pad := given("pad_token_id", default=1)) >= 2:
+        raise PrenormError(
+            f"config.json: pad_token_id={pad} takes position {pad - 2} from the table: no model here does"
+        )
     width, dropout = given("d_model", "hidden_size", default=1024), float(given("dropout", default=0.1))
     return _shared(given, width) | {
         "vocab_size": given("vocab_size", default=256008),
