@@ -7,7 +7,7 @@ from common import changed, logits, random_inputs, random_params, relative, tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from oracle import numpy_encoder
 
-from prenorm_jax import PrenormError, convert_config, convert_params
+from prenorm_jax import PrenormError, TextEncoder, convert_config, convert_params
 from prenorm_jax.models.coordinates import center
 from prenorm_jax.models.registry import build_model
 
@@ -120,3 +120,21 @@ def test_what_stands_at_padding_is_never_felt():
 def test_what_an_encoder_cannot_be_is_refused(changes, words):
     with pytest.raises(PrenormError, match=words):
         tiny_encoder(**changes)
+
+
+def test_the_last_token_of_a_text_is_its_own_and_not_the_padding_and_what_is_no_text_is_refused():
+    config = tiny_encoder(transform=False, tie_embeddings=False, outputs=0, vocab_size=11)
+    encoder = TextEncoder(config, random_params(config, 1), None, padding=0)
+    texts = [[3, 4, 5], [6, 7]]
+    alone = np.concatenate([encoder.embed([text], "last") for text in texts])
+    together = encoder.embed(texts, "last")
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert np.abs(together - encoder.embed(texts, "first")).max() > 1e-2
+    for wrong, message in (
+        ([], "there is no text"),
+        ([[]], "no token"),
+        ([[11]], "no token 11"),
+        ([[-1]], "no token -1"),
+    ):
+        with pytest.raises(PrenormError, match=message):
+            encoder.embed(wrong)

@@ -151,3 +151,12 @@ def test_every_writer_reader_and_feed_of_a_table_removed_or_swapped_is_refused(n
     refused = refusals(params, table, apply)
     assert not [what for what, why in refused.items() if not why]
     assert sum(why.startswith(PROBES) for why in refused.values()) > 12
+
+
+def test_a_leaf_that_the_outputs_do_not_feel_is_refused_since_nothing_shows_what_it_does():
+    tree = make_tree() | {"other": {"kernel": np.ones((6, 3))}}
+    table = TABLE + "other/kernel          read class       final\n"
+    with pytest.raises(
+        PrenormError, match=r"nothing of other/kernel is felt in the outputs.*give longer and more varied"
+    ):
+        convert_foreign(tree, table, forward)

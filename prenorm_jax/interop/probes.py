@@ -95,11 +95,12 @@ def _difference_from(apply: Apply, flat: Flat) -> Callable[[Flat], float]:
 
 
 def _unfelt(flat: Flat, differ: Callable[[Flat], float], tolerance: float) -> list[Path]:
-    """The kernels and tables that the outputs do not feel. (A vector may be a key's bias, which softmax removes.)"""
+    """The kernels and tables that the outputs do not feel. (A bias may be a key's, which softmax removes.)"""
     rng, found = np.random.default_rng(3), []
     for path, leaf in flat.items():
         nudged = {**flat, path: leaf + rng.normal(size=leaf.shape).astype(leaf.dtype)}
-        if leaf.ndim > 1 and min(leaf.shape) > 1 and differ(nudged) <= tolerance:
+        is_kernel = leaf.ndim > 1 and min(leaf.shape) > 1 and "bias" not in path[-1]
+        if is_kernel and differ(nudged) <= tolerance:
             found.append(path)
     return found
 
