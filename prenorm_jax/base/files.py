@@ -120,6 +120,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file. Raises PrenormError if it holds none."""
+    if path.is_dir():
+        raise PrenormError(f"{path} is a folder, where a file of that name is read and written: remove it")
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:

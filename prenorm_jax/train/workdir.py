@@ -156,6 +156,8 @@ class RunRecord:
             try:
                 self._values = _checked(read_json(self._path), self._path)
             except PrenormError as error:
+                if self._path.is_dir():
+                    raise
                 say(f"warning: {error}; the run's history starts anew")
 
     @property
