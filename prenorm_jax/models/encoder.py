@@ -14,10 +14,10 @@ import numpy as np
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.models.config import ModelConfig
-from prenorm_jax.models.gpt import GPTConfig, embed_tokens
-from prenorm_jax.models.linear import Linear, matmul, reader
+from prenorm_jax.models.gpt import GPTConfig, embed_tokens, example_tokens, logits_by_table
+from prenorm_jax.models.linear import Linear, reader
 from prenorm_jax.models.norms import LayerNorm, Normed
-from prenorm_jax.models.parameters import annotated, spread
+from prenorm_jax.models.parameters import spread
 from prenorm_jax.models.transformer import (
     StreamModel,
     activate,
@@ -204,17 +204,9 @@ class Encoder(StreamModel):
         h = kept_norm(config, "transform_norm", LayerNorm, axis="raw")(h)
         if not config.tie_embeddings:
             return Linear(config, config.outputs, ("raw", "class"), config.head_bias, name="head")(h)
-        logits_BxTxV = matmul(h, table_VxW.T)
-        if config.head_bias:
-            init = annotated(nn.initializers.zeros_init(), "vocab")
-            bias_V = self.param("head_bias", init, (config.vocab_size,), config.param_dtype)
-            logits_BxTxV += spread(bias_V, logits_BxTxV.shape, logits_BxTxV.dtype)
-        return logits_BxTxV
+        return logits_by_table(self, config, h, table_VxW)
 
     @nn.nowrap
     def example(self, batch: int = 1, seed: int | None = None) -> np.ndarray:
         """An input: (batch, 1) zeros, or of a seed (batch, up to 128) random tokens."""
-        if seed is None:
-            return np.zeros((batch, 1), np.int32)
-        shape = (batch, min(self.config.max_len, 128))
-        return np.random.default_rng(seed).integers(self.config.vocab_size, size=shape, dtype=np.int32)
+        return example_tokens(self.config, batch, seed)

@@ -111,6 +111,24 @@ def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return embed_tokens(table, tokens), jnp.take(wide, tokens, axis=0).astype(table.dtype)
 
 
+def logits_by_table(module: nn.Module, config: GPTConfig, x_BxTxW: jax.Array, table_VxW: jax.Array) -> jax.Array:
+    """(B, T, V), of a raw tied table, with the `head_bias` of `module`."""
+    logits_BxTxV = matmul(x_BxTxW, table_VxW.T)
+    if config.head_bias:
+        init = annotated(nn.initializers.zeros_init(), "vocab")
+        bias_V = module.param("head_bias", init, (config.vocab_size,), config.param_dtype)
+        logits_BxTxV += spread(bias_V, logits_BxTxV.shape, logits_BxTxV.dtype)
+    return logits_BxTxV
+
+
+def example_tokens(config: GPTConfig, batch: int, seed: int | None) -> np.ndarray:
+    """(batch, 1) zeros, or of a seed (batch, up to 128) random tokens."""
+    if seed is None:
+        return np.zeros((batch, 1), np.int32)
+    shape = (batch, min(config.max_len, 128))
+    return np.random.default_rng(seed).integers(config.vocab_size, size=shape, dtype=np.int32)
+
+
 class GPT(StreamModel):
     """A causal language model: (B, T) int tokens -> (B, T, V) logits in `config.dtype`.
 
@@ -184,17 +202,9 @@ class GPT(StreamModel):
         # For the transpose: the table's cotangent comes before those of the blocks, and frees the logits'.
         if train:
             x_BxTxW, table_VxW = fusion_barrier((x_BxTxW, table_VxW))
-        logits_BxTxV = matmul(x_BxTxW, table_VxW.T)
-        if config.head_bias:
-            init = annotated(nn.initializers.zeros_init(), "vocab")
-            bias_V = self.param("head_bias", init, (config.vocab_size,), config.param_dtype)
-            logits_BxTxV += spread(bias_V, logits_BxTxV.shape, logits_BxTxV.dtype)
-        return logits_BxTxV
+        return logits_by_table(self, config, x_BxTxW, table_VxW)
 
     @nn.nowrap
     def example(self, batch: int = 1, seed: int | None = None) -> np.ndarray:
         """An input: (batch, 1) zeros, or of a seed (batch, up to 128) random tokens."""
-        if seed is None:
-            return np.zeros((batch, 1), np.int32)
-        shape = (batch, min(self.config.max_len, 128))
-        return np.random.default_rng(seed).integers(self.config.vocab_size, size=shape, dtype=np.int32)
+        return example_tokens(self.config, batch, seed)
