@@ -5,8 +5,9 @@
 tokens_per_s: the median over all lines of metrics.jsonl, of runs without any and of runs with both at every second
 step; compared: the median of what `compare` says of each. ratios: the median over rounds of with / without, since a
 machine that others use too is not equally quick in all; within: whether they are within a tenth. The machine must be
-quiet: what waited for a disk is given the cores before what did not. The first step after a pause takes some
-milliseconds more, of caches that others used: of steps of 20 ms that would be seen.
+quiet: what waited for a disk is given the cores before what did not. After any pause, a sleep too, the system runs a
+process's threads on one core for some 50 ms: the first step takes 8 ms more, the second 4. Of steps of 20 ms that would
+be seen, so these take longer.
 """
 
 import json
