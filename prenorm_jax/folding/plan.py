@@ -97,7 +97,7 @@ class Plan:
 
         def visit(equations: list[Equation]) -> None:
             for eqn in equations:
-                if eqn.has_effect or not needed.isdisjoint(eqn.outputs):
+                if not needed.isdisjoint(eqn.outputs):
                     live.add(eqn)
                     needed.update([self.sites[eqn].base] if eqn in self.sites else eqn.inputs)
 
@@ -189,8 +189,6 @@ class Plan:
                     self._edge((site.base, Label(site.axes)), "sink")
                 self._tie(eqn, site)
                 self._force(eqn.outputs[0], Why("a norm of a norm, over other axes", "other", eqn))
-            elif eqn.has_effect:
-                self._read_raw(eqn, None, [RAW] * len(eqn.inputs))
             else:
                 for out in (one for one in eqn.outputs if one in self._read):
                     self._connect_output(eqn, out)

@@ -72,10 +72,6 @@ class Equation:
         return self.eqn.params
 
     @property
-    def has_effect(self) -> bool:
-        return bool(self.eqn.effects) and not self.name.startswith("scan_")
-
-    @property
     def where(self) -> str:
         return next(filter(None, map(internals.where, (self.eqn, *self.calls[::-1]))), "?")
 

@@ -67,8 +67,7 @@ class Runner:
 
     def _mark_equation(self, eqn: Equation) -> None:
         for out in eqn.outputs:
-            if out in self.forms or eqn.has_effect:
-                self.forms.setdefault(out, {})
+            if out in self.forms:
                 self._mark_scales(out)
                 for key in self._operands(eqn, out):
                     if isinstance(key, tuple):
