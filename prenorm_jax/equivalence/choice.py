@@ -93,18 +93,22 @@ def stored_choices(stored: Readable, source: ModelConfig, sizes: np.ndarray | No
         raise PrenormError(f"sizes have shape {squares.shape}, not {expected}: of each entry, or of each at each norm")
     squares = np.broadcast_to(squares, sites.squares.shape)
     sums: dict[int, Any] = {}
-    for site, reader in readers_of(stored, source):
-        sums[site] = sums.get(site, 0) + reader_sums(reader, squares[site])
+    for site, reader, scale in readers_of(stored, source):
+        sums[site] = sums.get(site, 0) + reader_sums(reader, squares[site], scale)
     return rank_choices(
         sum(sites.weights[site] * leaks(own, squares[site]) for site, own in sums.items()) / sites.weights.sum()
     )
 
 
-def reader_sums(reader: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """What `leaks` takes of readers (n, d), to be added up: (4, d), ‖W_k‖², W_k·ΣW, W_k·Σ_j σ_j² W_j and ‖ΣW‖²."""
-    total, sized = reader.sum(1), np.einsum("nk,k->n", reader, squares.astype(reader.dtype))
-    sums = [*(np.einsum("n,nk->k", row, reader) for row in (total, sized)), np.full(reader.shape[1], total @ total)]
-    return np.stack([column_squares(reader), *sums]).astype(np.float64)
+def reader_sums(reader: np.ndarray, squares: np.ndarray, scale: Any = 1.0) -> np.ndarray:
+    """What `leaks` takes of readers W = (reader · scale) (n, d), to be added up: (4, d).
+
+    ‖W_k‖², W_k·ΣW, W_k·Σ_j σ_j² W_j and ‖ΣW‖², of which no product of the reader's size is made.
+    """
+    scale = np.broadcast_to(scale, squares.shape).astype(np.float64)
+    summed = reader @ np.stack([scale, scale * squares], 1).astype(reader.dtype)
+    sums = np.concatenate([column_squares(reader)[None] * scale, summed.T @ reader]) * scale
+    return np.vstack([sums, np.full_like(scale, summed[:, 0] @ summed[:, 0])])
 
 
 def leaks(sums: np.ndarray, squares: np.ndarray) -> np.ndarray:

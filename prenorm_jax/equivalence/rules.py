@@ -5,6 +5,8 @@ A tree is flat here, {path: array}, and may be part of one: whole modules, as `m
 
 from collections.abc import Callable
 
+import numpy as np
+
 from prenorm_jax.base.trees import Array, Flat, Path
 from prenorm_jax.equivalence.roles import UNFELT, Roles
 from prenorm_jax.models.coordinates import Coordinates, center
@@ -13,18 +15,33 @@ from prenorm_jax.models.parameters import NormSite
 
 def fold_norms(flat: Flat, roles: Roles) -> Flat:
     """Moves each norm's γ and β into the readers it feeds: W(γ ⊙ n + β) + b = (W diag(γ)) n + (b + Wβ)."""
-    folded = {path: leaf for path, leaf in flat.items() if roles[path].affine is None}
     affines = affine_leaves(roles)
+    folded = {path: leaf for path, leaf in fold_shifts(flat, roles).items() if path not in affines.values()}
     for path, role in roles.items():
-        if role.reads is None or path not in flat:
-            continue
-        kernel, scale, shift = flat[path], affines.get((role.norm, "scale")), affines.get((role.norm, "bias"))
-        if shift is not None and role.bias != UNFELT:
-            added = (kernel * _along(flat[shift], kernel, role.reads)).sum(role.reads)
-            folded[role.bias] = folded[role.bias] + added if role.bias in folded else added
-        if scale is not None:
-            folded[path] = kernel * _along(flat[scale], kernel, role.reads)
+        scale = affines.get((role.norm, "scale"))
+        if role.reads is not None and path in flat and scale is not None:
+            folded[path] = flat[path] * _along(flat[scale], flat[path], role.reads)
     return folded
+
+
+def fold_shifts(flat: Flat, roles: Roles) -> Flat:
+    """The tree with each reader's Wβ, of the norm that feeds it, added to its bias."""
+    folded, affines = dict(flat), affine_leaves(roles)
+    for path, role in roles.items():
+        shift = affines.get((role.norm, "bias"))
+        if role.reads is None or path not in flat or shift is None or role.bias == UNFELT:
+            continue
+        added = _weighted_sum(flat[path], _along(flat[shift], flat[path], role.reads), role.reads)
+        folded[role.bias] = folded[role.bias] + added if role.bias in folded else added
+    return folded
+
+
+def _weighted_sum(x: Array, weights: Array, axis: int) -> Array:
+    """Σ x · weights along `axis`. XLA makes one loop of it; NumPy would write the product out first."""
+    if not isinstance(x, np.ndarray):
+        return (x * weights).sum(axis)
+    axes = list(range(x.ndim))
+    return np.einsum(x, axes, weights, axes, [i for i in axes if i != axis % x.ndim])
 
 
 def affine_leaves(roles: Roles) -> dict[tuple[NormSite | None, str], Path]:

@@ -11,12 +11,13 @@ from prenorm_jax.base.trees import Flat, Path
 from prenorm_jax.equivalence.convert import convert_config, convert_leaves
 from prenorm_jax.equivalence.roles import parameter_roles
 from prenorm_jax.equivalence.rules import modules
-from prenorm_jax.models.abstract import abstract_params
+from prenorm_jax.models.abstract import abstract_params, param_shapes
 from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.parameters import HEAD_AXES, STREAM_AXES
 
-PART = 2**22  # entries of the largest leaf that are converted at once
+PART = 2**22  # entries of the largest leaf that are read and written at once
+BLOCK = 2**18  # and that are converted at once: few enough for the copies in float64 to stay in a core's cache
 Part = tuple[slice, ...]  # an index of a leaf: a slice for each axis
 
 
@@ -48,14 +49,25 @@ def convert_stored(
 ) -> None:
     """Writes `convert_params` of the stored tree, of a model `source`, to `new`, reading each leaf once.
 
-    A QK-norm's means that have to be zero are measured by the largest heads of a part. Raises what `convert_params`
+    A QK-norm's means that have to be zero are measured by the largest heads of a block. Raises what `convert_params`
     does of the leaves' values, and what reading and writing raise.
     """
     target, roles = convert_config(source, to, keep_affine), parameter_roles(source)
     both = coordinates(source), coordinates(target)
-    new_axes = {path: leaf.names for path, leaf in abstract_params(target).items()}
+    axes, new_axes = ({path: x.names for path, x in abstract_params(of).items()} for of in (source, target))
+    shapes = param_shapes(target)
     for tile, flat in read_parts(stored, source, part_size):
-        for path, leaf in convert_leaves(flat, roles, *both, new_axes, keep_affine).items():
+        converted: Flat = {}
+        own_roles = {path: roles[path] for path in flat}
+        sizes = {path: list(zip(axes[path], leaf.shape, strict=True)) for path, leaf in flat.items()}
+        for block in tiles(sizes, source.head_dim, BLOCK):
+            own = {path: leaf[part(axes[path], block)] for path, leaf in flat.items()}
+            for path, leaf in convert_leaves(own, own_roles, *both, new_axes, keep_affine).items():
+                if path not in converted:
+                    shape = np.broadcast_to(0, shapes[path].shape)[part(new_axes[path], tile)].shape
+                    converted[path] = np.empty(shape, leaf.dtype)
+                converted[path][part(new_axes[path], block)] = leaf
+        for path, leaf in converted.items():
             new.write(path, part(new_axes[path], tile), leaf)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from prenorm_jax.base.trees import Path
 from prenorm_jax.equivalence.roles import parameter_roles
-from prenorm_jax.equivalence.rules import fold_layer_scales, fold_norms
+from prenorm_jax.equivalence.rules import affine_leaves, fold_layer_scales, fold_shifts
 from prenorm_jax.equivalence.stored import Readable, read_parts
 from prenorm_jax.models.abstract import abstract_params
 from prenorm_jax.models.config import ModelConfig
@@ -20,7 +20,7 @@ from prenorm_jax.models.positions import POSITION_TABLES, sincos2d_table
 from prenorm_jax.models.stacking import LAYER, STACKED
 from prenorm_jax.models.transformer import activate
 
-PART_SIZE = 2**20  # entries of a part, of which there are some copies
+PART_SIZE = 2**18  # entries of a part, of which there are some copies
 BRANCHES = ("attention", "mlp")
 NODES, _often = np.polynomial.hermite_e.hermegauss(32)  # values of a normal number, and how often each comes
 NODE_WEIGHTS = _often / _often.sum()
@@ -70,22 +70,24 @@ class _Statistics:
     def __init__(self, stored: Readable, source: ModelConfig):
         self.readers: dict[Any, list[Any]] = {}
         self.writers: dict[Any, list[Any]] = {}
-        roles, leaves, scale = parameter_roles(source), abstract_params(source), _tied_scale(stored, source)
+        roles, leaves = parameter_roles(source), abstract_params(source)
         biases = {role.bias for role in roles.values() if role.bias is not None}
-        for block, path, leaf in _folded(stored, source):
+        for block, path, leaf, scale in _parts(stored, source):
             key = block, path[-2] if len(path) > 1 else path[0]
-            reader, role = _reader(source, path, leaf, scale), roles.get(path)
-            if block is not None and reader is None and role is not None and role.bias is not None:
-                reader = np.moveaxis(leaf, -2, -1)  # of the embedding, beside the stream
+            reader = _reader(source, path, leaf)
             if reader is not None:
-                _add(self.readers, key, column_squares(reader), 0.0, len(reader))
+                _add(self.readers, key, column_squares(reader) * scale**2, 0.0, len(reader))
+            elif block is not None and path in roles and roles[path].bias is not None:  # of the embedding, beside it
+                rows = np.moveaxis(leaf, -2, -1)
+                _add(self.readers, key, column_squares(rows), 0.0, len(rows))
             elif path in biases:
                 _add(self.readers, key, 0.0, float(np.vdot(leaf, leaf)), 0)
             names = leaves[path].names if path in leaves else ()
             axis = next((i - len(names) for i, name in enumerate(names) if name in ("write", "raw")), None)
             if axis is None or (names[axis] == "raw" and not _writes_raw(path)):
                 continue
-            added = column_squares(center(np.moveaxis(leaf, axis, -1).reshape(-1, source.d_model)))
+            rows = np.moveaxis(leaf, axis, -1).reshape(-1, source.d_model)
+            added = column_squares(rows - rows.mean(-1, keepdims=True))
             if names[0] in ("vocab", "position"):  # a token adds one row of a table
                 added /= leaves[path].value.shape[0]
             if path == ("token_embedding",):
@@ -143,32 +145,39 @@ def _writes_raw(path: Path) -> bool:
     return len(path) == 1 or (path[-2] in entering and path[0] != "pool")
 
 
-def _folded(stored: Readable, source: ModelConfig) -> Iterator[tuple[int | None, Path, np.ndarray]]:
-    """(block, path, leaf) in parts, with norms and LayerScales folded. The block is None outside of any.
+def _parts(stored: Readable, source: ModelConfig) -> Iterator[tuple[int | None, Path, np.ndarray, Any]]:
+    """(block, path, leaf, scale) in parts, `scale` being what multiplies the stream before the leaf: of a norm, its γ.
 
-    In float32 or more: squares are added up to within 1e-5, and in half of the time that float64 takes.
+    With LayerScales and β folded, but not γ: the product with it would take as long as all sums. The block is None
+    outside of any. In float32 or more: squares are added up to within 1e-5, in half of the time that float64 takes.
     """
-    roles, leaves = parameter_roles(source), abstract_params(source)
+    roles, leaves, tied_scale = parameter_roles(source), abstract_params(source), _tied_scale(stored, source)
     for tile, flat in read_parts(stored, source, PART_SIZE):
+        own_roles = {path: roles[path] for path in flat}
+        affines = affine_leaves(own_roles)
         wide = {path: leaf.astype(np.result_type(leaf, np.float32), copy=False) for path, leaf in flat.items()}
-        for path, leaf in fold_norms(fold_layer_scales(wide, roles), roles).items():
+        for path, leaf in fold_shifts(fold_layer_scales(wide, own_roles), own_roles).items():
             undivided = [tile[name] for name in tile if path in leaves and name not in leaves[path].names]
-            if any(part.start for part in undivided):
+            if path in affines.values() or any(part.start for part in undivided):
                 continue  # a bias that came whole with the first part of its kernel, too
+            scale = np.asarray(tied_scale if path == ("token_embedding",) else 1.0)
+            if path in roles and roles[path].reads is not None and (roles[path].norm, "scale") in affines:
+                scale = wide[affines[roles[path].norm, "scale"]].astype(np.float64)
             if path[0] == STACKED:
                 first = tile[LAYER].start if LAYER in tile else 0
-                yield from ((first + i, path, own) for i, own in enumerate(leaf))
+                for i, own in enumerate(leaf):
+                    yield first + i, path, own, scale[i] if scale.ndim else scale
             else:
-                yield int(path[0].split("_")[1]) if path[0].startswith("block_") else None, path, leaf
+                yield int(path[0].split("_")[1]) if path[0].startswith("block_") else None, path, leaf, scale
 
 
-def _reader(source: ModelConfig, path: Path, leaf: np.ndarray, tied_scale: Any) -> np.ndarray | None:
+def _reader(source: ModelConfig, path: Path, leaf: np.ndarray) -> np.ndarray | None:
     """(outputs, d) of a leaf that reads the stream, as a tied table does by way of its affine; of others None."""
     role = parameter_roles(source).get(path)
     if role is not None and role.reads is not None:
         return np.moveaxis(leaf, role.reads, -1).reshape(-1, source.d_model)
     is_head = path == ("token_embedding",) and source.tie_embeddings and source.final_norm_bias is None
-    return leaf * tied_scale if is_head else None
+    return leaf if is_head else None
 
 
 def _tied_scale(stored: Readable, source: ModelConfig) -> Any:
@@ -183,12 +192,11 @@ def _output_scale(stored: Readable, source: ModelConfig) -> np.ndarray | None:
     return np.broadcast_to(_tied_scale(stored, source), (source.d_model,))
 
 
-def readers_of(stored: Readable, source: ModelConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """(site, (outputs, d)) of all that reads the stream, or is the output."""
-    scale = _tied_scale(stored, source)
-    for block, path, leaf in _folded(stored, source):
-        reader = _reader(source, path, leaf, scale)
+def readers_of(stored: Readable, source: ModelConfig) -> Iterator[tuple[int, np.ndarray, Any]]:
+    """(site, W (outputs, d), scale) of all that reads the stream, or is the output, as W (scale ⊙ n)."""
+    for block, path, leaf, scale in _parts(stored, source):
+        reader = _reader(source, path, leaf)
         if reader is not None:
-            yield (2 * source.depth if block is None else 2 * block + BRANCHES.index(path[1])), reader
+            yield (2 * source.depth if block is None else 2 * block + BRANCHES.index(path[1])), reader, scale
     if (output := _output_scale(stored, source)) is not None:
-        yield 2 * source.depth, np.diag(output)
+        yield 2 * source.depth, np.diag(output), 1.0
