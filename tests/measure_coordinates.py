@@ -126,7 +126,7 @@ def measure(config: ModelConfig, params: Any, seed: int) -> dict[str, Any]:
     ends = {kind: next(c for c in choices if c[:2] == (kind, last)) for kind in best}
     tried = {"drop last": ends["drop"], "best drop": best["drop"]}
     tried |= {"reflect last": ends["reflect"], "best reflect": best["reflect"]}
-    inputs, params = build_model(config).example(8, seed), jax.device_put(params)
+    inputs, params = build_model(config).example(32, seed), jax.device_put(params)
     layernorm = program(config, "layernorm")(params, inputs, last)
     truth = np.asarray(layernorm["float64"])
     logits = {"rmsnorm": program(config, "rmsnorm")(params, inputs, last)}
