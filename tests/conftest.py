@@ -15,9 +15,8 @@ QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codege
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones know no such flag, and abort
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}"
-# What one test compiled, another finds; each worker in a folder of its own, since entries are not written at once.
-CACHE = Path(__file__).parents[1] / ".pytest_cache"
-CACHE /= f"jax-{sys.version_info.minor}-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+# What one test compiled, another finds, in another process too: an entry that is still being written is compiled anew.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / f"jax-{sys.version_info.minor}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
