@@ -12,6 +12,7 @@ from typing import Any
 
 import made_up_torchvision
 import numpy as np
+import pytest
 from common import changed, relative
 from common import logits as logits_of
 
@@ -20,6 +21,13 @@ from prenorm_jax import convert_config, convert_params
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.safetensors import map_file
+from prenorm_jax.train import convert_run
+
+
+@pytest.fixture(autouse=True)
+def nothing_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a file of tests to name: the command's own comparison of logits would compile both networks at each call."""
+    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
 @functools.cache

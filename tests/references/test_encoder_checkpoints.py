@@ -16,9 +16,9 @@ from prenorm_jax import build_model, certify_checkpoint, convert_config, convert
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.tokens import source_tokenizer
-from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 V, T, D = 13, 9, 24
 BASE = {"vocab_size": V, "max_position_embeddings": T, "hidden_size": D, "num_hidden_layers": 2}
@@ -64,12 +64,6 @@ CASES = {
     "modernbert-labels": ("ModernBertForTokenClassification", MODERN | CLASSIFIER, "logits", False),
     "siglip": ("SiglipTextModel", BASE | {"projection_size": 7}, "pooler_output", True),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_compared(monkeypatch):
-    """The command's own comparison of logits would compile both networks at each call."""
-    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
 def texts() -> tuple[np.ndarray, np.ndarray]:

@@ -15,9 +15,9 @@ from prenorm_jax.interop.families.timm import FAMILY, _heads
 from prenorm_jax.interop.family import Given
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.models.positions import patch_angles
-from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 SIDE, FRAMES, D = 9, 13, 24
 VIT = {"image_size": SIDE, "patch_size": 3, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -81,12 +81,6 @@ TIMM_CASES = {
     "vit_base_patch16_siglip_224": {},
     "vit_base_patch16_clip_quickgelu_224": {"num_classes": 5},
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_compared(monkeypatch):
-    """The command's own comparison of logits would compile both networks at each call."""
-    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
 def save(name, folder):

@@ -2,6 +2,7 @@
 
 import json
 
+import checkpoints as theirs
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 BASE = {"activation": "gelu_tanh", "channels": 3, "mlp_dim": 20, "epsilon": 1e-6, "heads": 3}
 # name -> (layout, prefix, whether the blocks are stacked, our config)
@@ -94,12 +96,6 @@ def case(request, tmp_path_factory):
         file.with_suffix(".json").write_text(json.dumps({"image_size": config.image_size}))
     images = np.random.default_rng(1).normal(size=(2, 6, 6, 3)) + 1
     return file, arrays, images, numpy_vit(config, params, images)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compared(monkeypatch):
-    """The command's own comparison of logits would compile both networks at each call."""
-    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
 def test_an_import_is_the_references_function_under_every_norm(case):

@@ -19,6 +19,7 @@ from prenorm_jax.models.coordinates import coordinates
 from prenorm_jax.models.decoding import generate
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 V, T, D, H = 13, 9, 24, 3
 GPT2 = {"vocab_size": V, "n_positions": T, "n_embd": D, "n_layer": 2, "n_head": H, "layer_norm_epsilon": 3e-4}
