@@ -13,7 +13,6 @@ from common import relative
 
 import prenorm_jax
 from prenorm_jax import build_model, certify_checkpoint, convert_config, convert_params
-from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.tokens import source_tokenizer
 
@@ -114,7 +113,7 @@ class Case:
         return max(found)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=theirs.grouped(CASES))
 def case(request, tmp_path_factory):
     return Case(tmp_path_factory.mktemp(request.param) / "source", request.param)
 
@@ -128,18 +127,13 @@ def test_an_import_is_the_librarys_function_under_every_norm_with_padding_and_wi
 
 
 def test_an_import_comes_back_bit_for_bit(case, tmp_path):
-    theirs.check_way_back(case.folder, tmp_path, tower=case.tower)
+    theirs.check_way_back(case.name, tmp_path)
 
 
 @pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
 def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
-    import_checkpoint(case.name, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not case.folds)
-    if to == "crmsnorm" and not case.folds:
-        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
-            export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    if (exported := theirs.exported(case.name, tmp_path, to, case.folds)) is None:
         return
-    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
-    exported = theirs.load(tmp_path / "back")
     for given, expected in zip(case.inputs, case.expected, strict=True):
         counted = slice(None) if given[1] is None or expected.ndim == 2 else given[1].astype(bool)
         assert relative(outputs(exported, case.output, *given)[counted], expected[counted]) < 1e-9
