@@ -171,11 +171,11 @@ def grouped(names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
 
 
-@functools.cache
 def imported(source: str | Path, norm: str, keep_affine: bool = False) -> Path:
     """The import of a source, beside it, which is made once for all tests."""
     place = Path(str(source).partition(":")[0]).parent / f"{norm}{'-kept' * keep_affine}"
-    import_checkpoint(source, place, norm, keep_affine=keep_affine)
+    if not place.exists():
+        import_checkpoint(source, place, norm, keep_affine=keep_affine)
     return place
 
 
