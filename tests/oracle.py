@@ -1,4 +1,7 @@
-"""The Pre-LN networks in NumPy, one position and one head at a time: what the models are tested against."""
+"""The Pre-LN networks in NumPy, one position and one head at a time: what the models are tested against.
+
+And of `norm="rmsnorm"` the same with its norms alone swapped, as nobody should.
+"""
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +44,7 @@ class Transformer:
         self.p = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
 
     def norm(self, x, name, h=None):
-        mean = x.mean()
+        mean = x.mean() if self.c.norm == "layernorm" else 0.0
         y = (x - mean) / np.sqrt(((x - mean) ** 2).mean() + self.c.epsilon)
         scale, bias = self.p.get(f"{name}/scale", np.ones(1)), self.p.get(f"{name}/bias", np.zeros(1))
         return y * scale + bias if scale.ndim == 1 or h is None else y * scale[h] + (bias[h] if bias.ndim > 1 else 0)

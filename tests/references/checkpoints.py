@@ -6,12 +6,14 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import made_up_torchvision
 import numpy as np
+import pytest
 from common import changed, relative
 from common import logits as logits_of
 
@@ -20,6 +22,13 @@ from prenorm_jax import convert_config, convert_params
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.safetensors import map_file
+from prenorm_jax.train import convert_run
+
+
+@pytest.fixture(autouse=True)
+def nothing_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a file of tests to name: the command's own comparison of logits would compile both networks at each call."""
+    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
 @functools.cache
@@ -157,25 +166,40 @@ def embeds(model: Any, images: np.ndarray) -> np.ndarray:
         return np.concatenate([found[name].numpy().ravel() for name in ("image_embeds", "text_embeds")])
 
 
-def check_function(folder: Path, inputs: np.ndarray, expected: np.ndarray) -> None:
-    """An import is the library's function under every norm; with the norms alone swapped it is not."""
+def grouped(names: Iterable[str]) -> list[Any]:
+    """Parameters of a fixture or a test; one worker has all tests of each, which share what is imported and traced."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
+def imported(source: str | Path, norm: str, keep_affine: bool = False) -> Path:
+    """The import of a source, beside it, which is made once for all tests."""
+    place = Path(str(source).partition(":")[0]).parent / f"{norm}{'-kept' * keep_affine}"
+    if not place.exists():
+        import_checkpoint(source, place, norm, keep_affine=keep_affine)
+    return place
+
+
+def check_function(folder: Path, inputs: np.ndarray, expected: np.ndarray, oracle: Callable[..., np.ndarray]) -> None:
+    """An import is the library's function under every norm; with the norms alone swapped it is not.
+
+    `oracle`: (config, parameters, inputs) -> outputs, in NumPy.
+    """
     config, params = prenorm_jax.load(folder)
     assert relative(logits_of(config, params, inputs), expected) < 1e-9
     for to in ("rmsnorm", "crmsnorm"):
         converted = convert_params(params, config, to)
         assert relative(logits_of(convert_config(config, to), converted, inputs), expected) < 1e-9, to
-    naive = changed(config, norm="rmsnorm")
-    assert relative(logits_of(naive, params, inputs), expected) > 1e-2
+    assert relative(oracle(config, params, inputs[:1]), expected[:1]) < 1e-9
+    assert relative(oracle(changed(config, norm="rmsnorm"), params, inputs[:1]), expected[:1]) > 1e-2
 
 
-def check_way_back(folder: Path, place: Path, one_more: str = "", tower: str = "") -> None:
+def check_way_back(source: str | Path, place: Path, one_more: str = "") -> None:
     """What is imported and exported again is bit for bit what it was.
 
-    `one_more`: of names, of tensors that 1 is added to: these within the rounding of that sum. `tower`: ":text" for the
-    text tower of a whole model.
+    `one_more`: of names, of tensors that 1 is added to: these within the rounding of that sum.
     """
-    import_checkpoint(f"{folder}{tower}", place / "run", "layernorm")
-    export_checkpoint(place / "run", place / "back", "layernorm")
+    export_checkpoint(imported(source, "layernorm"), place / "back", "layernorm")
+    folder = Path(str(source).partition(":")[0])
     source, back = (map_file(where / "model.safetensors")[1] for where in (folder, place / "back"))
     assert source.keys() == back.keys()
     for name, tensor in source.items():
@@ -183,3 +207,18 @@ def check_way_back(folder: Path, place: Path, one_more: str = "", tower: str = "
             assert (np.abs(tensor - back[name]) <= np.spacing(np.abs(1 + tensor)) / 2).all(), name
             continue
         np.testing.assert_array_equal(tensor, back[name], strict=True, err_msg=name)
+
+
+def exported(source: str | Path, place: Path, to: str, folds: bool) -> Any | None:
+    """The library's model of an import under another norm that was exported as a LayerNorm network again.
+
+    `folds`: whether all that is folded has a bias to go to in the format; where not, rmsnorm keeps its affine, and of
+    crmsnorm, which cannot, the export is refused: None.
+    """
+    run = imported(source, to, keep_affine=to == "rmsnorm" and not folds)
+    if to == "crmsnorm" and not folds:
+        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
+            export_checkpoint(run, place / "back", "layernorm")
+        return None
+    export_checkpoint(run, place / "back", "layernorm")
+    return load(place / "back")

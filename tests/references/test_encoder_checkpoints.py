@@ -12,13 +12,11 @@ import pytest
 from common import relative
 
 import prenorm_jax
-from prenorm_jax import build_model, certify_checkpoint, convert_config, convert_params
-from prenorm_jax.interop.export import export_checkpoint
-from prenorm_jax.interop.importing import import_checkpoint
+from prenorm_jax import build_model, convert_config, convert_params
 from prenorm_jax.interop.tokens import source_tokenizer
-from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 V, T, D = 13, 9, 24
 BASE = {"vocab_size": V, "max_position_embeddings": T, "hidden_size": D, "num_hidden_layers": 2}
@@ -64,12 +62,6 @@ CASES = {
     "modernbert-labels": ("ModernBertForTokenClassification", MODERN | CLASSIFIER, "logits", False),
     "siglip": ("SiglipTextModel", BASE | {"projection_size": 7}, "pooler_output", True),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_compared(monkeypatch):
-    """The command's own comparison of logits would compile both networks at each call."""
-    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
 
 
 def texts() -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +112,7 @@ class Case:
         return max(found)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=theirs.grouped(CASES))
 def case(request, tmp_path_factory):
     return Case(tmp_path_factory.mktemp(request.param) / "source", request.param)
 
@@ -134,33 +126,16 @@ def test_an_import_is_the_librarys_function_under_every_norm_with_padding_and_wi
 
 
 def test_an_import_comes_back_bit_for_bit(case, tmp_path):
-    theirs.check_way_back(case.folder, tmp_path, tower=case.tower)
+    theirs.check_way_back(case.name, tmp_path)
 
 
 @pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
 def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
-    import_checkpoint(case.name, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not case.folds)
-    if to == "crmsnorm" and not case.folds:
-        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
-            export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    if (exported := theirs.exported(case.name, tmp_path, to, case.folds)) is None:
         return
-    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
-    exported = theirs.load(tmp_path / "back")
     for given, expected in zip(case.inputs, case.expected, strict=True):
         counted = slice(None) if given[1] is None or expected.ndim == 2 else given[1].astype(bool)
         assert relative(outputs(exported, case.output, *given)[counted], expected[counted]) < 1e-9
-
-
-@pytest.mark.parametrize("name", ["esm2", "siglip"])
-def test_what_the_library_computes_is_certified(name, tmp_path):
-    """In its own process; stored frequencies of rotary positions are of float32 there and do not limit it."""
-    case = Case(tmp_path / "source", name)
-    import_checkpoint(case.name, tmp_path / "run", "crmsnorm")
-    report = certify_checkpoint(tmp_path / "run", case.name, reference="library")
-    assert report["verdict"] == "PASS", report["failures"]
-    assert report["rows"][0]["relative"] < 1e-9
-    outputs = {"logits": "logits", "last_hidden_state": "features"}
-    assert report["output"] == outputs.get(case.output, "pooled output")
 
 
 def test_residues_are_read_as_esms_own_tokenizer_reads_them(tmp_path):

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import test_npz_checkpoints as npz
 from common import logits, random_params, relative, tiny_vit
-from oracle import ACTIVATE
+from oracle import ACTIVATE, numpy_vit
 
 import prenorm_jax
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.families.timm import FAMILY, _heads
 from prenorm_jax.interop.family import Given
-from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.models.positions import patch_angles
-from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 SIDE, FRAMES, D = 9, 13, 24
 VIT = {"image_size": SIDE, "patch_size": 3, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -83,12 +82,6 @@ TIMM_CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_compared(monkeypatch):
-    """The command's own comparison of logits would compile both networks at each call."""
-    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
-
-
 def save(name, folder):
     """Writes a case's folder: the model, which of its outputs is compared, and images."""
     rng = np.random.default_rng(1)
@@ -104,7 +97,7 @@ def save(name, folder):
     return model, output, rng.normal(size=(2, SIDE, FRAMES, 1) if "max_length" in config else (2, SIDE, SIDE, 3)) + 1
 
 
-@pytest.fixture(scope="module", params=[*CASES, *TIMM_CASES])
+@pytest.fixture(scope="module", params=theirs.grouped([*CASES, *TIMM_CASES]))
 def case(request, tmp_path_factory):
     """A folder that the library wrote, images, what the library makes of them, and which output that is."""
     folder = tmp_path_factory.mktemp(request.param) / "source"
@@ -114,7 +107,7 @@ def case(request, tmp_path_factory):
 
 def test_an_import_is_the_librarys_function_under_every_norm(case):
     folder, images, expected, _ = case
-    theirs.check_function(folder, images, expected)
+    theirs.check_function(folder, images, expected, numpy_vit)
 
 
 def test_an_import_comes_back_bit_for_bit(case, tmp_path):
@@ -125,13 +118,8 @@ def test_an_import_comes_back_bit_for_bit(case, tmp_path):
 def test_what_was_converted_is_exported_as_a_network_that_the_library_loads(case, tmp_path, to):
     folder, images, expected, output = case
     folds = prenorm_jax.load(folder)[0].qkv_bias and folder.parent.name.rstrip("0") not in CANNOT_FOLD
-    import_checkpoint(folder, tmp_path / "run", to, keep_affine=to == "rmsnorm" and not folds)
-    if to == "crmsnorm" and not folds:
-        with pytest.raises(prenorm_jax.PrenormError, match=r"has no place for .*keep-affine"):
-            export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
+    if (exported := theirs.exported(folder, tmp_path, to, folds)) is None:
         return
-    export_checkpoint(tmp_path / "run", tmp_path / "back", "layernorm")
-    exported = theirs.load(tmp_path / "back")
     assert relative(theirs.features(exported, images, output), expected) < 1e-9
     if output is None:  # text tower and projections came along
         embeds = (theirs.embeds(network, images) for network in (exported, theirs.load(folder)))
@@ -164,21 +152,21 @@ def test_dinov3_with_its_class_token_and_registers_turned_too_is_another_functio
     assert relative(wrong, expected) > 1e-2
 
 
-@pytest.mark.parametrize("case", [*TIMM_CASES, "vit"], indirect=True)
+@pytest.mark.parametrize("case", theirs.grouped([*TIMM_CASES, "vit"]), indirect=True)
 def test_a_converted_vit_of_timms_is_timms_own_with_rmsnorms_or_is_refused(case, tmp_path):
     folder, images, expected, output = case
     refused = {"dinov2": "head_affine/bias", "qk_norm": "qk_norm", "siglip": "pooling", "clip": "embed_norm"}
     if output != "":
         refused = {"": "is of timm's ViTs"}  # other libraries' formats
-    import_checkpoint(folder, tmp_path / "run", "rmsnorm")
+    run = theirs.imported(folder, "rmsnorm")
     name = json.loads((folder / "config.json").read_text()).get("architecture", "")
     name += "_qk_norm" if "gap_240" in name else ""
     if said := [words for part, words in refused.items() if part in name]:
         with pytest.raises(prenorm_jax.PrenormError, match=said[0]):
-            export_checkpoint(tmp_path / "run", tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
+            export_checkpoint(run, tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
         assert not (tmp_path / "rms").exists()
         return
-    export_checkpoint(tmp_path / "run", tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
+    export_checkpoint(run, tmp_path / "rms", "rmsnorm", form="timm-rmsnorm")
     theirs_of_rmsnorms = theirs.load(tmp_path / "rms")
     assert type(theirs_of_rmsnorms.blocks[0].norm1).__name__ == "RmsNorm"
     assert relative(theirs.features(theirs_of_rmsnorms, images, output), expected) < 1e-9

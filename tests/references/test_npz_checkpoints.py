@@ -2,19 +2,21 @@
 
 import json
 
+import checkpoints as theirs
 import ml_dtypes
 import numpy as np
 import pytest
-from common import changed, logits, random_params, relative, tiny_vit
+from common import random_params, relative, tiny_vit
 from oracle import numpy_vit
 
 import prenorm_jax
-from prenorm_jax import PrenormError, convert_config, convert_params
+from prenorm_jax import PrenormError
 from prenorm_jax.interop.export import export_checkpoint
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 BASE = {"activation": "gelu_tanh", "channels": 3, "mlp_dim": 20, "epsilon": 1e-6, "heads": 3}
 # name -> (layout, prefix, whether the blocks are stacked, our config)
@@ -82,7 +84,7 @@ def arrays_of(config, params, layout, prefix, stacked):
     return found | ({"params/txt/Dense_0/kernel": np.ones((3, 400)), "params/t": np.ones(1)} if "img" in prefix else {})
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=theirs.grouped(CASES))
 def case(request, tmp_path_factory):
     """A file, its arrays, images, and the ViT's output in NumPy."""
     layout, prefix, stacked, changes = CASES[request.param]
@@ -96,20 +98,9 @@ def case(request, tmp_path_factory):
     return file, arrays, images, numpy_vit(config, params, images)
 
 
-@pytest.fixture(autouse=True)
-def nothing_compared(monkeypatch):
-    """The command's own comparison of logits would compile both networks at each call."""
-    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
-
-
 def test_an_import_is_the_references_function_under_every_norm(case):
     file, _, images, expected = case
-    config, params = prenorm_jax.load(file)
-    assert relative(logits(config, params, images), expected) < 1e-9
-    for to in ("rmsnorm", "crmsnorm"):
-        converted = convert_params(params, config, to)
-        assert relative(logits(convert_config(config, to), converted, images), expected) < 1e-9, to
-    assert relative(logits(changed(config, norm="rmsnorm"), params, images), expected) > 1e-2
+    theirs.check_function(file, images, expected, numpy_vit)
 
 
 def test_an_import_comes_back_bit_for_bit_and_a_converted_one_as_the_same_function(case, tmp_path):
@@ -124,20 +115,20 @@ def test_an_import_comes_back_bit_for_bit_and_a_converted_one_as_the_same_functi
     import_checkpoint(file, tmp_path / "narrow", "crmsnorm")
     export_checkpoint(tmp_path / "narrow", tmp_path / "recentred", "layernorm")
     config, params = prenorm_jax.load(tmp_path / "recentred")
-    assert relative(logits(config, params, images), expected) < 1e-9
+    assert relative(numpy_vit(config, params, images), expected) < 1e-9
 
 
-@pytest.mark.parametrize("case", ["big_vision"], indirect=True)
+@pytest.mark.parametrize("case", theirs.grouped(["big_vision"]), indirect=True)
 def test_an_imported_workdir_is_converted_on_and_exported(case, tmp_path):
     file, _, images, expected = case
     import_checkpoint(file, tmp_path / "rms", "rmsnorm")
     convert_run.convert(tmp_path / "rms", tmp_path / "crms", "crmsnorm")
     export_checkpoint(tmp_path / "crms", tmp_path / "back", "layernorm")
     config, params = prenorm_jax.load(tmp_path / "back")
-    assert relative(logits(config, params, images), expected) < 1e-9
+    assert relative(numpy_vit(config, params, images), expected) < 1e-9
 
 
-@pytest.mark.parametrize("case", ["vision_transformer", "stacked"], indirect=True)
+@pytest.mark.parametrize("case", theirs.grouped(["vision_transformer", "stacked"]), indirect=True)
 def test_bfloat16_and_compressed_arrays_are_read_as_they_are(case, tmp_path):
     _, arrays, _, _ = case
     narrow = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}

@@ -9,9 +9,9 @@ from tiny_tokenizer import TEXT, tiny_tokenizer, write_slow
 
 from prenorm_jax.interop.importing import import_checkpoint
 from prenorm_jax.interop.tokens import SourceTexts
-from prenorm_jax.train import convert_run
 
 pytestmark = pytest.mark.reference
+nothing_compared = theirs.nothing_compared
 
 V, T, D, H = 288, 48, 24, 3
 GPT2 = {"vocab_size": V, "n_positions": T, "n_embd": D, "n_layer": 2, "n_head": H}
@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=theirs.grouped(CASES))
 def case(request, tmp_path_factory):
     """A folder that the library wrote, its model, two tokens that end its texts, and a norm."""
     model_type, config, tokenizer, options, slow, norm = CASES[request.param]
@@ -55,27 +55,27 @@ def case(request, tmp_path_factory):
     return folder, theirs.load(folder), ends, norm
 
 
-def test_the_command_adds_what_the_library_adds_token_for_token(case, tmp_path, monkeypatch):
+def test_the_command_adds_what_the_library_adds_token_for_token(case, tmp_path):
     folder, model, ends, norm = case
-    monkeypatch.setattr(convert_run, "COMPARED_BYTES", 0)
     run, library = tmp_path / "run", theirs.transformers().AutoTokenizer.from_pretrained(folder)
     import_checkpoint(folder, run, norm)
-    ended = 0
-    for prompt in PROMPTS:
-        ids = theirs.tokens_of(folder, prompt)
-        expected = theirs.generate(model, ids, 24)
-        ended += expected[-1] in ends
-        given = f"--prompt-ids={','.join(map(str, ids))}"
-        common = ("-m", "prenorm_jax.generate", run, "--tokens=24", "--json")
-        [by_ids] = json.loads(here(*common, given, x64=True).stdout)["texts"]
-        shown = [each for each in expected if each not in ends]
-        assert by_ids["text"].lstrip(",") == ",".join(map(str, shown))
-        [by_text] = json.loads(here(*common, f"--prompt={prompt}", x64=True).stdout)["texts"]
-        assert (by_text["tokens"], by_text["end"]) == (len(shown), by_ids["end"])
-        assert by_text["text"] == library.decode([*ids, *shown], skip_special_tokens=True)[len(prompt) :]
-        [further] = json.loads(here(*common, given, "--ignore-eos", x64=True).stdout)["texts"]
-        assert further["text"].lstrip(",") == ",".join(map(str, theirs.generate(model, ids, 24, eos_token_id=None)))
-    assert ended, "that some text ends, and another text than that of a wrong end"
+    given = [theirs.tokens_of(folder, prompt) for prompt in PROMPTS]
+    expected = [theirs.generate(model, ids, 24) for ids in given]
+    assert any(tokens[-1] in ends for tokens in expected), "that some text ends, and another than that of a wrong end"
+
+    def said(*options):
+        return json.loads(here("-m", "prenorm_jax.generate", run, "--tokens=24", "--json", *options, x64=True).stdout)
+
+    as_ids = [f"--prompt-ids={','.join(map(str, ids))}" for ids in given]
+    by_ids, by_text = said(*as_ids)["texts"], said(*[f"--prompt={prompt}" for prompt in PROMPTS])["texts"]
+    further = said(*as_ids, "--ignore-eos")["texts"]
+    for i, (prompt, ids) in enumerate(zip(PROMPTS, given, strict=True)):
+        shown = [each for each in expected[i] if each not in ends]
+        assert by_ids[i]["text"].lstrip(",") == ",".join(map(str, shown))
+        assert (by_text[i]["tokens"], by_text[i]["end"]) == (len(shown), by_ids[i]["end"])
+        assert by_text[i]["text"] == library.decode([*ids, *shown], skip_special_tokens=True)[len(prompt) :]
+        on = theirs.generate(model, ids, 24, eos_token_id=None)
+        assert further[i]["text"].lstrip(",") == ",".join(map(str, on))
 
 
 def test_a_tokenizer_is_the_librarys_on_any_text(case):
