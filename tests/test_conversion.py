@@ -42,12 +42,12 @@ ROUND = ["rmsnorm", "crmsnorm", "layernorm", "crmsnorm", "rmsnorm", "layernorm"]
 def networks(quick: Callable[[int], bool] = lambda number: True, start: str | None = None) -> list:
     """Parameters of a test: those of both families' pools, where a start is given after it.
 
-    Not all of them are quick, and of those that are not two of three are `wide`.
+    Not all of them are quick, and of those that are not five of six are `wide`.
     """
     cases = []
     for number, case in itertools.chain.from_iterable(enumerate(pooled(family)) for family in OPTIONS):
         values, name = (case.values, case.id) if start is None else ((start, *case.values), f"{start}-{case.id}")
-        length = pytest.mark.wide if number % 3 else pytest.mark.slow
+        length = pytest.mark.wide if number % 6 else pytest.mark.slow
         cases.append(pytest.param(*values, id=name, marks=[*case.marks, *[length][: not quick(number)]]))
     return cases
 
