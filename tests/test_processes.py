@@ -152,52 +152,71 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
 
 
 JOIN = """
-import signal, sys
+import json, os, signal, sys
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.processes import check_joined, check_same, initialize
 
 def main():
-    initialize(*(value if ":" in value else int(value) for value in sys.argv[2:]), timeout=int(sys.argv[1]))
+    timeout, *given = starts[name][0]
+    initialize(*given, timeout=timeout)
     check_joined()
-    check_same("their numbers", sys.argv[4])
+    check_same("their numbers", str(given[-1]))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
-run_command(main)
+starts, names = json.loads(sys.argv[1]), {}
+for name, (_, variables) in starts.items():
+    if not (pid := os.fork()):  # each imports nothing any more
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), 2)
+        os.environ.update(variables)
+        run_command(main)
+        sys.exit()
+    names[pid] = name
+print(json.dumps(names), flush=True)
+print(json.dumps({names[pid]: os.waitstatus_to_exitcode(status) for pid, status in (os.wait() for _ in names)}))
 """
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line():
+def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line(tmp_path):
     """Nobody is waited for in vain, and what is waited for is said before; in order, the first says what all refuse."""
     nobody, other, pair, fewer, more, twice, taken = (f"127.0.0.1:{free_port()}" for _ in range(7))
-    launched = {"OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_RANK": 3, "OMPI_MCA_orte_hnp_uri": "of another form"}
+    launched = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_MCA_orte_hnp_uri": "of another form"}
     listener = socket.create_server(("", int(taken.split(":")[1])))
     starts = {
-        "the first": start("-c", JOIN, 5, other, 3, 0),
-        "another": start("-c", JOIN, 5, nobody, 2, 1),
-        "interrupted": start("-c", JOIN, 300, nobody, 2, 1),
-        "launched": start("-c", JOIN, 300, **launched),
-        "told of 2, first": start("-c", JOIN, 120, more, 2, 0),
-        "told of 3": start("-c", JOIN, 120, more, 3, 1),
-        "told of 3, first": start("-c", JOIN, 120, fewer, 3, 0),
-        "told of 2": start("-c", JOIN, 120, fewer, 2, 1),
-        "0 of twice": start("-c", JOIN, 120, twice, 3, 0),
-        "1 of twice": start("-c", JOIN, 120, twice, 3, 1),
-        "1 again": start("-c", JOIN, 120, twice, 3, 1),
-        "taken": start("-c", JOIN, 120, taken, 2, 0),
-        "pair 0": start("-c", JOIN, 120, pair, 2, 0),
-        "pair 1": start("-c", JOIN, 120, pair, 2, 1),
+        "the first": (5, other, 3, 0),
+        "another": (5, nobody, 2, 1),
+        "interrupted": (300, nobody, 2, 1),
+        "launched": (300,),
+        "told of 2, first": (120, more, 2, 0),
+        "told of 3": (120, more, 3, 1),
+        "told of 3, first": (120, fewer, 3, 0),
+        "told of 2": (120, fewer, 2, 1),
+        "0 of twice": (120, twice, 3, 0),
+        "1 of twice": (120, twice, 3, 1),
+        "1 again": (120, twice, 3, 1),
+        "taken": (120, taken, 2, 0),
+        "pair 0": (120, pair, 2, 0),
+        "pair 1": (120, pair, 2, 1),
     }
+    given = {name: (values, launched if name == "launched" else {}) for name, values in starts.items()}
+    script = f"import os, sys; os.chdir({str(tmp_path)!r})\n{JOIN}"
+    parent = start("-c", script, json.dumps(given), PYTHONPATH=ROOT)
+    pids = {name: int(pid) for pid, name in json.loads(parent.stdout.readline()).items()}
+    printed = {name: tmp_path / name for name in starts}
     try:
-        waiting = starts["interrupted"].stderr.readline()
-        starts["interrupted"].send_signal(signal.SIGINT)
-        _, interrupted = starts["interrupted"].communicate(timeout=60)
-        assert waiting == f"waiting for 2 processes at {nobody}, for at most 300 s\n"
-        assert interrupted.startswith("error: interrupted") and starts.pop("interrupted").returncode == 130
+        wait_until(
+            lambda: printed["interrupted"].exists() and printed["interrupted"].read_text().endswith("\n"), parent
+        )
+        assert printed["interrupted"].read_text() == f"waiting for 2 processes at {nobody}, for at most 300 s\n"
+        os.kill(pids["interrupted"], signal.SIGINT)
+        statuses = json.loads(parent.communicate(timeout=90)[0])
     finally:
-        statuses, _, printed = finish(list(starts.values()), seconds=90)
+        for pid in pids.values() if parent.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
         listener.close()
-    said = {name: "\n".join(lines(errors)) for name, errors in zip(starts, printed, strict=True)}
+    errors = {name: path.read_text() for name, path in printed.items()}
+    assert lines(errors.pop("interrupted"))[-1].startswith("error: interrupted") and statuses.pop("interrupted") == 130
+    said = {name: "\n".join(lines(error)) for name, error in errors.items()}
     assert said.pop("pair 1") == "", "the first says it for both"
     assert "processes differ in their numbers" in said["pair 0"]
     assert f"of 3 processes these did not come to {other} within 5 s: 1, 2; start all" in said["the first"]
@@ -211,7 +230,7 @@ def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line():
     assert f"{taken}: cannot listen there (Address already in use): name a free port" in said["taken"]
     assert "4 processes did not meet at the first host that Open MPI names (" in said["launched"]
     assert all("\n" not in line for line in said.values())
-    assert set(statuses) == {2}
+    assert set(statuses.values()) == {2}
 
 
 def slurm(number: int, count: int) -> dict[str, object]:
