@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
+from commands import ROOT, SMALL, clean_environment, error_of, evaluate, few_devices, here, lines_of, make_text
 from jax.errors import JaxRuntimeError
 from many_processes import DEVICES, run_config
 from test_resume import losses_of, steps_written, wait_until
@@ -96,7 +96,8 @@ def compare_runs(actual: Path, expected: Path) -> None:
 def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp_path):
     """The stages of many_processes.py; one process trains before and after them, and another one the whole way."""
     alone, run = tmp_path / "alone", tmp_path / "run"
-    train(run_config(text, stop_at=3), alone)
+    with few_devices(1):
+        train(run_config(text, stop_at=3), alone)
     shutil.copytree(alone, run)
     arguments = ["tests/many_processes.py", f"127.0.0.1:{free_port()}"]
     pair = [start(*arguments, i, text, tmp_path, JAX_ENABLE_X64=1, PYTHONPATH=ROOT) for i in range(2)]
@@ -146,8 +147,9 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
     check_lost(statuses[0], errors[0])
     end = max(complete_steps(run / "checkpoints")) + 4
     assert end > stopped["steps"]
-    for workdir in (run, alone):
-        train(run_config(text, stop_at=end), workdir)
+    with few_devices(1):
+        for workdir in (run, alone):
+            train(run_config(text, stop_at=end), workdir)
     compare_runs(run, alone)
 
 
@@ -259,11 +261,11 @@ def test_the_commands_over_many_processes(text, tmp_path):
         wait_until(lambda: steps_written(run) >= wanted and complete_steps(run / "checkpoints"), started[0])
         return started
 
-    three = launch(slurm, 3)
-    three[0].kill()  # the coordinator
-    three.pop(0).communicate()
-    for status, _, errors in zip(*finish(three, seconds=90), strict=True):
-        check_lost(status, errors)
+    coordinator, other = launch(slurm, 2)
+    coordinator.kill()
+    coordinator.communicate()
+    (status,), _, (errors,) = finish([other], seconds=90)
+    check_lost(status, errors)
 
     two = launch(open_mpi, 2)
     two[1].send_signal(signal.SIGTERM)
@@ -272,7 +274,7 @@ def test_the_commands_over_many_processes(text, tmp_path):
     assert statuses == [75, 75] and max(complete_steps(run / "checkpoints")) == saved
     assert lines(first)[-1].startswith(f"error: SIGTERM at step {saved}: saved in") and lines(second) == []
 
-    command(*flags, f"--workdir={alone}", f"--config.stop_at={saved}")
+    here(*flags, f"--workdir={alone}", f"--config.stop_at={saved}", x64=True)
     compare_runs(run, alone)
     port = free_port()
     evaluations = [

@@ -131,9 +131,9 @@ RUNS = [
 
 
 def runs(slow: bool = True) -> list:
-    """One worker takes all of an optimizer, and so trains Pre-LN once; the first is quick, two are at most slow."""
-    length = [pytest.mark.slow if slow else pytest.mark.wide]
-    lengths = [[], [pytest.mark.wide], length, length, [pytest.mark.wide]]
+    """One worker takes all of an optimizer, and so trains Pre-LN once; the first is quick, one more at most slow."""
+    wide = [pytest.mark.wide]
+    lengths = [[], wide, wide, [pytest.mark.slow] if slow else wide, wide]
     return [
         pytest.param(*case, id="-".join(case), marks=[pytest.mark.xdist_group(case[0]), *length])
         for case, length in zip(RUNS, lengths, strict=True)
