@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 
 import jax
@@ -244,19 +243,10 @@ def with_large_channels(text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_the_command_measures_a_run_says_that_the_last_dropped_is_worse_than_as_chosen_and_writes_a_page(
-    with_large_channels, tmp_path, monkeypatch
+    with_large_channels, tmp_path
 ):
-    saved = with_large_channels
-    made, alike = functools.cache(numerics.program), {"coordinates": "drop", "coordinates_entry": None}
-
-    def program(variant, *dtypes):  # the same ones for both runs, whose coordinates say nothing but of crmsnorm
-        if variant.norm != "crmsnorm":
-            variant = dataclasses.replace(variant, pre_ln=dataclasses.replace(variant.pre_ln, **alike))
-        return made(variant, *dtypes)
-
-    monkeypatch.setattr(numerics, "program", program)
     flags = ["--rows=3", "--dtypes=float32", f"--out={tmp_path}"]
-    printed = here("-m", "prenorm_jax.numerics", saved, *flags, x64=True).stdout
+    printed = here("-m", "prenorm_jax.numerics", with_large_channels, *flags, x64=True).stdout
     found = json.loads((tmp_path / "numerics.json").read_text())
     assert found["advice"] in printed and found["step"] == 6 and found["dtypes"] == ["float32"]
     assert found["inputs"] == "the first 3 sequences of 7 tokens of the held-out split"
@@ -277,7 +267,7 @@ def test_the_command_measures_a_run_says_that_the_last_dropped_is_worse_than_as_
     assert papers["error"] > 2 > chosen["error"]
     # Of its conversion all is the same, but that its own coordinates are said.
     crms = tmp_path / "crms"
-    here("-m", "prenorm_jax.convert", saved, crms, "--to=crmsnorm", "--coordinates=drop:3", x64=True)
+    here("-m", "prenorm_jax.convert", with_large_channels, crms, "--to=crmsnorm", "--coordinates=drop:3", x64=True)
     here("-m", "prenorm_jax.numerics", crms, *flags, x64=True)
     again = json.loads((tmp_path / "numerics.json").read_text())
     own = next(place for place in again["coordinates"] if "the run's own" in place["roles"])
