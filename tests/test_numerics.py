@@ -245,16 +245,16 @@ def with_large_channels(text, tmp_path):
 def test_the_command_measures_a_run_says_that_the_last_dropped_is_worse_than_as_chosen_and_writes_a_page(
     with_large_channels, tmp_path
 ):
-    flags = ["--rows=3", "--dtypes=float32", f"--out={tmp_path}"]
+    flags = ["--rows=3", "--dtypes=bfloat16", f"--out={tmp_path}"]
     printed = here("-m", "prenorm_jax.numerics", with_large_channels, *flags, x64=True).stdout
     found = json.loads((tmp_path / "numerics.json").read_text())
-    assert found["advice"] in printed and found["step"] == 6 and found["dtypes"] == ["float32"]
+    assert found["advice"] in printed and found["step"] == 6 and found["dtypes"] == ["bfloat16"]
     assert found["inputs"] == "the first 3 sequences of 7 tokens of the held-out split"
     assert {"date", "device", "versions", "workdir", "model", "data", "sites", "sizes"} <= found.keys()
     names = found["variants"]
     assert names[:3] == ["layernorm", "layernorm one-pass", "rmsnorm"] and "crmsnorm drop 63" in names
     assert len(found["errors"]) == 2 * len(names) - 1
-    assert all(0 < row["logits"] < 1e-4 and 0 < row["gradients"] < 1e-3 for row in found["errors"])
+    assert all(0 < row["logits"] < 0.1 and 0 < row["gradients"] < 0.3 for row in found["errors"])
     html = (tmp_path / "numerics.html").read_text()
     assert found["advice"] in html and (tmp_path / "numerics.png").stat().st_size > 10_000
     chosen, papers = (
@@ -275,7 +275,7 @@ def test_the_command_measures_a_run_says_that_the_last_dropped_is_worse_than_as_
     errors = [
         {(row["variant"], row["dtype"], row["how"]): row["logits"] for row in one["errors"]} for one in (found, again)
     ]
-    for name in (("rmsnorm", "float32", "computed"), ("layernorm", "float32", "stored")):
+    for name in (("rmsnorm", "bfloat16", "computed"), ("layernorm", "bfloat16", "stored")):
         assert errors[0][name] == pytest.approx(errors[1][name], rel=0.5)
 
 
