@@ -50,7 +50,7 @@ from prenorm_jax.train.step import init_state
 # --- Kills. ---
 
 MOMENTS = ("starting", "steps", "writing", "evaluating")
-STEPS, EVAL_EVERY = 200, 50
+STEPS, EVAL_EVERY = 120, 30
 
 
 def start(*flags: object) -> subprocess.Popen:

@@ -47,18 +47,21 @@ def expected_checksum(array: np.ndarray, start: tuple[int, ...]) -> list[int]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_what_the_docstrings_say_in_numpy_and_in_jax(dtype, shape):
+def test_is_what_the_docstrings_say_in_numpy_and_in_jax(dtype, shape, monkeypatch):
     array = random_array(dtype, shape)
     expected = expected_checksum(array, (0,) * array.ndim)
     start = (0,) * array.ndim
     assert checksum(array, start).tolist() == checksum(jnp.asarray(array), start).tolist() == expected
-    with jax.enable_x64(False):  # NumPy's 64-bit arrays must not become 32-bit ones
-        assert checksum(array, start).tolist() == expected
+    monkeypatch.setattr("prenorm_jax.train.checksum._SMALL", -1)  # as for a large one
+    for wide in (True, False):
+        with jax.enable_x64(wide):  # NumPy's 64-bit arrays must not become 32-bit ones
+            assert checksum(array, start).tolist() == expected
 
 
 def test_entries_beyond_the_first_2_to_the_32():
     array, start = random_array("float32", (2, 3)), (2**20 + 1, 2**31)
-    assert checksum(array, start).tolist() == expected_checksum(array, start)
+    for form in (array, jnp.asarray(array)):
+        assert checksum(form, start).tolist() == expected_checksum(array, start)
 
 
 def test_the_digest_of_a_tree_stays_what_it_is():

@@ -30,19 +30,20 @@ __all__ = ["ROOT", "SMALL", "clean_environment", "command", "error_of", "evaluat
 
 @pytest.mark.slow
 def test_a_vit_goes_through_every_command(tmp_path):
-    small = ["--config=configs/vit_digits.py", "--config.steps=20", "--config.eval_every=10", "--config.model.depth=2"]
+    small = ["--config=configs/vit_digits.py", "--config.steps=8", "--config.eval_every=4", "--config.model.depth=1"]
     small += ["--config.model.d_model=16", "--config.model.layer_scale=0.1", "--config.optimizer.warmup_steps=5"]
     ln, crms, converted = tmp_path / "ln", tmp_path / "crms", tmp_path / "ln-as-crms"
     here("train.py", *small, f"--workdir={ln}")
     here("train.py", *small, f"--workdir={crms}", "--config.model.norm=crmsnorm")
-    expected = evaluate(ln)
-    assert expected["eval_images"] == 359
-    assert 0 < expected["eval_top1"] < expected["eval_top5"] <= 1
-    assert "image of the held-out" not in (text := here("eval.py", f"--workdir={ln}").stdout)
-    assert "359 images of the held-out split" in text and "top1" in text
+    text, loss = here("eval.py", f"--workdir={ln}").stdout, last_evaluation(ln)
+    assert "359 images of the held-out split" in text and "top1" in text and "image of the held-out" not in text
+    assert float(re.search(r"loss ([\d.]+)", text)[1]) == pytest.approx(loss, rel=1e-6)
     done = here("-m", "prenorm_jax.convert", ln, converted, "--to=crmsnorm")
     assert "logits on random inputs" in done.stdout
-    assert evaluate(converted)["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    found = evaluate(converted)
+    assert found["eval_images"] == 359
+    assert 0 < found["eval_top1"] < found["eval_top5"] <= 1
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
     report = here("-m", "prenorm_jax.compare", ln, crms, f"--out={tmp_path / 'report'}").stdout
     assert "final top-1" in report
     assert "nats per image" in report
@@ -174,28 +175,50 @@ def test_compare_writes_a_report_of_them(runs, tmp_path):
     assert all(row["relation"].startswith(("follows", "equals")) for row in rows[1:])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        pytest.param(
-            ["train.py", *SMALL, "--config.nosuch=1"], "no such flag: --config.nosuch", marks=pytest.mark.slow
-        ),
-        (["train.py", *SMALL, "--workdir={}/run"], "JAX_PLATFORMS=nosuch: no such device is found (Unable"),
-        pytest.param(["-m", "prenorm_jax.evaluate", "--workdir={}/missing"], "no such workdir", marks=pytest.mark.slow),
-        pytest.param(
-            ["-m", "prenorm_jax.convert", "{}/missing", "{}/target", "--to=rmsnorm"],
-            "no such workdir",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(["-m", "prenorm_jax.generate", "{}/missing"], "no such workdir", marks=pytest.mark.slow),
-    ],
-)
-def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path, arguments, message):
+def test_a_refused_process_ends_with_one_line_and_status_2(tmp_path):
     """Whose main it is that the other tests call, and that nothing is printed by what it imports or leaves behind."""
-    done = command(*(argument.format(tmp_path) for argument in arguments), status=2, JAX_PLATFORMS="nosuch")
+    done = command("train.py", *SMALL, f"--workdir={tmp_path / 'run'}", status=2, JAX_PLATFORMS="nosuch")
     *before, line = done.stderr.splitlines()
-    assert before == ["importing the libraries" + " and reading the data" * (arguments[0] == "train.py")]
-    assert message in line and done.stdout == ""
+    assert before == ["importing the libraries and reading the data"]
+    assert "JAX_PLATFORMS=nosuch: no such device is found (Unable" in line and done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+EACH = """
+import runpy, sys
+for (name, *flags), _ in {calls}:
+    sys.argv = [name, *flags]
+    try:
+        (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
+    except SystemExit as end:
+        print(end.code, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_each_command_is_its_main_and_ends_with_one_line_and_status_2(tmp_path):
+    """One after the other in one process, which spares each the imports of the one before."""
+    missing = str(tmp_path / "missing")
+    calls = [
+        (("train.py", *SMALL, "--config.nosuch=1"), "no such flag: --config.nosuch"),
+        (("eval.py", f"--workdir={missing}"), "no such workdir"),
+        (("prenorm_jax.evaluate", f"--workdir={missing}"), "no such workdir"),
+        (("prenorm_jax.convert", missing, str(tmp_path / "target"), "--to=rmsnorm"), "no such workdir"),
+        (("prenorm_jax.generate", missing), "no such workdir"),
+        (("prenorm_jax.numerics", missing), "no such workdir"),
+        (("prenorm_jax.compare", missing), "missing"),
+        (("prenorm_jax.certify", missing, missing), "missing"),
+        (("prenorm_jax.explain", missing), "missing"),
+        (("prenorm_jax.benchmark", "--nosuch"), "no such flag: --nosuch"),
+        (("prenorm_jax.aot", "--nosuch"), "--config is missing"),
+        (("prenorm_jax.demo", "--nosuch"), "no such flag: --nosuch"),
+    ]
+    done = command("-W", "error::RuntimeWarning:runpy", "-c", EACH.format(calls=calls))
+    assert done.stdout.split() == ["2"] * len(calls), done
+    said = [line for line in done.stderr.splitlines() if not line.startswith("importing the libraries")]
+    assert len(said) == len(calls), done.stderr
+    for line, (_, message) in zip(said, calls, strict=True):
+        assert line.startswith("error: ") and message in line, line
     assert not list(tmp_path.iterdir())
 
 
@@ -453,7 +476,11 @@ def test_the_installed_library_needs_no_clone(tmp_path):
     """What the README shows of the Python interface, where the package alone is."""
     shown = (ROOT / "README.md").read_text().split("From Python:\n")[1].split("\n## ")[0]
     (tmp_path / "prenorm_jax").symlink_to(ROOT / "prenorm_jax")
-    script = textwrap.dedent(shown) + "\nassert abs(logits - same_logits).max() < 1e-5 * abs(logits).max()"
+    small = 'config.update({"depth": 1, "d_model": 24, "heads": 2, "vocab_size": 50})\ntokens ='
+    script = (
+        textwrap.dedent(shown).replace("tokens =", small, 1)
+        + "\nassert abs(logits - same_logits).max() < 1e-5 * abs(logits).max()"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -84,7 +84,7 @@ def random_images(config) -> dict:
         pytest.param("vit", "bfloat16", {}, id="vit", marks=pytest.mark.wide),
         pytest.param("vit", "float16", {}, id="vit-float16", marks=pytest.mark.wide),
         pytest.param("gpt", "float16", {"accumulate": 2, "scan": True}, id="gpt-pieces", marks=pytest.mark.slow),
-        pytest.param("vit", "bfloat16", {"accumulate": 2, "scan": True}, id="vit-pieces", marks=pytest.mark.slow),
+        pytest.param("vit", "bfloat16", {"accumulate": 2, "scan": True}, id="vit-pieces", marks=pytest.mark.wide),
     ],
 )
 def test_in_two_bytes_a_variants_gradient_is_as_near_to_the_truth_as_layernorms(family, dtype, changes):

@@ -153,7 +153,7 @@ TURNS = [
     )
     for n, shape in enumerate(MESHES)
 ]
-LONG = [(1, 2, 2), (1, 4, 2), (2, 2, 2), (2, 4, 1), (4, 1, 2)]  # the others are `wide`
+LONG = [(1, 2, 2), (1, 4, 2), (2, 4, 1), (4, 1, 2)]  # the others are `wide`; all of two axes, for TPUs below of three
 
 
 def how_long(shape: tuple[int, int, int]) -> list[pytest.MarkDecorator]:

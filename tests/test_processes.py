@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import ROOT, SMALL, clean_environment, command, error_of, evaluate, lines_of, make_text
+from commands import ROOT, SMALL, clean_environment, error_of, evaluate, few_devices, here, lines_of, make_text
 from jax.errors import JaxRuntimeError
 from many_processes import DEVICES, run_config
 from test_resume import losses_of, steps_written, wait_until
@@ -96,7 +96,8 @@ def compare_runs(actual: Path, expected: Path) -> None:
 def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp_path):
     """The stages of many_processes.py; one process trains before and after them, and another one the whole way."""
     alone, run = tmp_path / "alone", tmp_path / "run"
-    train(run_config(text, stop_at=3), alone)
+    with few_devices(1):
+        train(run_config(text, stop_at=3), alone)
     shutil.copytree(alone, run)
     arguments = ["tests/many_processes.py", f"127.0.0.1:{free_port()}"]
     pair = [start(*arguments, i, text, tmp_path, JAX_ENABLE_X64=1, PYTHONPATH=ROOT) for i in range(2)]
@@ -146,58 +147,78 @@ def test_two_processes_refuse_train_stop_fall_back_and_are_lost_as_one(text, tmp
     check_lost(statuses[0], errors[0])
     end = max(complete_steps(run / "checkpoints")) + 4
     assert end > stopped["steps"]
-    for workdir in (run, alone):
-        train(run_config(text, stop_at=end), workdir)
+    with few_devices(1):
+        for workdir in (run, alone):
+            train(run_config(text, stop_at=end), workdir)
     compare_runs(run, alone)
 
 
 JOIN = """
-import signal, sys
+import json, os, signal, sys
 from prenorm_jax.base.console import run_command
 from prenorm_jax.base.processes import check_joined, check_same, initialize
 
 def main():
-    initialize(*(value if ":" in value else int(value) for value in sys.argv[2:]), timeout=int(sys.argv[1]))
+    timeout, *given = starts[name][0]
+    initialize(*given, timeout=timeout)
     check_joined()
-    check_same("their numbers", sys.argv[4])
+    check_same("their numbers", str(given[-1]))
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
-run_command(main)
+starts, names = json.loads(sys.argv[1]), {}
+for name, (_, variables) in starts.items():
+    if not (pid := os.fork()):  # each imports nothing any more
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), 2)
+        os.environ.update(variables)
+        run_command(main)
+        sys.exit()
+    names[pid] = name
+print(json.dumps(names), flush=True)
+print(json.dumps({names[pid]: os.waitstatus_to_exitcode(status) for pid, status in (os.wait() for _ in names)}))
 """
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line():
+def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line(tmp_path):
     """Nobody is waited for in vain, and what is waited for is said before; in order, the first says what all refuse."""
     nobody, other, pair, fewer, more, twice, taken = (f"127.0.0.1:{free_port()}" for _ in range(7))
-    launched = {"OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_RANK": 3, "OMPI_MCA_orte_hnp_uri": "of another form"}
+    launched = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_MCA_orte_hnp_uri": "of another form"}
     listener = socket.create_server(("", int(taken.split(":")[1])))
     starts = {
-        "the first": start("-c", JOIN, 5, other, 3, 0),
-        "another": start("-c", JOIN, 5, nobody, 2, 1),
-        "interrupted": start("-c", JOIN, 300, nobody, 2, 1),
-        "launched": start("-c", JOIN, 300, **launched),
-        "told of 2, first": start("-c", JOIN, 120, more, 2, 0),
-        "told of 3": start("-c", JOIN, 120, more, 3, 1),
-        "told of 3, first": start("-c", JOIN, 120, fewer, 3, 0),
-        "told of 2": start("-c", JOIN, 120, fewer, 2, 1),
-        "0 of twice": start("-c", JOIN, 120, twice, 3, 0),
-        "1 of twice": start("-c", JOIN, 120, twice, 3, 1),
-        "1 again": start("-c", JOIN, 120, twice, 3, 1),
-        "taken": start("-c", JOIN, 120, taken, 2, 0),
-        "pair 0": start("-c", JOIN, 120, pair, 2, 0),
-        "pair 1": start("-c", JOIN, 120, pair, 2, 1),
+        "the first": (5, other, 3, 0),
+        "another": (5, nobody, 2, 1),
+        "interrupted": (300, nobody, 2, 1),
+        "launched": (300,),
+        "told of 2, first": (120, more, 2, 0),
+        "told of 3": (120, more, 3, 1),
+        "told of 3, first": (120, fewer, 3, 0),
+        "told of 2": (120, fewer, 2, 1),
+        "0 of twice": (120, twice, 3, 0),
+        "1 of twice": (120, twice, 3, 1),
+        "1 again": (120, twice, 3, 1),
+        "taken": (120, taken, 2, 0),
+        "pair 0": (120, pair, 2, 0),
+        "pair 1": (120, pair, 2, 1),
     }
+    given = {name: (values, launched if name == "launched" else {}) for name, values in starts.items()}
+    script = f"import os, sys; os.chdir({str(tmp_path)!r})\n{JOIN}"
+    parent = start("-c", script, json.dumps(given), PYTHONPATH=ROOT)
+    pids = {name: int(pid) for pid, name in json.loads(parent.stdout.readline()).items()}
+    printed = {name: tmp_path / name for name in starts}
     try:
-        waiting = starts["interrupted"].stderr.readline()
-        starts["interrupted"].send_signal(signal.SIGINT)
-        _, interrupted = starts["interrupted"].communicate(timeout=60)
-        assert waiting == f"waiting for 2 processes at {nobody}, for at most 300 s\n"
-        assert interrupted.startswith("error: interrupted") and starts.pop("interrupted").returncode == 130
+        wait_until(
+            lambda: printed["interrupted"].exists() and printed["interrupted"].read_text().endswith("\n"), parent
+        )
+        assert printed["interrupted"].read_text() == f"waiting for 2 processes at {nobody}, for at most 300 s\n"
+        os.kill(pids["interrupted"], signal.SIGINT)
+        statuses = json.loads(parent.communicate(timeout=90)[0])
     finally:
-        statuses, _, printed = finish(list(starts.values()), seconds=90)
+        for pid in pids.values() if parent.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
         listener.close()
-    said = {name: "\n".join(lines(errors)) for name, errors in zip(starts, printed, strict=True)}
+    errors = {name: path.read_text() for name, path in printed.items()}
+    assert lines(errors.pop("interrupted"))[-1].startswith("error: interrupted") and statuses.pop("interrupted") == 130
+    said = {name: "\n".join(lines(error)) for name, error in errors.items()}
     assert said.pop("pair 1") == "", "the first says it for both"
     assert "processes differ in their numbers" in said["pair 0"]
     assert f"of 3 processes these did not come to {other} within 5 s: 1, 2; start all" in said["the first"]
@@ -211,7 +232,7 @@ def test_processes_that_do_not_fit_or_do_not_come_say_so_in_one_line():
     assert f"{taken}: cannot listen there (Address already in use): name a free port" in said["taken"]
     assert "4 processes did not meet at the first host that Open MPI names (" in said["launched"]
     assert all("\n" not in line for line in said.values())
-    assert set(statuses) == {2}
+    assert set(statuses.values()) == {2}
 
 
 def slurm(number: int, count: int) -> dict[str, object]:
@@ -240,11 +261,11 @@ def test_the_commands_over_many_processes(text, tmp_path):
         wait_until(lambda: steps_written(run) >= wanted and complete_steps(run / "checkpoints"), started[0])
         return started
 
-    three = launch(slurm, 3)
-    three[0].kill()  # the coordinator
-    three.pop(0).communicate()
-    for status, _, errors in zip(*finish(three, seconds=90), strict=True):
-        check_lost(status, errors)
+    coordinator, other = launch(slurm, 2)
+    coordinator.kill()
+    coordinator.communicate()
+    (status,), _, (errors,) = finish([other], seconds=90)
+    check_lost(status, errors)
 
     two = launch(open_mpi, 2)
     two[1].send_signal(signal.SIGTERM)
@@ -253,7 +274,7 @@ def test_the_commands_over_many_processes(text, tmp_path):
     assert statuses == [75, 75] and max(complete_steps(run / "checkpoints")) == saved
     assert lines(first)[-1].startswith(f"error: SIGTERM at step {saved}: saved in") and lines(second) == []
 
-    command(*flags, f"--workdir={alone}", f"--config.stop_at={saved}")
+    here(*flags, f"--workdir={alone}", f"--config.stop_at={saved}", x64=True)
     compare_runs(run, alone)
     port = free_port()
     evaluations = [

@@ -143,7 +143,7 @@ def test_switching_the_norm_every_25_steps_changes_nothing_but_rounding(text, tm
 @pytest.mark.slow
 def test_mesh_stacking_and_accumulation_may_change_between_saves(text, tmp_path):
     """With moments that are carried along: had they started anew, the curve would be another."""
-    whole, changed = (small_run(text, steps=20, batch_size=16) for _ in range(2))
+    whole, changed = (small_run(text, steps=15, batch_size=16) for _ in range(2))
     for config in (whole, changed):
         config.model.depth = 2  # and adamw, whose state has the parameters' tree twice
     train(whole, tmp_path / "whole")
@@ -151,14 +151,13 @@ def test_mesh_stacking_and_accumulation_may_change_between_saves(text, tmp_path)
         (5, True, 2, 2, 1, "rmsnorm"),
         (10, False, 4, 1, 2, "crmsnorm"),
         (15, True, 1, 2, 2, "layernorm"),
-        (20, False, 1, 1, 1, "crmsnorm"),
     ):
         changed.stop_at, changed.accumulate = stop, accumulate
         changed.mesh.update({"fsdp": fsdp, "tensor": tensor})
         changed.model.update({"scan": scan, "norm": norm, "remat": "full" if scan else "none"})
         train(changed, tmp_path / "changed")
     expected, actual = losses_of(tmp_path / "whole"), losses_of(tmp_path / "changed")
-    assert list(actual) == list(range(1, 21))
+    assert list(actual) == list(range(1, 16))
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=0, atol=1e-10)
 
 

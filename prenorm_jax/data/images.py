@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import math
 import os
@@ -171,6 +172,7 @@ def _array_images(images: np.ndarray, labels: np.ndarray) -> Images:
     return Images(labels.astype(np.int32), read, np.ascontiguousarray(images))
 
 
+@functools.cache
 def _read_digits() -> tuple[Images, None]:
     """1,797 handwritten digits of 8 × 8 pixels, from the wheel of scikit-learn (UCI, Optical Recognition of Digits)."""
     from sklearn.datasets import load_digits  # its import takes a second

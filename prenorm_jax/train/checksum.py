@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from prenorm_jax.base.trees import Array
 
 _KEYS = 4
+_SMALL = 2**15  # entries of arrays on the host for which a program would take longer to compile than NumPy takes
 
 
 def digest(tree: Any) -> str:
@@ -43,7 +44,10 @@ def _parts_here(array: Array) -> list[tuple[Array, list[int]]]:
     if isinstance(array, np.ndarray):
         return [(array, [0] * array.ndim)]
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    return [(shard.data, [axis.start or 0 for axis in shard.index]) for shard in shards]
+    here = (
+        np.asarray if array.size <= _SMALL and all(shard.device.platform == "cpu" for shard in shards) else lambda x: x
+    )
+    return [(here(shard.data), [axis.start or 0 for axis in shard.index]) for shard in shards]
 
 
 def combined(leaves: Mapping[str, tuple[Any, tuple[int, ...], np.ndarray]]) -> str:
@@ -52,7 +56,7 @@ def combined(leaves: Mapping[str, tuple[Any, tuple[int, ...], np.ndarray]]) -> s
     return xxhash.xxh3_128("\n".join(lines).encode()).hexdigest()
 
 
-def checksum(array: Array, start: Sequence[int]) -> jax.Array:
+def checksum(array: Array, start: Sequence[int]) -> Array:
     """(4,) uint32. Those of an array's parts add up, modulo 2^32, to that of the array.
 
     Args:
@@ -63,7 +67,12 @@ def checksum(array: Array, start: Sequence[int]) -> jax.Array:
     if isinstance(array, np.ndarray) and wide:  # which JAX may have no dtype for
         array = np.ascontiguousarray(array).view(np.uint32).reshape(*array.shape, 2)
     places = [_factor(key, -1) + sum(i * _factor(key, axis) for axis, i in enumerate(start)) for key in range(_KEYS)]
-    return _checksum(array, np.array([place % 2**32 for place in places], np.uint32), wide)
+    places = np.array([place % 2**32 for place in places], np.uint32)
+    if isinstance(array, np.ndarray) and array.size <= _SMALL:
+        array = array.astype(np.uint8) if array.dtype == bool else np.ascontiguousarray(array)
+        words = array if wide else array.view(f"uint{8 * min(array.dtype.itemsize, 4)}").astype(np.uint32)
+        return _sums_in_numpy(words, places)
+    return _checksum(array, places, wide)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -90,10 +99,20 @@ def _sums(words: jax.Array, start: jax.Array) -> jax.Array:
     return jnp.stack([x.sum(dtype=jnp.uint32) for x in mixed])
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _sums_in_numpy(words: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The same of an array on the host; the two words of a wide entry are its last axis."""
+    words = words.reshape(words.shape or (1,))
+    axes = [np.arange(size, dtype=np.uint32) for size in words.shape]
+    places = [
+        start[key] + sum(np.ix_(*(i * np.uint32(_factor(key, n)) for n, i in enumerate(axes)))) for key in range(_KEYS)
+    ]
+    return np.array([_mix(words ^ place).sum(dtype=np.uint32) for place in places])
+
+
+def _mix(x: Array) -> Array:
     """MurmurHash3's finaliser: one to one, and each bit of x changes each bit of the result in half of all cases."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 

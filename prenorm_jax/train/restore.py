@@ -21,7 +21,7 @@ from prenorm_jax.train.checkpoint import Checkpoints, Damaged
 from prenorm_jax.train.optim import make_optimizer
 from prenorm_jax.train.run import Run
 from prenorm_jax.train.sharding import params_sharding, to_formats, tree_sharding
-from prenorm_jax.train.step import TrainState, init_state, state_formats
+from prenorm_jax.train.step import TrainState, abstract_state, init_state, state_formats
 from prenorm_jax.train.workdir import PLACES
 
 
@@ -64,9 +64,12 @@ def _load(run: Run, step: int, checkpoints: Checkpoints, data: Data) -> TrainSta
         raise PrenormError(f"{place} is of another model than the run's ({'; '.join(differences)}): move it away")
     formats = state_formats(run)
     _, params = checkpoints.params(step, params_sharding(model, run.mesh))
-    stored_config = run.config.copy_and_resolve_references()
-    stored_config.model.scan = model.scan
-    abstract = jax.eval_shape(lambda: init_state(Run.create(stored_config)).opt_state)
+    stored = run
+    if model.scan != run.trained.scan:
+        stored_config = run.config.copy_and_resolve_references()
+        stored_config.model.scan = model.scan
+        stored = Run.create(stored_config)
+    abstract = abstract_state(stored).opt_state
     opt_state = checkpoints.optimizer(step, abstract, tree_sharding(abstract, model, run.mesh))
     if model.scan != run.trained.scan:
         restack = stack_blocks if run.trained.scan else unstack_blocks

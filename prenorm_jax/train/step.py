@@ -6,6 +6,7 @@ follows the Pre-LN trajectory. With `native` the variant's own parameters are tr
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,10 +67,16 @@ def init_state(run: Run) -> TrainState:
     return TrainState(step, nonfinite, params, make_optimizer(run.config).init(params))
 
 
+@functools.lru_cache(maxsize=1)  # of one run, which asks several times as it starts: each takes a third of a second
+def abstract_state(run: Run) -> TrainState:
+    """`init_state` without arrays: shapes and dtypes."""
+    return jax.eval_shape(lambda: init_state(run))
+
+
 def state_formats(run: Run) -> TrainState:
     """The tree of formats in which the state is stored. Raises PrenormError: see `check_sharding`."""
     check_sharding(run.trained, run.mesh, run.config.mesh.largest_replicated)
-    state = jax.eval_shape(lambda: init_state(run))
+    state = abstract_state(run)
     return row_major_formats(tree_sharding(state, run.trained, run.mesh), state)
 
 
