@@ -120,7 +120,7 @@ def layer_norm(x: jax.Array, scale: Any = None, bias: Any = None) -> jax.Array:
 
 
 SHAPES = {"table": (11, 8), "up": (3, 8, 16), "down": (3, 16, 8), "scale": (8,), "bias": (8,), "head": (8, 5)}
-SHAPES |= {"kernel": (3, 1, 8), "gain": (3, 8)}
+SHAPES |= {"kernel": (3, 1, 8), "gain": (3, 8), "shift": (3, 8)}
 PLAIN = {name: jnp.asarray(np.random.default_rng(2).normal(size=shape) + 0.3) for name, shape in SHAPES.items()}
 
 
@@ -247,7 +247,7 @@ KEPT = {
     post_ln: ("kept", "reads it with its mean", 3),
     read_raw: ("kept", "tanh reads it with its mean", 4),
     returned: ("kept", "the function returns it", 4),
-    group_norm: ("kept", "a reshape that splits", 1),
+    group_norm: ("refused", "its mean is read by something else", 1),
     depthwise: ("kept", "depthwise", 1),
     masked: ("refused", "a mask", 1),
     stopped: ("refused", "stop_gradient", 1),
@@ -293,15 +293,15 @@ def plain_folded() -> Any:
 def test_a_layer_scale_goes_into_what_it_multiplies() -> None:
     def scaled(p: dict, tokens: jax.Array) -> jax.Array:
         def body(x: jax.Array, turn: tuple) -> tuple[jax.Array, None]:
-            up, down, gain = turn
-            return x + (jnp.tanh(layer_norm(x) @ up) @ down + p["bias"]) * gain, None
+            up, down, gain, shift = turn
+            return x + (jnp.tanh(layer_norm(x) @ up) @ down + shift) * gain, None
 
-        x, _ = jax.lax.scan(body, p["table"][tokens], (p["up"], p["down"], p["gain"]))
+        x, _ = jax.lax.scan(body, p["table"][tokens], (p["up"], p["down"], p["gain"], p["shift"]))
         return layer_norm(x) @ p["head"]
 
     error, folded = difference(scaled, PLAIN, TOKENS)
     assert error < 1e-12 and folded.report.count() == 2
-    assert set(folded.report.offline) >= {"table", "down"}
+    assert set(folded.report.offline) >= {"table", "down", "shift"}
 
 
 def test_derivatives_and_maps_of_the_folded_function_are_the_sources() -> None:
@@ -447,7 +447,7 @@ def test_the_report_is_text_a_dict_and_a_page() -> None:
     report = plain_folded().report
     found = json.loads(json.dumps(report.as_dict()))
     assert (found["folded"], found["found"]) == (4, 4) and "4 of 4 norms folded" in str(report)
-    assert b"Centred once and for all" in report.html() and b"<table" in report.html()
+    assert b"centred once and for all" in report.html() and b"<table" in report.html()
     assert "norm and 3 more" in str(report)
     assert explain(plain, PLAIN, TOKENS) == report.as_dict()
 
@@ -476,10 +476,10 @@ def test_what_is_relied_on_of_jax_is_there() -> None:
     assert internals.scope(eqns["scan"]) == "here" and "test_fold.py" in internals.where(eqns["scan"])
     (y,) = internals.bind(eqns["custom_jvp_call"], [jnp.array([-1.0, 2.0, 3.0])])
     assert y.tolist() == [0, 2, 3]
-    known = {"scan_carry", "scan_xs", "scan_ys"} | {
+    known = {"scan_carry", "scan_xs", "scan_ys", "exit"} | {
         value.name for value in vars(jax.lax).values() if isinstance(value, jax.extend.core.Primitive)
     }
-    known |= {eqn.primitive.name for eqn in eqns.values()} | {"name", "add_any", "cond", "copy"}
+    known |= {eqn.primitive.name for eqn in eqns.values()} | {"name", "add_any", "copy"}
     assert rules.RULES.keys() <= known, rules.RULES.keys() - known
 
 
@@ -536,9 +536,9 @@ def forgetful(rule: Rule) -> Rule:
 def with_uniform(rule: Rule) -> Rule:
     """What is uniform along S stays, in the place of zeros."""
 
-    def broken(eqn: Any, axes: frozenset, out: int) -> Any:
-        found = rule(eqn, axes, out)
-        return found and ["raw" if need == "zero" else need for need in found]
+    def broken(*args: Any) -> Any:
+        found = rule(*args)
+        return ["raw" if need == "zero" else need for need in found] if isinstance(found, list) else found
 
     return broken
 
@@ -548,7 +548,7 @@ def lenient(*needs: Any) -> Callable[[Rule], Rule]:
 
     def breaking(rule: Rule) -> Rule:
         def broken(eqn: Any, axes: frozenset, out: int) -> Any:
-            found = [rules.same(axes) if need == "same" else need for need in needs]
+            found = [rules._same(eqn) if need == "same" else need for need in needs]
             found += found[-1:] * (len(eqn.inputs) - len(found))
             return rule(eqn, axes, out) or found[: len(eqn.inputs)]
 
@@ -557,23 +557,34 @@ def lenient(*needs: Any) -> Callable[[Rule], Rule]:
     return breaking
 
 
+def anywhere(rule: Rule) -> Rule:
+    """All axes may be of S, those that the primitive works along too."""
+
+    def broken(eqn: Any, axes: frozenset, out: int) -> Any:
+        found = rule(eqn, axes, out)
+        return [rules._same(eqn) if isinstance(need, dict) else need for need in found]
+
+    return broken
+
+
 def whole(rule: Rule) -> Rule:
     """A table's S is its last axis, whatever is taken of it; a kernel's its features, whatever the groups."""
 
     def broken(eqn: Any, axes: frozenset, out: int) -> Any:
-        found = rule(eqn, axes, out)
-        if found is not None:
-            return found
         if eqn.name == "gather":
-            return [{len(eqn.inputs[0].shape) - 1: max(axes)}, "raw"]
-        return ["raw", {eqn.params["dimension_numbers"].rhs_spec[0]: max(axes)}]
+            return [{max(axes): len(eqn.inputs[0].shape) - 1}, "raw"]
+        return rule(eqn, axes, out) or ["raw", {max(axes): eqn.params["dimension_numbers"].rhs_spec[0]}]
 
     return broken
 
 
 def unmoved(rule: Rule) -> Rule:
     """S does not move with the axes."""
-    return lambda eqn, axes, out: [rules.same(axes)]
+
+    def broken(eqn: Any, axes: frozenset, out: int) -> Any:
+        return [rules._same(eqn)] + ["raw"] * (len(eqn.inputs) - 1)
+
+    return broken
 
 
 def half(rule: Rule) -> Rule:
@@ -590,43 +601,41 @@ def half(rule: Rule) -> Rule:
 # Each rule broken on purpose: how, and the random program that notices. A rule that is changed may need another one
 # (`test_every_rule_that_is_broken_is_noticed` says which).
 BROKEN: dict[str, dict[Callable[[Rule], Rule], int]] = {
-    "neg": {forgetful: 28},
-    "copy": {forgetful: 52},
-    "name": {forgetful: 134},
-    "optimization_barrier": {forgetful: 75},
-    "stop_gradient": {forgetful: 19},
-    "rev": {forgetful: 68},
-    "tile": {forgetful: 81},
-    "sharding_constraint": {forgetful: 189},
-    "convert_element_type": {forgetful: 161, lenient("same"): 61},
-    "add": {forgetful: 2, with_uniform: 9},
-    "sub": {forgetful: 15},
-    "add_any": {forgetful: 66},
-    "mul": {forgetful: 28, lenient("same", "raw"): 16},
-    "div": {forgetful: 454, lenient("same", "raw"): 0},
-    "select_n": {forgetful: 70, lenient("raw", "same"): 20, with_uniform: 70},
-    "transpose": {forgetful: 19},
-    "squeeze": {forgetful: 28},
-    "reshape": {forgetful: 9},
-    "broadcast_in_dim": {forgetful: 9},
-    "slice": {forgetful: 9, lenient("same"): 13},
-    "dynamic_slice": {forgetful: 66, lenient("same", "raw"): 53},
-    "dynamic_update_slice": {forgetful: 52, lenient("same", "same", "raw"): 100},
-    "concatenate": {forgetful: 9, lenient("same"): 70},
-    "split": {forgetful: 116, lenient("same"): 78},
-    "stack": {forgetful: 9, unmoved: 9},
-    "unstack": {forgetful: 66, unmoved: 66},
-    "pad": {forgetful: 77, lenient("same", "zero"): 19, with_uniform: 77},
-    "cumsum": {forgetful: 21, lenient("same"): 42},
-    "reduce_sum": {forgetful: 75, unmoved: 75},
-    "dot_general": {forgetful: 9},
-    "conv_general_dilated": {forgetful: 2, whole: 3},
-    "gather": {forgetful: 9, whole: 214},
-    "scan_carry": {half: 38},
-    "scan_xs": {forgetful: 28, unmoved: 28},
-    "scan_ys": {forgetful: 28},
-    "cond": {forgetful: 38},
-    "custom_jvp_call": {forgetful: 38},
+    "neg": {forgetful: 0},
+    "copy": {forgetful: 0},
+    "name": {forgetful: 0},
+    "exit": {forgetful: 0},
+    "stop_gradient": {forgetful: 0},
+    "rev": {forgetful: 0, anywhere: 0},
+    "tile": {forgetful: 0, anywhere: 0},
+    "sharding_constraint": {forgetful: 0},
+    "convert_element_type": {forgetful: 0},
+    "add": {forgetful: 0},
+    "sub": {forgetful: 0},
+    "add_any": {forgetful: 0},
+    "mul": {forgetful: 0, lenient("same", "raw"): 0},
+    "div": {forgetful: 0, lenient("same", "raw"): 0},
+    "select_n": {forgetful: 0, lenient("raw", "same"): 0},
+    "transpose": {forgetful: 0, unmoved: 0},
+    "squeeze": {forgetful: 0, unmoved: 0},
+    "reshape": {forgetful: 0},
+    "broadcast_in_dim": {forgetful: 0},
+    "slice": {forgetful: 0, anywhere: 0},
+    "dynamic_slice": {forgetful: 0, anywhere: 0},
+    "dynamic_update_slice": {forgetful: 0, anywhere: 0},
+    "concatenate": {forgetful: 0, anywhere: 0},
+    "split": {forgetful: 0, anywhere: 0},
+    "stack": {forgetful: 0, unmoved: 0},
+    "unstack": {forgetful: 0, unmoved: 0},
+    "pad": {forgetful: 0, anywhere: 0, with_uniform: 0},
+    "cumsum": {forgetful: 0, anywhere: 0},
+    "reduce_sum": {forgetful: 0, unmoved: 0},
+    "dot_general": {forgetful: 0},
+    "conv_general_dilated": {forgetful: 0, whole: 0},
+    "gather": {forgetful: 0, whole: 0},
+    "scan_carry": {half: 0},
+    "scan_xs": {forgetful: 0, unmoved: 0},
+    "scan_ys": {forgetful: 0},
 }
 
 
@@ -649,7 +658,7 @@ def is_noticed(seed: int) -> bool:
     """Whether the program of this seed is another function, or none, as the rules are."""
     try:
         return not error_of(seed, gradients=False) < EXACT
-    except (TypeError, ValueError, IndexError, AssertionError):
+    except (TypeError, ValueError, IndexError, KeyError):
         return True
 
 
@@ -675,7 +684,7 @@ NOT_MOVED = {
         (jnp.ones((2, 3, 6), jnp.int8) @ jnp.round(p["w"]).astype(jnp.int8)) * p["s"]
     ),
     "a base within a checkpoint": lambda p, x: _norm(
-        jax.checkpoint(lambda p, x: (x @ p["w"]).astype(jnp.float32).astype(jnp.float64))(p, x)
+        jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"])(p, x)
     ),
 }
 
