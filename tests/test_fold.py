@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import random_inputs, random_params, relative, tiny, tiny_vit
+from common import pooled, random_inputs, random_params, relative, tiny, tiny_vit
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from programs import program
@@ -23,6 +23,7 @@ from programs import program
 from prenorm_jax import PrenormError, build_model, convert_config, convert_params, fold
 from prenorm_jax.folding import internals, rules
 from prenorm_jax.interop.explain import explain
+from prenorm_jax.models.norms import LayerNorm
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 7))
 WIDTH = 8
@@ -156,26 +157,48 @@ def test_a_model_of_others_folds_whole_and_stays_the_same_function(name: str) ->
 
 
 OWN = {
-    "gpt": tiny(depth=2, layer_scale=0.1),
     "gpt, scan, untied, parallel": tiny(depth=2, scan=True, tie_embeddings=False, parallel=True, use_bias=False),
+    "gpt, tied": tiny(depth=2, layer_scale=0.1),
     "vit": tiny_vit(depth=2, layer_scale=0.1, class_token=True),
 }
+OWN |= {param.id: param.values[0] for family in ("gpt", "vit") for param in pooled(family)}
+QUICK_OWN = ("gpt2",)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OWN)
+def layer_norms(model: nn.Module, params: Any, inputs: jax.Array) -> int:
+    """How often the network calls a LayerNorm."""
+    calls = []
+
+    def note(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        outermost = isinstance(context.module, LayerNorm) and not (calls and calls[-1] is None)
+        if not outermost:
+            return call(*args, **kwargs)
+        calls.append(None)
+        result = call(*args, **kwargs)
+        calls[-1] = context.module.path
+        return result
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda p, x: model.apply({"params": p}, x), params, inputs)
+    return len(set(calls) if model.config.scan else calls)  # a loop's body is traced several times
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_OWN else pytest.mark.slow) for name in OWN]
+)
 def test_our_own_pre_ln_models_become_what_convert_params_makes_of_them(name: str) -> None:
-    """Two implementations of one claim that share no line."""
+    """Two implementations of one claim that share no line; `fold` finds as many norms, or more."""
     config = OWN[name]
-    params, inputs = random_params(config, 0), random_inputs(config)
-    model = build_model(config)
-    error, folded = difference(lambda p, x: model.apply({"params": p}, x), params, inputs)
-    converted = build_model(convert_config(config, "rmsnorm"))
-    expected = converted.apply({"params": convert_params(params, config, "rmsnorm")}, inputs)
-    assert error < 1e-12
-    assert relative(jax.jit(folded.apply)(folded.params, inputs), np.asarray(expected)) < 1e-12
-    blocks = 1 if config.scan else config.depth
-    assert folded.report.count() == len(folded.report.norms) == 2 * blocks + 1
+    params, inputs = random_params(config, 0, embedding_mean=1.0), random_inputs(config)
+    model, converted = build_model(config), build_model(convert_config(config, "rmsnorm"))
+    folded = fold(lambda p, x: model.apply({"params": p}, x), params, inputs)
+    actual = jax.jit(folded.apply)(folded.params, inputs)
+    new_params = convert_params(params, config, "rmsnorm")
+    assert relative(actual, np.asarray(jax.jit(model.apply)({"params": params}, inputs))) < 1e-12
+    assert relative(actual, np.asarray(jax.jit(converted.apply)({"params": new_params}, inputs))) < 1e-12
+    found, left = layer_norms(model, params, inputs), layer_norms(converted, new_params, inputs)
+    assert len(folded.report.norms) == found
+    assert folded.report.count() >= found - left
 
 
 # What must stay as it is, with the reason.
@@ -326,6 +349,68 @@ def test_derivatives_and_maps_of_the_folded_function_are_the_sources() -> None:
 def test_inputs_of_other_shapes_take_the_same_parameters() -> None:
     folded, tokens = plain_folded(), TOKENS[:1, :3]
     assert relative(folded.apply(folded.params, tokens), plain(PLAIN, tokens)) < 1e-12
+
+
+def test_what_scales_depend_on_shapes_is_no_part_of_the_parameters() -> None:
+    """A plan's labels say of which parameter a scale is, and no numbers of it."""
+    constant = fold(lambda p, x: _norm((x @ p["w"]) * (np.arange(6.0) + len(x))), W_AND_SCALE, STREAM)
+    for x in (STREAM, STREAM[:1]):
+        expected = _norm((x @ W_AND_SCALE["w"]) * (np.arange(6.0) + len(x)))
+        assert relative(constant.apply(constant.params, x), np.asarray(expected)) < 1e-12
+
+    chosen = fold(lambda p, x: _norm((x @ p["w"]) * p["st"[len(x) == 1]]), W_AND_SCALE | {"t": np.ones(6)}, STREAM)
+    assert chosen.report.count() == 1
+    with pytest.raises(PrenormError, match="do not serve inputs of these shapes"):
+        chosen.apply(chosen.params, STREAM[:1])
+
+
+@pytest.mark.parametrize(("dtype", "folded"), [(jnp.float16, 0), (jnp.bfloat16, 1)])
+def test_a_small_scale_goes_into_no_weights_that_have_no_room_for_it(dtype: Any, folded: int) -> None:
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(rng.normal(size=(6, 6)) / 10, dtype),
+        "s": jnp.asarray(rng.uniform(1, 2, 6) * 1e-4, dtype),
+    }
+
+    def function(p: dict, x: jax.Array) -> jax.Array:
+        return _norm(((x @ p["w"]) * p["s"]).astype(p["s"].dtype).astype(jnp.float64))
+
+    x = jnp.asarray(rng.normal(size=(50, 6)) * 100, dtype)
+    result = fold(function, params, x)
+    exact = function(jax.tree.map(lambda x: x.astype(jnp.float64), params), x.astype(jnp.float64))
+    assert result.report.count() == folded
+    of_source = relative(function(params, x), np.asarray(exact))
+    assert relative(result.apply(result.params, x), np.asarray(exact)) < 2 * of_source
+
+
+def test_leaves_whose_paths_read_the_same_have_names_of_their_own() -> None:
+    params = {"a": {"b": W_AND_SCALE["w"]}, "a/b": W_AND_SCALE["w"] + 1, "s": W_AND_SCALE["s"]}
+    folded = fold(lambda p, x: _norm((x @ p["a"]["b"]) * p["s"]) @ p["a/b"], params, STREAM)
+    assert folded.names == ["['a']['b']", "['a/b']", "s"]
+    leaves = dict(zip(folded.names, jax.tree.leaves(params), strict=True))
+    for name, whole in zip(folded.names, jax.tree.leaves(folded.params), strict=True):
+        assert np.array_equal(folded.leaf(name, leaves.__getitem__), whole)
+
+
+def test_what_is_no_norm_is_not_reported_as_one() -> None:
+    def function(p: dict, x: jax.Array) -> jax.Array:
+        weights = jnp.exp(x @ p["w"])
+        return x - x.sum(-1, keepdims=True) / weights.sum(-1, keepdims=True) - (x * weights).sum(-1, keepdims=True)
+
+    assert fold(function, W_AND_SCALE, STREAM).report.norms == []
+
+
+def test_norms_of_heads_fold_behind_a_reshape_and_within_a_product_of_more() -> None:
+    def function(p: dict, x: jax.Array) -> jax.Array:
+        q, k, v = jnp.split(x @ p["w"] + p["b"], [6, 10], axis=-1)
+        q, k = (_norm(y.reshape(2, 3, -1, 2)).reshape(y.shape) for y in (q, k))
+        return jnp.concatenate([q * jnp.tanh(v), k], -1)
+
+    rng = np.random.default_rng(1)
+    error, folded = difference(function, {"w": rng.normal(size=(6, 16)), "b": rng.normal(size=16)}, STREAM)
+    assert error < 1e-12 and folded.report.count() == len(folded.report.norms) == 2
+    assert np.abs(np.asarray(folded.params["w"])[:, :10].reshape(6, 5, 2).sum(-1)).max() < 1e-15
+    assert folded.report.offline == {"w": (1,), "b": (0,)} and not folded.report.runtime
 
 
 def test_inputs_for_which_the_parameters_do_not_serve_are_refused() -> None:
@@ -669,6 +754,13 @@ def _norm(x):
 
 W_AND_SCALE = {"w": np.random.default_rng(5).normal(size=(6, 6)), "s": np.linspace(0.5, 2.0, 6)}
 STREAM = np.random.default_rng(6).normal(size=(2, 3, 6)) + 1
+CONSTANT = np.random.default_rng(8).normal(size=(6, 6))
+
+
+def _part_of_a_product(p, x):
+    z = x @ p["w"] + p["s"]
+    return jnp.concatenate([_norm((x @ p["w"])[..., 3:]), _norm(z[..., :3]) * z[..., 3:]], -1)
+
 
 # What a LayerScale, a cast or a factor must not be moved across: each was once folded into another function.
 NOT_MOVED = {
@@ -683,9 +775,22 @@ NOT_MOVED = {
     "weights of integers": lambda p, x: _norm(
         (jnp.ones((2, 3, 6), jnp.int8) @ jnp.round(p["w"]).astype(jnp.int8)) * p["s"]
     ),
-    "a base within a checkpoint": lambda p, x: _norm(
-        jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"])(p, x)
+    "a scale of constant weights": lambda p, x: _norm((x @ CONSTANT) * p["s"]),
+    "a constant scale": lambda p, x: _norm((x @ p["w"]) * CONSTANT[0]),
+    "a scale on a scale": lambda p, x: _norm((x @ p["w"]) * p["s"] * p["w"][0]),
+    "a scale of itself": lambda p, x: _norm(x @ p["w"] + p["s"] * p["s"]),
+    "a scale in parts": lambda p, x: _norm((x @ p["w"]) * jnp.tile(p["s"][:3], 2)),
+    "two scales of one product": lambda p, x: _norm((x @ p["w"]) * p["s"] + (x[::-1] @ p["w"]) * p["w"][0]),
+    "two scales of one table": lambda p, x: _norm((x @ p["w"]) * p["s"] + (x[::-1] @ p["w"]) * p["w"].sum(0)),
+    "a turn's scale of what is the same in all turns": lambda p, x: _norm(
+        jax.lax.scan(lambda x, s: (x + (_norm(x) @ p["w"] + p["s"]) * s, None), x, p["w"])[0]
     ),
+    "a scale that a loop carries": lambda p, x: _norm(
+        jax.lax.scan(lambda c, w: ((c[0] + (x @ w) * c[1], c[1]), None), (x, p["s"]), p["w"][None])[0][0]
+    ),
+    "scalars": lambda p, x: _norm(((x @ p["w"]) + 1.0) * p["s"] + 2.0 * jnp.broadcast_to(x[..., :1], x.shape)),
+    "a part of a product, by two ways": _part_of_a_product,
+    "a base within a checkpoint": lambda p, x: _norm(jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"])(p, x)),
 }
 
 

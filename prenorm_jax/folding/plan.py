@@ -132,7 +132,9 @@ class Plan:
                 self._known[key] = site.form == "difference" and site.label == label
             elif (found := self._rule(value, label)) and any(isinstance(need, Label) for need in found):
                 self._known[key] = all(
-                    value_of(one) == 0 if need == ZERO else need == RAW or self.known(one, need, depth + 1)
+                    value_of(one) == 0
+                    if need == ZERO
+                    else need == RAW or (isinstance(need, Label) and self.known(one, need, depth + 1))
                     for one, need in zip(value.equation.inputs, found, strict=True)
                 )
         return self._known.get(key, False)
