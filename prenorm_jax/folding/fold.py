@@ -135,11 +135,9 @@ def _centre(x: Array, label: Label, scale: Array | None) -> Array:
     """C(λ ⊙ x), of the dtype of x."""
     wide = at_least_float32(x)
     if scale is not None:
-        places = [axis for axis, place in enumerate(label.dims) if place is not None]
-        order = sorted(places, key=lambda axis: label.dims[axis])
-        ones = [axis for axis in range(scale.ndim) if axis not in places]
-        sizes = [x.shape[axis] if axis in label.dims else 1 for axis in range(x.ndim)]
-        wide = wide * scale.transpose([*ones, *order]).reshape(sizes)
+        order = sorted(range(scale.ndim), key=lambda axis: -1 if label.dims[axis] is None else label.dims[axis])
+        sizes = [size if axis in label.dims else 1 for axis, size in enumerate(x.shape)]
+        wide = wide * scale.transpose(order).reshape(sizes)
     return centre(wide, label.over).astype(x.dtype)
 
 

@@ -192,7 +192,7 @@ def cut_out(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
 def split(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """As `slice`."""
     along = eqn.params["axis"]
-    return [_same(eqn) | {along: Window(along, sum(eqn.params["sizes"][:out]))}]
+    return [_same(eqn) | {along: Window(along, int(sum(eqn.params["sizes"][:out])))}]
 
 
 @rule("dynamic_slice")
@@ -281,7 +281,7 @@ def _need(eqn: Equation, label: Label, out: int, one: Value, moves: Moves) -> An
     if not one.shape:
         return ZERO if whole and scale is None else None
     regroups = whole and eqn.name == "reshape"
-    parts = _regrouped(label.over, one.shape, shape) if regroups else _passed_on(label, one, moves)
+    parts = _regrouped(label.over, one.shape, shape) if regroups else _passed_on(label, one, moves, whole)
     if parts is None or not one.is_float:
         return None
     if scale is None and not whole:
@@ -296,10 +296,10 @@ def _need(eqn: Equation, label: Label, out: int, one: Value, moves: Moves) -> An
     return Label(parts, scale, dims) if kept and seen and parts and not _is_narrow(one) else None
 
 
-def _passed_on(label: Label, one: Value, moves: Moves) -> frozenset[Part] | None:
+def _passed_on(label: Label, one: Value, moves: Moves, whole: bool) -> frozenset[Part] | None:
     parts = set()
     for axis, start, stop, low, high in label.over:
-        if axis not in moves:
+        if axis not in moves or (moves[axis] is None and not whole):
             return None
         if (to := moves[axis]) is None:
             continue
@@ -310,7 +310,8 @@ def _passed_on(label: Label, one: Value, moves: Moves) -> frozenset[Part] | None
         if start < 0 or stop > one.shape[theirs]:
             return None
         parts.add(Part(theirs, start, stop, low, high))
-    return frozenset(parts)
+    some = any((part.start, part.stop) != (0, one.shape[part.axis]) for part in parts)
+    return None if some and len(parts) > 1 and len(label.axes) > 1 else frozenset(parts)  # some entries of one axis
 
 
 def _regrouped(over: frozenset[Part], old: tuple[int, ...], new: tuple[int, ...]) -> frozenset[Part] | None:
