@@ -789,6 +789,13 @@ NOT_MOVED = {
         jax.lax.scan(lambda c, w: ((c[0] + (x @ w) * c[1], c[1]), None), (x, p["s"]), p["w"][None])[0][0]
     ),
     "scalars": lambda p, x: _norm(((x @ p["w"]) + 1.0) * p["s"] + 2.0 * jnp.broadcast_to(x[..., :1], x.shape)),
+    "a product that is read as it is": lambda p, x: (lambda y: _norm(y) * jnp.tanh(y))(x @ p["w"]),
+    "two norms of one product": lambda p, x: (lambda y: _norm(y) + _norm(y.reshape(2, 3, 2, 3)).reshape(y.shape))(
+        x @ p["w"]
+    ),
+    "norms of two parts": lambda p, x: (lambda y: _norm(y[..., :2]) + _norm(y[..., 2:4]) * y[..., 4:])(x @ p["w"]),
+    "a norm across heads": lambda p, x: _norm((x @ p["w"]).reshape(2, 3, 2, 3).swapaxes(2, 3)),
+    "what is uniform, beside a product": lambda p, x: _norm(x @ p["w"] + jnp.broadcast_to(x[..., :1], x.shape)),
     "a part of a product, by two ways": _part_of_a_product,
     "a part of an axis, with another axis": lambda p, x: (lambda y: y - y.mean((1, 2), keepdims=True))(
         (x @ p["w"])[..., :3]
@@ -814,6 +821,36 @@ def test_what_must_not_move_stays_the_same_function_with_the_same_gradients(name
     found = jax.grad(lambda p: loss(folded.apply)(folded.h(p)))(W_AND_SCALE)
     for ours, expected in zip(*map(jax.tree.leaves, (found, jax.grad(loss(function))(W_AND_SCALE))), strict=True):
         assert np.abs(ours - expected).max() <= 1e-9 * max(np.abs(expected).max(), 1)
+
+
+def _with_uniform_parts(*args):
+    found = rules_need(*args)
+    return "raw" if found == "zero" else found
+
+
+rules_need, rules_passed_on = rules._need, rules._passed_on
+# What holds for all rules, broken on purpose, and which of the functions above notices.
+MECHANISMS = {
+    "_uniform": (lambda value, axes: True, "a constant scale"),
+    "_need": (_with_uniform_parts, "what is uniform, beside a product"),
+    "_passed_on": (lambda *args: rules_passed_on(*args[:-1], True), "a part of what repeats"),
+    "_regrouped": (
+        lambda over, old, new: frozenset([rules.Part(len(old) - 1, 0, old[-1], 1, 3)]),
+        "a norm across heads",
+    ),
+    "joined": (lambda one, other: one, "norms of two parts"),
+    "spared": (lambda *args: True, "a product that is read as it is"),
+    "WINDOWED": (("slice", "split", "dot_general"), "a part of a product, by two ways"),
+}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_holds_for_all_rules_is_noticed_when_broken(name, monkeypatch):
+    broken, noticed_by = MECHANISMS[name]
+    function = NOT_MOVED[noticed_by]
+    monkeypatch.setattr(rules, name, broken)
+    folded = fold(function, W_AND_SCALE, STREAM)
+    assert relative(folded.apply(folded.params, STREAM), function(W_AND_SCALE, STREAM)) > 1e-6
 
 
 def test_a_function_with_an_effect_is_refused_for_it_would_be_lost():
