@@ -17,6 +17,7 @@ import optax
 import pytest
 from common import pooled, random_inputs, random_params, relative, tiny, tiny_vit
 from flax import nnx
+from jax.experimental import pallas
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from programs import program
 
@@ -259,6 +260,16 @@ def own_derivative(p: dict, tokens: jax.Array) -> jax.Array:
     return own_rule(p["table"][tokens]) @ p["head"]  # BLAME
 
 
+def kernel(p: dict, tokens: jax.Array) -> jax.Array:
+    def centring(x_ref: Any, out_ref: Any) -> None:
+        x = x_ref[...]
+        out_ref[...] = x - x.mean(-1, keepdims=True)
+
+    x = p["table"][tokens]
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pallas.pallas_call(centring, out_shape=shape, interpret=True)(x) @ p["head"]  # BLAME
+
+
 def unknown_loop(p: dict, tokens: jax.Array) -> jax.Array:
     x = p["table"][tokens]
     _, x = jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.tanh(c[1])), (0, x))  # BLAME
@@ -275,6 +286,7 @@ KEPT = {
     masked: ("refused", "a mask", 1),
     stopped: ("refused", "stop_gradient", 1),
     own_derivative: ("kept", "inside custom_vjp_call", 1),
+    kernel: ("kept", "inside pallas_call", 1),
     unknown_loop: ("kept", "across while", 1),
 }
 

@@ -130,6 +130,7 @@ def trace(function: Callable[..., Any], args: Any, parameters: int) -> tuple[Pro
     Raises PrenormError for a function with effects.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    _check_effects(internals.body_of(closed).jaxpr)
     return read(internals.without_dead_code(internals.body_of(closed)), parameters), jax.tree.structure(shape)
 
 
@@ -159,7 +160,6 @@ def _read(body: internals.Body, args: list[Value], place: _Place) -> tuple[Block
         return _constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
-        _check_effects(eqn)
         name, inputs = eqn.primitive.name, [value(atom) for atom in eqn.invars]
         inner = place._replace(calls=(*place.calls, eqn))
         if name in internals.INLINED:
@@ -196,13 +196,16 @@ def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], place: _Place) -> Region
     return Region(eqn, enter, xs, block, ys)
 
 
-def _check_effects(eqn: core.JaxprEqn) -> None:
-    # Of psum and its like it is no more than a name.
-    if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):
-        raise PrenormError(
-            f"the function has an effect, {eqn.primitive.name} at {internals.where(eqn) or 'an unknown line'}, "
-            "that the folded one would not have: fold it without (debug prints, callbacks, checks, references)"
-        )
+def _check_effects(jaxpr: core.Jaxpr) -> None:
+    for eqn in jaxpr.eqns:
+        # Of psum and its like it is no more than a name.
+        if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):
+            for body in internals.bodies(eqn):
+                _check_effects(body.jaxpr)
+            raise PrenormError(
+                f"the function has an effect, {eqn.primitive.name} at {internals.where(eqn) or 'an unknown line'}, "
+                "that the folded one would not have: fold it without (debug prints, callbacks, checks, references)"
+            )
 
 
 def _constant(aval: Any, data: Any) -> Value:
@@ -234,7 +237,7 @@ _ENTRYWISE = frozenset((_ENTRYWISE + " and or not lt le gt ge eq ne stop_gradien
 
 
 def _units(aval: Any) -> frozenset[int]:
-    return frozenset(i for i, size in enumerate(aval.shape) if size == 1)
+    return frozenset(i for i, size in enumerate(getattr(aval, "shape", ())) if size == 1)  # tokens have none
 
 
 def _uniform(made: Equation, out: Value) -> frozenset[int]:

@@ -15,15 +15,19 @@ from prenorm_jax.report import page, table
 _WORDS = {
     "returned": ("the function returns it", "return what comes after a norm"),
     "read": ("{} reads it with its mean", "read the normed value there"),
-    "given": ("it is an input of the function", ""),
-    "twice": ("norms take its mean over different axes", ""),
-    "norm": ("another norm gives it", ""),
-    "blocked": ("no mean's removal moves across {}", ""),
+    "given": ("it is an input of the function", "give the function what makes it"),
+    "twice": ("norms take its mean over different axes", "norm over the same axes"),
+    "norm": ("another norm gives it", "leave out one of the two"),
+    "blocked": ("no mean's removal moves across {}", "norm what comes before it"),
     "select_n": ("a mask that differs along the stream, as active dropout's does", "fold without dropout"),
     "mul": ("a factor that differs along the stream", "put the norm before the branch, or leave out the factor"),
     "conv_general_dilated": ("a convolution in groups (depthwise), or over what is normed", "use one group"),
-    "reshape": ("a reshape that cuts the normed axes in another way", ""),
-    "dot_general": ("a product that sums over the normed axes", ""),
+    "reshape": ("a reshape that cuts the normed axes in another way", "norm whole axes, or heads"),
+    "dot_general": ("a product that sums over the normed axes", "norm over axes of its weights alone"),
+    "mask": ("", "take the mean of all entries"),
+    "stop_gradient": ("", "let the gradient through the mean"),
+    "fewer digits": ("", "compute the mean in the dtype of what it is of"),
+    "something else": ("", "read the normed value there"),
 }
 
 
@@ -144,6 +148,7 @@ def _norm(plan: Plan, site: Site) -> Norm:
     norm = Norm(eqn.where, eqn.scope, site.base.shape, tuple(sorted(site.mean.axes)), "folded", site.refused)
     if site.refused:
         norm.status = "refused"
+        norm.remedy = next(remedy for word, (_, remedy) in _WORDS.items() if word in site.refused)
     elif not plan.folded(site):
         norm.status, (norm.reason, norm.blame, norm.remedy) = "kept", _explained(plan, site.base)
     return norm
