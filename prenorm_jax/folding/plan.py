@@ -9,7 +9,7 @@ costs least: the source's side is raw, the sink's without mean. Edges, with what
     a' -> sink      a site wants a without its mean: no cut
     a' -> c         c without its mean is made of a without its mean: no cut
     c -> a          c raw is made of a raw: no cut
-    source -> a     a must be raw: an input, something read raw, what no rule moves across: no cut
+    source -> a     a must be raw: an input, a constant, something read raw, what no rule moves across: no cut
 """
 
 import math
@@ -189,11 +189,11 @@ class Plan:
                 self._connect_equation(eqn)
         bases = {site.base for site in self.sites.values()}
         for value, labels in self.wanted.items():
-            if value.equation is None and value.kind != "parameter" and (value.kind == "input" or labels[0].scale):
+            if value.equation is None and value.kind != "parameter":
                 self._force(value, "given")
             for label in labels:
-                size = math.prod(value.shape) * value.times * (1.0 if value in bases else 1.5)
-                self._edge(value, (value, label), math.inf if label.scale else 1.0 if value.fixed else size)
+                size = 1.0 if value.fixed else math.prod(value.shape) * (1.0 if value in bases else 1.5)
+                self._edge(value, (value, label), math.inf if label.scale else size * value.times)
 
     def _connect_equation(self, eqn: Equation) -> None:
         if eqn in self.sites:

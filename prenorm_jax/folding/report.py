@@ -15,7 +15,7 @@ from prenorm_jax.report import page, table
 _WORDS = {
     "returned": ("the function returns it", "return what comes after a norm"),
     "read": ("{} reads it with its mean", "read the normed value there"),
-    "given": ("it is an input of the function", "give the function what makes it"),
+    "given": ("it is an input of the function, or a constant", "make it a parameter"),
     "twice": ("norms take its mean over different axes", "norm over the same axes"),
     "norm": ("another norm gives it", "leave out one of the two"),
     "blocked": ("no mean's removal moves across {}", "norm what comes before it"),

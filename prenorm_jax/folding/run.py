@@ -47,11 +47,8 @@ class Run:
         """The outputs. Parameters come as the plan stores them (`plan.centred`), all else raw."""
         env: Env = {}
         for value in self.plan.read:
-            if value.kind in ("parameter", "input"):
-                self._put(env, value, args[value.index])
-            elif value.kind == "constant":
-                label = self.plan.centred.get(value)
-                self._put(env, value, value.data if label is None else centre(jnp.asarray(value.data), label.over))
+            if value.equation is None:
+                self._put(env, value, value.data if value.kind == "constant" else args[value.index])
         self._run(self.plan.program.block, env)
         return [env[value, None] for value in self.plan.program.outputs]
 
