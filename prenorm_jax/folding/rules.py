@@ -127,19 +127,13 @@ def entrywise(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     return [_same(eqn)] * len(eqn.inputs)
 
 
-@rule("mul")
+@rule("mul", "div")
 def multiply(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
-    """C(u x) = u Cx of a u that is uniform along S."""
+    """C(u x) = u Cx, C(x / u) = Cx / u of a u that is uniform along S."""
     x, y = eqn.inputs
     if _uniform(y, axes):
         return [_same(eqn), RAW]
-    return [RAW, _same(eqn)] if _uniform(x, axes) else None
-
-
-@rule("div")
-def divide(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
-    """C(x / u) = Cx / u of a u that is uniform along S."""
-    return [_same(eqn), RAW] if _uniform(eqn.inputs[1], axes) else None
+    return [RAW, _same(eqn)] if eqn.name == "mul" and _uniform(x, axes) else None
 
 
 @rule("select_n")
@@ -195,10 +189,12 @@ def split(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     return [_same(eqn) | {along: Window(along, int(sum(eqn.params["sizes"][:out])))}]
 
 
-@rule("dynamic_slice")
-def cut_out_there(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
-    """C x[i] = (Cx)[i] where the slice is all of x along S."""
-    return [_whole(eqn.inputs[0], eqn.outputs[0])] + [RAW] * (len(eqn.inputs) - 1)
+@rule("dynamic_slice", "dynamic_update_slice")
+def cut_out_or_put_in(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C x[i] = (Cx)[i], and C of x with y written into it is Cx with Cy written into it, where the slice, or y, is all
+    of x along S."""
+    part, arrays = (eqn.outputs[0], 1) if eqn.name == "dynamic_slice" else (eqn.inputs[1], 2)
+    return [_whole(eqn.inputs[0], part)] * arrays + [RAW] * (len(eqn.inputs) - arrays)
 
 
 @rule("cumsum", "rev", "tile")
@@ -214,12 +210,6 @@ def pad(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C pad(x, u) = pad(Cx, 0) where nothing is padded along S: what is put there is uniform."""
     padded = (axis for axis, widths in enumerate(eqn.params["padding_config"]) if any(widths))
     return [_same(eqn, without=padded), ZERO]
-
-
-@rule("dynamic_update_slice")
-def put_in(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
-    """C of x with y written into it is Cx with Cy written into it, where y is all of x along S."""
-    return [_whole(*eqn.inputs[:2])] * 2 + [RAW] * (len(eqn.inputs) - 2)
 
 
 def _whole(x: Value, y: Value) -> Moves:
