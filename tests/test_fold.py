@@ -788,6 +788,9 @@ NOT_MOVED = {
         (jnp.ones((2, 3, 6), jnp.int8) @ jnp.round(p["w"]).astype(jnp.int8)) * p["s"]
     ),
     "a scale of constant weights": lambda p, x: _norm((x @ CONSTANT) * p["s"]),
+    "a constant of fewer digits": lambda p, x: _norm(
+        x @ p["w"] + jnp.asarray(CONSTANT[:3], jnp.float32)[None].astype(x.dtype)
+    ),
     "a constant scale": lambda p, x: _norm((x @ p["w"]) * CONSTANT[0]),
     "a scale on a scale": lambda p, x: _norm((x @ p["w"]) * p["s"] * p["w"][0]),
     "a scale of itself": lambda p, x: _norm(x @ p["w"] + p["s"] * p["s"]),
