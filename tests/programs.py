@@ -106,10 +106,16 @@ def branch(draw: Draw) -> Step:
     """What reads a norm and gives something for the stream."""
     up, down = linear(draw, D, 2 * D), linear(draw, 2 * D, D)
     activation = draw.of([jnp.tanh, jax.nn.relu, jax.nn.gelu, jnp.sin])
-    mixes = draw.chance(0.3)
+    mixes, fused = draw.chance(0.3), draw.chance(0.25)
+    both, shift = draw.param(D, 4 * D), draw.param(4 * D)
 
     def apply(p: dict, i: dict, x: jax.Array) -> jax.Array:
-        h = activation(up(p, i, x))
+        h = up(p, i, x)
+        if fused:  # one product for what is normed by heads and what is not
+            q, v = jnp.split(x @ p[both] + p[shift], 2, axis=-1)
+            q = q.reshape(*q.shape[:2], H, D)
+            h = h + v + (q - q.mean(-1, keepdims=True)).reshape(v.shape)
+        h = activation(h)
         if mixes:
             h = jax.nn.softmax(h @ h.swapaxes(1, 2)) @ h
         return down(p, i, h)
@@ -119,7 +125,9 @@ def branch(draw: Draw) -> Step:
 
 def on_branch(draw: Draw) -> Step:
     """What happens to a branch's output before it is added: along the stream (no rule holds) or across it."""
-    kind = draw.of(["none"] * 5 + ["layer_scale", "dropout", "depth", "scalar", "divide", "tanh", "stopped", "cumsum"])
+    kind = draw.of(
+        ["none"] * 5 + ["layer_scale"] * 3 + ["dropout", "depth", "scalar", "divide", "tanh", "stopped", "cumsum"]
+    )
     scale, mask = (draw.param(D) if kind == "layer_scale" else None), draw.constant(B, T, D) > 0
     flip = draw.chance()
 
@@ -248,7 +256,7 @@ def rearranged(draw: Draw) -> Step:
             return jnp.einsum("bts,bsd->btd", jax.nn.softmax(x @ x.swapaxes(1, 2)), x) if across else x[:, :, ::-1]
         if kind == "transpose":
             x = x.transpose(2, 0, 1) if across else x.swapaxes(0, 1)
-            x = jax.lax.optimization_barrier(x * 2)
+            x = x * 2
             return x.transpose(1, 2, 0) if across else x.swapaxes(0, 1)
         if kind == "fold_tokens":
             return -(x.reshape(B * T, D) if across else x.reshape(B, T * D)).reshape(B, T, D)

@@ -1,6 +1,7 @@
 """`fold`: what users call, and what it gives."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,13 @@ import jax
 import numpy as np
 
 from prenorm_jax.base.errors import PrenormError, check_choice
-from prenorm_jax.base.trees import Array
+from prenorm_jax.base.trees import Array, at_least_float32
 from prenorm_jax.folding import internals
 from prenorm_jax.folding.plan import Plan
 from prenorm_jax.folding.program import trace
 from prenorm_jax.folding.report import Report
-from prenorm_jax.folding.run import Runner, centre
+from prenorm_jax.folding.rules import Label
+from prenorm_jax.folding.run import Run, centre
 
 
 def fold(function: Callable[..., Any], params: Any, *inputs: Any, to: str = "rmsnorm") -> "Folded":
@@ -38,22 +40,22 @@ class Folded:
 
     Attributes:
       params: those of the source, some without their mean: the same tree, shapes and dtypes.
-      names: the leaves' paths, as in "block_0/mlp/kernel".
+      names: the leaves' paths, as in "block_0/mlp/kernel"; where two would be one name, as in "['block_0/mlp']".
       report: what became of each LayerNorm.
     """
 
     def __init__(self, function: Callable[..., Any], params: Any, inputs: tuple[Any, ...]) -> None:
         self._function, self._source = function, params
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(params)
-        self.names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        self.names = _names([path for path, _ in leaves])
         for name, (_, leaf) in zip(self.names, leaves, strict=True):
             if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
                 raise PrenormError(f"the parameter {name} is no array but a {type(leaf).__name__}: bind it beforehand")
-        self._runners: dict[Any, tuple[Runner, Any]] = {}
-        self._pins: dict[int, Any] | None = None
+        self._plans: dict[Any, tuple[Plan, Any]] = {}
+        self._pins: dict[int, Any] = {}
         self._args = tuple(jax.tree.map(_abstract, one) for one in (params, *inputs))
-        self._plan = self._runner(self._args)[0].plan
-        self._pins = {i: self._plan.pin(i) for i in range(len(leaves))}
+        plan, _ = self._plan(self._args)
+        self._pins = {i: plan.pin(i) for i in range(len(leaves))}
 
     def apply(self, params: Any, *inputs: Any) -> Any:
         """The function, of folded parameters; to be jitted, differentiated, mapped and scanned as any other.
@@ -62,8 +64,8 @@ class Folded:
         """
         if jax.tree.structure(params) != self._tree:
             raise PrenormError("the parameters are not a tree as the folded one; folded.h makes one of the source's")
-        runner, tree = self._runner(tuple(jax.tree.map(_abstract, one) for one in (params, *inputs)))
-        return jax.tree.unflatten(tree, runner(jax.tree.leaves((params, *inputs))))
+        plan, tree = self._plan(tuple(jax.tree.map(_abstract, one) for one in (params, *inputs)))
+        return jax.tree.unflatten(tree, Run(plan)(jax.tree.leaves((params, *inputs))))
 
     def h(self, params: Any) -> Any:
         """The folded parameters as a function of the source's: to be differentiated.
@@ -72,7 +74,7 @@ class Folded:
         source's trajectory. Linear, but for what a LayerScale is multiplied into.
         """
         leaves = self._tree.flatten_up_to(params)
-        return self._tree.unflatten([self._stored(i, leaves.__getitem__, centre) for i in range(len(leaves))])
+        return self._tree.unflatten([self._stored(i, leaves.__getitem__, _centre) for i in range(len(leaves))])
 
     def leaf(self, name: str, read: Callable[[str], Array]) -> Array:
         """The folded parameter of this name; `read` gives the source's by their names, one, or two with a LayerScale.
@@ -80,38 +82,44 @@ class Folded:
         So a tree larger than memory is folded leaf by leaf. Arithmetic is in float64, on the host; an array on several
         devices stays on them, in float32 at least.
         """
-        if name not in self.names:
+        if self.names.count(name) != 1:
             raise PrenormError(f"there is no parameter {name!r}; folded.names has those that there are")
-        return self._stored(self.names.index(name), lambda index: read(self.names[index]), _centre_stored)
+        return self._stored(self.names.index(name), lambda index: read(self.names[index]), _centre_once)
 
     @functools.cached_property
     def params(self) -> Any:
         leaves = self._tree.flatten_up_to(self._source)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
             raise PrenormError("fold was given shapes, not parameters: folded.h(params) or folded.leaf(name, read)")
-        return self._tree.unflatten([self._stored(i, leaves.__getitem__, _centre_stored) for i in range(len(leaves))])
+        return self._tree.unflatten([self._stored(i, leaves.__getitem__, _centre_once) for i in range(len(leaves))])
 
     @functools.cached_property
     def report(self) -> Report:
         """What became of each LayerNorm, and why; `str`, `as_dict` and `html` have it in three forms."""
         after, _ = trace(self.apply, self._args, len(self.names))
-        return Report.of(self._runner(self._args)[0], after, self.names)
+        return Report.of(self._plan(self._args)[0], after, self.names)
 
     def _stored(self, index: int, read: Callable[[int], Array], centre: Callable[..., Array]) -> Array:
-        label = self._plan.centred.get(self._plan.program.inputs[index])
+        plan, _ = self._plan(self._args)
+        label = plan.centred.get(plan.program.inputs[index])
         if label is None:
             return read(index)
-        scale = label.scale and (read(label.scale.index) if label.scale.index >= 0 else label.scale.data)
-        return centre(read(index), label.axes, scale, label.dims)
+        return centre(read(index), label._replace(scale=None), label.scale and read(label.scale.index))
 
-    def _runner(self, args: tuple[Any, ...]) -> tuple[Runner, Any]:
+    def _plan(self, args: tuple[Any, ...]) -> tuple[Plan, Any]:
         """That of inputs of these shapes, and the tree of the outputs."""
         leaves, tree = jax.tree.flatten(args)
         key = tree, tuple((leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding) for leaf in leaves)
-        if key not in self._runners:
+        if key not in self._plans:
             program, out = trace(self._function, args, len(self.names))
-            self._runners[key] = Runner(Plan(program).solve(self._pins)), out
-        return self._runners[key]
+            self._plans[key] = Plan(program, self._pins), out
+        return self._plans[key]
+
+
+def _names(paths: list[Any]) -> list[str]:
+    short = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    counts = Counter(short)
+    return [name if counts[name] == 1 else jax.tree_util.keystr(path) for name, path in zip(short, paths, strict=True)]
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -123,14 +131,23 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-def _centre_stored(x: Array, axes: frozenset[int], scale: Array | None, dims: tuple[int, ...]) -> Array:
-    """`centre`, once and for all: in float64 on the host; in place of an array on several devices, on them."""
+def _centre(x: Array, label: Label, scale: Array | None) -> Array:
+    """C(λ ⊙ x), of the dtype of x."""
+    wide = at_least_float32(x)
+    if scale is not None:
+        order = sorted(range(scale.ndim), key=lambda axis: -1 if label.dims[axis] is None else label.dims[axis])
+        sizes = [size if axis in label.dims else 1 for axis, size in enumerate(x.shape)]
+        wide = wide * scale.transpose(order).reshape(sizes)
+    return centre(wide, label.over).astype(x.dtype)
+
+
+def _centre_once(x: Array, label: Label, scale: Array | None) -> Array:
+    """`_centre` once and for all: in float64 on the host; in place of an array on several devices, on them."""
     if internals.is_tracer(x) or internals.is_tracer(scale):
-        return centre(x, axes, scale, dims)
+        return _centre(x, label, scale)
     if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
-        return jax.jit(centre, static_argnums=(1, 3), out_shardings=x.sharding)(x, axes, scale, dims)
-    wide = np.asarray(x).astype(np.float64)
-    wide = centre(wide, axes, None if scale is None else np.asarray(scale).astype(np.float64), dims)
-    stored = centre(wide, axes).astype(x.dtype)  # twice: what rounding has left of the mean goes too
+        return jax.jit(_centre, static_argnums=1, out_shardings=x.sharding)(x, label, scale)
+    wide = _centre(np.asarray(x, np.float64), label, None if scale is None else np.asarray(scale, np.float64))
+    stored = centre(wide, label.over).astype(x.dtype)  # twice: what rounding has left of the mean goes too
     # As bound to its device as x is: an array that is bound to one cannot be used beside others on several.
     return jax.device_put(stored, x.sharding if x.committed else None) if isinstance(x, jax.Array) else stored

@@ -1,28 +1,100 @@
 """How the removal of a mean moves from what a primitive gives to what it takes: one identity for each primitive.
 
-C removes the mean over the axes S of a value: Cx = x - mean_S(x), jointly over all of S. A rule answers: which operands
-must lose their mean, over which of their axes, for the primitive to give Cy in the place of y? Each is an identity
-that holds for all numbers, so whatever `plan.py` chooses, the function stays what it was.
+C removes a mean: Cx = x - mean_S(x), jointly over all that S names. A rule answers: which operands must lose their
+mean, over what of them, for the primitive to give Cy in the place of y? Each is an identity that holds for all numbers,
+so whatever `plan.py` chooses, the function stays what it was. They hold as well of a mean over a part of an axis, such
+as each head's, since all that they ask of C is that it is linear, acts along S alone and makes 0 of what is uniform.
+
+A LayerScale λ between a linear map and the stream is part of a label: C(λ ⊙ (x W)) = x C(W diag λ). It moves across a
+primitive along the axes that the primitive passes on entry by entry, as its rule says, and ends at parameters or
+nowhere: so no λ is needed at run time.
 
 A primitive without a rule is never moved across: a new one costs folds, and no correctness.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Set
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prenorm_jax.folding import internals
-from prenorm_jax.folding.program import Equation, Value, groups, read
+from prenorm_jax.folding.program import Equation, Value, moved, strides
+
+
+class Part(NamedTuple):
+    """Of an axis, what a mean is over: the entries from `start` to `stop`, and of their index the digits from `low` up
+    to `high`, written as strides. Other entries stay as they are.
+
+    (0, 0, 8, 1, 8) is a whole axis 0 of 8 entries; of 8 entries as 2 heads, (0, 0, 8, 1, 4) are those of each head.
+    """
+
+    axis: int
+    start: int
+    stop: int
+    low: int
+    high: int
+
+
+class Label(NamedTuple):
+    """x without the mean over some of its axes; given a parameter λ in `scale`, of λ ⊙ x without it.
+
+    `dims`: the axes of x that λ's are; None for those of one entry.
+    """
+
+    over: frozenset[Part]
+    scale: Value | None = None
+    dims: tuple[int | None, ...] = ()
+
+    @property
+    def axes(self) -> frozenset[int]:
+        return frozenset(part.axis for part in self.over)
+
+
+def over_axes(value: Value, axes: Iterable[int]) -> Label:
+    """The mean over whole axes."""
+    return Label(frozenset(Part(axis, 0, value.shape[axis], 1, value.shape[axis]) for axis in axes))
+
+
+def joined(label: Label, other: Label) -> Label | None:
+    """One label for what is wanted by both, where they are over different entries of one axis, or one is in the other.
+
+    (Queries and keys, made by one product with values, each lose the means of their heads.)"""
+    over = sorted(label.over | other.over)
+    one_axis = len({part.axis for part in over}) == 1 and label.scale is other.scale is None
+    apart = all(left.stop <= right.start for left, right in itertools.pairwise(over))
+    return Label(frozenset(over)) if one_axis and apart else None
+
+
+WINDOWED = ("slice", "split")  # they take some entries of an axis, and do not see the others
+
+
+def spared(eqn: Equation, out: int, label: Label) -> bool:
+    """Whether an output has none of the entries of the operand by this label that lose their mean."""
+    (axis, *others) = label.axes
+    window = RULES[eqn.name](eqn, label.axes, out)[0].get(axis) if eqn.name in WINDOWED else None
+    if others or not isinstance(window, Window):
+        return False
+    end = window.offset + eqn.outputs[out].shape[axis]
+    return all(part.stop <= window.offset or end <= part.start for part in label.over)
+
 
 RAW = "raw"  # the operand as it is
 ZERO = "zero"  # zeros in the operand's place: it is uniform along S, and so its Cx is 0
-UNREAD = "unread"  # it makes no difference
-Axes = dict[int, int]  # axes of the operand that it is to lose its mean over -> the axis of the output that each is
-Needs = list[Any] | None  # of each operand RAW, ZERO or Axes; None: no identity holds
-Rule = Callable[[Equation, frozenset[int], int], Needs]  # of (equation, S, which output)
+ONE = "one"  # ones in the operand's place: the other operand's label has it
+
+
+class Window(NamedTuple):
+    """An axis of the operand, whose index is the output's and the offset; where both have the entry."""
+
+    axis: int
+    offset: int
+
+
+Moves = dict[int, Any]  # axis of the output -> axis of the operand that it is, Window, or None where it is repeated
+Rule = Callable[[Equation, Set[int], int], list[Any] | None]  # of (equation, S, which output)
+# A rule gives, of each operand, RAW, ZERO, or Moves: it is to lose its mean over what S is of it. S must be within the
+# Moves, which have all axes along which the primitive passes the operand on entry by entry. None: no identity holds.
 
 RULES: dict[str, Rule] = {}
 
@@ -37,301 +109,252 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def needs(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """What the operands must be for the output `out` to lose its mean over `axes`."""
-    found = RULES.get(eqn.name)
-    return found(eqn, axes, out) if found is not None else None
+def _same(eqn: Equation, without: Iterable[int] = ()) -> Moves:
+    """All axes but these stay in place."""
+    return {axis: axis for axis in range(len(eqn.outputs[0].shape)) if axis not in without}
 
 
-def uniform(value: Value, axes: Iterable[int]) -> bool:
+def _uniform(value: Value, axes: Iterable[int]) -> bool:
     """Whether all entries along these axes are known to be equal; a scalar's are."""
     return not value.shape or value.uniform.issuperset(axes)
 
 
-def same(axes: Iterable[int]) -> Axes:
-    return {axis: axis for axis in axes}
+@rule("add", "sub", "add_any", "neg", "copy", "name", "sharding_constraint", "exit")
+@rule("convert_element_type", "stop_gradient", "scan_carry")
+def entrywise(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C(x ± y) = Cx ± Cy; and casts, up to rounding. What a loop carries has no mean where what it starts with and what
+    each turn gives has none."""
+    return [_same(eqn)] * len(eqn.inputs)
 
 
-def _or_zero(value: Value, axes: frozenset[int]) -> Any:
-    return ZERO if uniform(value, axes) else same(axes)
-
-
-@rule("neg", "copy", "name", "sharding_constraint", "optimization_barrier", "stop_gradient", "rev")
-def unary(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C(-x) = -Cx; and a mean does not ask for an order: C rev(x) = rev(Cx)."""
-    return [same(axes)]
-
-
-@rule("tile")
-def tile(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C tile(x) = tile(Cx): what is repeated has the mean of what it repeats."""
-    return [same(axes)]
-
-
-@rule("convert_element_type")
-def cast(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C cast(x) = cast(Cx), up to rounding, between floating dtypes."""
-    return [same(axes)] if eqn.inputs[0].is_float and eqn.outputs[0].is_float else None
-
-
-@rule("add", "sub", "add_any")
-def add(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C(x ± y) = Cx ± Cy, and Cu = 0 of a u that is uniform along S."""
-    return [_or_zero(one, axes) for one in eqn.inputs]
-
-
-@rule("mul")
-def multiply(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C(u x) = u Cx of a u that is uniform along S."""
+@rule("mul", "div")
+def multiply(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C(u x) = u Cx, C(x / u) = Cx / u of a u that is uniform along S."""
     x, y = eqn.inputs
-    if uniform(y, axes):
-        return [same(axes), RAW]
-    return [RAW, same(axes)] if uniform(x, axes) else None
-
-
-@rule("div")
-def divide(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C(x / u) = Cx / u of a u that is uniform along S."""
-    return [same(axes), RAW] if uniform(eqn.inputs[1], axes) else None
+    if _uniform(y, axes):
+        return [_same(eqn), RAW]
+    return [RAW, _same(eqn)] if eqn.name == "mul" and _uniform(x, axes) else None
 
 
 @rule("select_n")
-def select(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+def select(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C where(p, x, y) = where(p, Cx, Cy) of a p that is uniform along S. (A mask of dropout is not.)"""
-    if not uniform(eqn.inputs[0], axes):
-        return None
-    return [RAW, *(_or_zero(case, axes) for case in eqn.inputs[1:])]
+    return [RAW] + [_same(eqn)] * (len(eqn.inputs) - 1) if _uniform(eqn.inputs[0], axes) else None
 
 
-@rule("transpose")
-def transpose(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """Axes change places, and S with them."""
-    return [{eqn.params["permutation"][axis]: axis for axis in axes}]
+@rule("transpose", "reshape", "broadcast_in_dim")
+def move(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """Axes change places, and S with them. What repeats along all of S is uniform. (`_regrouped`: reshapes.)"""
+    return [moved(eqn)] + [RAW] * (len(eqn.inputs) - 1)
 
 
-@rule("squeeze")
-def squeeze(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """Axes of one entry go; those of S are the others."""
-    kept = [i for i in range(len(eqn.inputs[0].shape)) if i not in eqn.params["dimensions"]]
-    return [{kept[axis]: axis for axis in axes}]
+@rule("squeeze", "reduce_sum", "unstack", "scan_xs")
+def lose_axes(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C Σx = Σ Cx, C x[i] = (Cx)[i]: S is among the axes that stay."""
+    params = {"scan_xs": (0,), "unstack": (eqn.params.get("axis"),), "squeeze": eqn.params.get("dimensions")}
+    gone = params.get(eqn.name, eqn.params.get("axes"))
+    return [dict(enumerate(axis for axis in range(len(eqn.inputs[0].shape)) if axis not in gone))]
 
 
-@rule("reshape")
-def reshape(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """S is the same entries before and after where it is made of whole groups of axes."""
-    found: Axes = {}
-    for ours, theirs in groups(eqn.inputs[0].shape, eqn.outputs[0].shape):
-        if axes.issuperset(theirs):
-            found |= dict.fromkeys(ours, theirs[0])
-        elif not axes.isdisjoint(theirs):
-            return None
-    return [found or ZERO]
-
-
-@rule("broadcast_in_dim")
-def broadcast(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C_S bc(x) = bc(C_S' x), S' the axes of S that x has; where it has none, bc(x) is uniform along S."""
-    x, y = eqn.inputs[0], eqn.outputs[0]
-    places = {place: axis for axis, place in enumerate(eqn.params["broadcast_dimensions"])}
-    found = {places[i]: i for i in axes if i in places and x.shape[places[i]] == y.shape[i]}
-    return [found or ZERO, *[RAW] * (len(eqn.inputs) - 1)]
-
-
-@rule("slice")
-def slices(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C x[i] = (Cx)[i] where the slice is all of x along S."""
-    return _if_whole(eqn, axes, [same(axes)])
-
-
-@rule("dynamic_slice")
-def dynamic_slice(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """As `slice`."""
-    return _if_whole(eqn, axes, [same(axes), *[RAW] * (len(eqn.inputs) - 1)])
-
-
-@rule("dynamic_update_slice")
-def update_slice(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C of x with y written into it is Cx with Cy written into it, where y is all of x along S."""
-    whole = all(eqn.inputs[1].shape[axis] == eqn.outputs[0].shape[axis] for axis in axes)
-    return [same(axes), same(axes), *[RAW] * (len(eqn.inputs) - 2)] if whole else None
-
-
-def _if_whole(eqn: Equation, axes: frozenset[int], found: Needs) -> Needs:
-    """`found`, where the output has as many entries along S as the first operand."""
-    return found if all(eqn.inputs[0].shape[axis] == eqn.outputs[0].shape[axis] for axis in axes) else None
+@rule("stack", "scan_ys")
+def gain_axis(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C stack(x, y) = stack(Cx, Cy), where S does not have the new axis."""
+    new = 0 if eqn.name == "scan_ys" else eqn.params["axis"]
+    others = (axis for axis in range(len(eqn.outputs[0].shape)) if axis != new)
+    return [{axis: i for i, axis in enumerate(others)}] * len(eqn.inputs)
 
 
 @rule("concatenate")
-def concatenate(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C [x, y] = [Cx, Cy] along an axis that is not of S."""
-    return None if eqn.params["dimension"] in axes else [_or_zero(one, axes) for one in eqn.inputs]
+def concatenate(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C [x, y] = [Cx, Cy] along an axis that is not of S; along S, of what lies in one of them."""
+    along, offset, found = eqn.params["dimension"], 0, []
+    for one in eqn.inputs:
+        found.append(_same(eqn) | {along: Window(along, -offset)})
+        offset += one.shape[along]
+    return found
+
+
+@rule("slice")
+def cut_out(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C x[i] = (Cx)[i] where the slice is all of x along S, or has all of S."""
+    starts, strides = eqn.params["start_indices"], eqn.params["strides"] or [1] * len(eqn.inputs[0].shape)
+    windows = {axis: Window(axis, start) for axis, start in enumerate(starts) if strides[axis] == 1}
+    return [windows | _whole(eqn.inputs[0], eqn.outputs[0])]
 
 
 @rule("split")
-def split(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """The parts of Cx are C of the parts, along an axis that is not of S."""
-    return None if eqn.params["axis"] in axes else [same(axes)]
+def split(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """As `slice`."""
+    along = eqn.params["axis"]
+    return [_same(eqn) | {along: Window(along, int(sum(eqn.params["sizes"][:out])))}]
 
 
-@rule("stack")
-def stack(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C stack(x, y) = stack(Cx, Cy), where S does not have the new axis."""
-    new = eqn.params["axis"]
-    return None if new in axes else [{axis - (axis > new): axis for axis in axes}] * len(eqn.inputs)
+@rule("dynamic_slice", "dynamic_update_slice")
+def cut_out_or_put_in(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C x[i] = (Cx)[i], and C of x with y written into it is Cx with Cy written into it, where the slice, or y, is all
+    of x along S."""
+    part, arrays = (eqn.outputs[0], 1) if eqn.name == "dynamic_slice" else (eqn.inputs[1], 2)
+    return [_whole(eqn.inputs[0], part)] * arrays + [RAW] * (len(eqn.inputs) - arrays)
 
 
-@rule("unstack")
-def unstack(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """The parts of Cx are C of the parts: the axis that goes is not of S."""
-    gone = eqn.params["axis"]
-    return [{axis + (axis >= gone): axis for axis in axes}]
+@rule("cumsum", "rev", "tile")
+def along_others(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
+    """C Σx = Σ Cx, and so on, along axes that are not of S."""
+    along = {"cumsum": [eqn.params.get("axis")], "rev": eqn.params.get("dimensions")}
+    repeats = [axis for axis, times in enumerate(eqn.params.get("reps", ())) if times != 1]
+    return [_same(eqn, without=along.get(eqn.name, repeats))]
 
 
 @rule("pad")
-def pad(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+def pad(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C pad(x, u) = pad(Cx, 0) where nothing is padded along S: what is put there is uniform."""
-    padded = any(any(eqn.params["padding_config"][axis]) for axis in axes)
-    return None if padded else [same(axes), ZERO]
+    padded = (axis for axis, widths in enumerate(eqn.params["padding_config"]) if any(widths))
+    return [_same(eqn, without=padded), ZERO]
 
 
-@rule("cumsum")
-def cumulate(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C Σx = Σ Cx along an axis that is not of S."""
-    return None if eqn.params["axis"] in axes else [same(axes)]
-
-
-@rule("reduce_sum")
-def reduce_sum(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C Σx = Σ Cx over axes that are gone from the output, and so not of S."""
-    kept = [i for i in range(len(eqn.inputs[0].shape)) if i not in eqn.params["axes"]]
-    return [{kept[axis]: axis for axis in axes}]
+def _whole(x: Value, y: Value) -> Moves:
+    return {axis: axis for axis, size in enumerate(x.shape) if size == y.shape[axis]}
 
 
 @rule("dot_general")
-def dot(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+def dot(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C(x W) = x (C W), where S are axes of W that are neither contracted nor of the batch."""
-    found, first = [RAW, RAW], len(eqn.params["dimension_numbers"][1][0])
+    contracted, batch = eqn.params["dimension_numbers"]
+    first = len(batch[0])
     for i, one in enumerate(eqn.inputs):
-        taken = {*eqn.params["dimension_numbers"][0][i], *eqn.params["dimension_numbers"][1][i]}
-        free = {first + place: axis for place, axis in enumerate(j for j in range(len(one.shape)) if j not in taken)}
-        if axes <= free.keys() and one.is_float:
-            found[i] = {free[axis]: axis for axis in axes}
-            return found
+        free = [axis for axis in range(len(one.shape)) if axis not in (*contracted[i], *batch[i])]
+        moves = {first + place: axis for place, axis in enumerate(free)}
+        if axes <= moves.keys():
+            return [RAW] * i + [moves] + [RAW] * (1 - i)
         first += len(free)
     return None
 
 
 @rule("conv_general_dilated")
-def convolve(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+def convolve(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C(x * W) = x * (C W), where S is the output's features and there is one group of them."""
     numbers, grouped = eqn.params["dimension_numbers"], ("feature_group_count", "batch_group_count")
-    if axes != {numbers.out_spec[1]} or any(eqn.params[count] != 1 for count in grouped):
-        return None
-    if not eqn.inputs[1].is_float:
-        return None
-    return [RAW, {numbers.rhs_spec[0]: numbers.out_spec[1]}]
+    one_group = all(eqn.params[count] == 1 for count in grouped)
+    return [RAW, {numbers.out_spec[1]: numbers.rhs_spec[0]}] if one_group else None
 
 
 @rule("gather")
-def gather(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
+def gather(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C table[i] = (C table)[i], where what is taken is all of the table along S."""
-    numbers, x = eqn.params["dimension_numbers"], eqn.inputs[0]
+    numbers, x, fill = eqn.params["dimension_numbers"], eqn.inputs[0], eqn.params.get("fill_value")
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    places = dict(zip(numbers.offset_dims, (i for i in range(len(x.shape)) if i not in gone), strict=True))
-    whole = axes <= places.keys() and all(eqn.params["slice_sizes"][places[i]] == x.shape[places[i]] for i in axes)
-    fill = eqn.params.get("fill_value")
-    if not whole or not (fill is None or fill == 0 or np.isnan(fill)):  # NaN stays NaN; another number would not be 0
-        return None
-    return [{places[axis]: axis for axis in axes}, RAW]
+    taken = [axis for axis in range(len(x.shape)) if axis not in gone]
+    pairs = zip(numbers.offset_dims, taken, strict=True)
+    moves = {place: axis for place, axis in pairs if eqn.params["slice_sizes"][axis] == x.shape[axis]}
+    return [moves, RAW] if fill is None or fill == 0 or np.isnan(fill) else None  # NaN stays; another would not be 0
 
 
-@rule("scan_carry")
-def carry(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """What a loop carries has no mean where what it starts with and what each turn gives has none."""
-    return [same(axes), same(axes)]
+# From rules to labels: what holds for all primitives.
 
 
-@rule("scan_xs")
-def scan_slices(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """x[i], for the turn i: S is one axis further in x."""
-    return [{axis + 1: axis for axis in axes}]
-
-
-@rule("scan_ys")
-def scan_stack(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """The turns' outputs, stacked: S must not have the new axis, and is one axis earlier in each."""
-    return None if 0 in axes else [{axis - 1: axis for axis in axes}]
-
-
-@rule("cond")
-def cond(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C of each branch's output, where the same of the operands does in all branches."""
-    branches = [_through(body, axes, out) for body in internals.bodies(eqn.eqn)]
-    return None if None in branches else _merged([RAW], branches)
-
-
-@rule("custom_jvp_call")
-def custom_jvp(eqn: Equation, axes: frozenset[int], out: int) -> Needs:
-    """C f(x) = f(Cx) by the rules inside f; and inside its derivative, which is the user's own, likewise."""
-    found = _through(internals.bodies(eqn.eqn)[0], axes, out)
+def needs(eqn: Equation, label: Label, out: int) -> list[Any] | None:
+    """What the operands must be for the output `out` to come by this label: RAW, ZERO, ONE or a Label each; or None."""
+    found = RULES[eqn.name](eqn, label.axes, out) if eqn.name in RULES else None
     if found is None:
+        return _taken_up(eqn, label)
+    if label.scale is not None and (ZERO in found or eqn.name == "stop_gradient"):
+        return None  # C(λ ⊙ u) is not 0; and λ has a derivative
+    pairs = zip(eqn.inputs, found, strict=True)
+    found = [_need(eqn, label, out, one, need) if isinstance(need, dict) else need for one, need in pairs]
+    return None if None in found else found
+
+
+def _need(eqn: Equation, label: Label, out: int, one: Value, moves: Moves) -> Any:
+    """The operand's label, RAW, ZERO, or None."""
+    shape, scale = eqn.outputs[out].shape, label.scale
+    whole = all((part.start, part.stop) == (0, shape[part.axis]) for part in label.over)
+    if not one.shape:
+        return ZERO if whole and scale is None else None
+    regroups = whole and eqn.name == "reshape"
+    parts = _regrouped(label.over, one.shape, shape) if regroups else _passed_on(label, one, moves, whole)
+    if parts is None or not one.is_float:
         return None
-    floats = [i for i, one in enumerate(eqn.inputs) if one.is_float]
-
-    def tangent(primals: list[jax.Array], tangents: list[jax.Array]) -> jax.Array:
-        whole = [np.zeros(one.shape, jax.dtypes.float0) for one in primals]
-        for i, one in zip(floats, tangents, strict=True):
-            whole[i] = one
-        return jax.jvp(lambda *x: internals.bind(eqn.eqn, list(x))[out], tuple(primals), tuple(whole))[1]
-
-    abstract = [jax.ShapeDtypeStruct(one.shape, one.aval.dtype) for one in eqn.inputs]
-    jaxpr = jax.make_jaxpr(tangent)(abstract, [abstract[i] for i in floats])
-    derivative = _through(internals.body_of(jaxpr), axes, 0)
-    if derivative is None:
-        return None
-    of_tangents: list[Any] = [None] * len(abstract)
-    for i, one in zip(floats, derivative[len(abstract) :], strict=True):
-        of_tangents[i] = one
-    return _merged([], [found, derivative[: len(abstract)], of_tangents])
+    if scale is None and not whole:
+        return Label(parts) if parts else RAW
+    if scale is None:
+        return ZERO if _uniform(one, [part.axis for part in parts]) else Label(parts)
+    dims = tuple(dim if dim is None else moves.get(dim) for dim in label.dims)
+    kept = all(new is None if old is None else isinstance(new, int) for old, new in zip(label.dims, dims, strict=True))
+    if eqn.name == "scan_xs" and scale.loops == eqn.outputs[0].loops:  # each turn has its λ: they are one array outside
+        scale, dims = scale.equation.inputs[0], (0, *dims)
+    seen = scale.loops == one.loops[: len(scale.loops)]  # that of a loop's turn is not there outside of the loop
+    return Label(parts, scale, dims) if kept and seen and parts and not _is_narrow(one) else None
 
 
-def _through(body: internals.Body, axes: frozenset[int], out: int) -> Needs:
-    """What the inputs of a program must be for its output to lose its mean; None as an entry: anything."""
-    program = read(body)
-    wanted: dict[Value, Any] = {program.outputs[out]: same(axes)}
-    for eqn in reversed(program.equations()):
-        for i, value in enumerate(eqn.outputs):
-            if (want := wanted.get(value)) is None:
-                continue
-            if want == ZERO or not all(isinstance(item, Equation) for item in program.block):
-                return None
-            found = [RAW] * len(eqn.inputs) if want == RAW else needs(eqn, frozenset(want), i)
-            for one, need in zip(eqn.inputs, found or [None] * len(eqn.inputs), strict=True):
-                if isinstance(need, dict):
-                    need = {axis: want[place] for axis, place in need.items()}
-                if need is None or wanted.setdefault(one, need) != need:
-                    return None
-    constants = [value for value, want in wanted.items() if value.kind == "constant" and want != RAW]
-    if any(np.any(np.asarray(value.data)) for value in constants):
-        return None
-    return [wanted.get(value) for value in program.inputs]
-
-
-def _merged(first: list[Any], found: list[list[Any]]) -> Needs:
-    """One need for each operand, where all that say something say the same."""
-    merged = list(first)
-    for column in zip(*found, strict=True):
-        said = [one for one in column if one is not None]
-        if any(one != said[0] for one in said):
+def _passed_on(label: Label, one: Value, moves: Moves, whole: bool) -> frozenset[Part] | None:
+    parts = set()
+    for axis, start, stop, low, high in label.over:
+        if axis not in moves or (moves[axis] is None and not whole):
             return None
-        merged.append(said[0] if said else RAW)
-    return merged
+        if (to := moves[axis]) is None:
+            continue
+        theirs, offset = to if isinstance(to, Window) else (to, 0)
+        start, stop = start + offset, stop + offset
+        if stop <= 0 or start >= one.shape[theirs]:
+            continue
+        if start < 0 or stop > one.shape[theirs]:
+            return None
+        parts.add(Part(theirs, start, stop, low, high))
+    some = any((part.start, part.stop) != (0, one.shape[part.axis]) for part in parts)
+    return None if some and len(parts) > 1 and len(label.axes) > 1 else frozenset(parts)  # some entries of one axis
 
 
-def value_of(value: Value) -> float | None:
-    """The number that a constant is, through casts and broadcasts."""
-    while value.equation is not None and value.equation.name in ("convert_element_type", "broadcast_in_dim", "reshape"):
-        value = value.equation.inputs[0]
-    if value.kind != "constant" or value.shape or not jnp.issubdtype(value.aval.dtype, jnp.number):
+def _regrouped(over: frozenset[Part], old: tuple[int, ...], new: tuple[int, ...]) -> frozenset[Part] | None:
+    """Of an array of shape `old` the parts that become these of shape `new`; None where no axes are cut that way.
+
+    Both shapes number the same entries, row by row. Each part is a range of the number's digits, which is cut anew.
+    """
+    ranges: list[tuple[int, int]] = []
+    for low, high in sorted((strides(new)[axis] * low, strides(new)[axis] * high) for axis, _, _, low, high in over):
+        if ranges and ranges[-1][1] == low:
+            low = ranges.pop()[0]
+        ranges.append((low, high))
+    parts: dict[int, Part] = {}
+    for low, high in ranges:
+        for axis, (size, stride) in enumerate(zip(old, strides(old), strict=True)):
+            bottom, top = max(low, stride), min(high, stride * size)
+            if bottom >= top:
+                continue
+            if bottom % stride or top % bottom or stride * size % top or axis in parts:
+                return None
+            parts[axis] = Part(axis, 0, size, bottom // stride, top // stride)
+    return frozenset(parts.values())
+
+
+def _is_narrow(value: Value) -> bool:
+    """Whether its dtype has no room for products with a small λ, as float16 has not."""
+    return float(jnp.finfo(value.aval.dtype).tiny) > float(jnp.finfo(jnp.float32).tiny)
+
+
+def _taken_up(eqn: Equation, label: Label) -> list[Any] | None:
+    """C(λ ⊙ x), of a parameter λ, or a loop's slice of one: x by the label that has λ, and 1 in λ's place."""
+    if eqn.name != "mul" or label.scale is not None:
         return None
-    return float(np.asarray(value.data, np.float64))
+    for i, scale in enumerate(eqn.inputs):
+        x, places = eqn.inputs[1 - i], {axis: axis for axis in range(len(scale.shape))}  # its axes -> the output's
+        while (made := scale.equation) is not None and made.name != "scan_xs":
+            moves = {axis: axis for axis in places} if made.name == "convert_element_type" else moved(made)
+            if moves is None or not made.inputs[0].is_float:
+                break
+            places = {moves[axis]: place for axis, place in places.items() if moves.get(axis) is not None}
+            scale = made.inputs[0]
+        dims = tuple(places.get(axis) if size > 1 else None for axis, size in enumerate(scale.shape))
+        lost = any(dim is None and size > 1 for dim, size in zip(dims, scale.shape, strict=True))
+        if lost or not _is_parameter(scale) or not x.shape or _is_narrow(x):
+            continue
+        found: list[Any] = [ONE, ONE]
+        found[1 - i] = Label(label.over, scale, dims)
+        return found
+    return None
+
+
+def _is_parameter(value: Value) -> bool:
+    """A loop's slice of one is one."""
+    while value.equation is not None and value.equation.name == "scan_xs":
+        value = value.equation.inputs[0]
+    return value.kind == "parameter"

@@ -1,6 +1,6 @@
 """The planned program, computed: equations whose output is raw, or without its mean, on operands that are."""
 
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -8,194 +8,134 @@ import numpy as np
 
 from prenorm_jax.base.trees import Array, at_least_float32
 from prenorm_jax.folding import internals
-from prenorm_jax.folding.plan import Label, Plan
+from prenorm_jax.folding.plan import Plan
 from prenorm_jax.folding.program import Block, Equation, Region, Value
-from prenorm_jax.folding.rules import RAW, UNREAD, ZERO
+from prenorm_jax.folding.rules import ONE, RAW, ZERO, Label, Part
 from prenorm_jax.folding.sites import Site
 
-Key = tuple[Value, Label | None]  # a value in a form: raw (None), or by a label
+Key = tuple[Value, Label | None] | str  # a value as it is (None), or by a label; or ZERO, ONE
 Env = dict[Key, Array]
 
 
-def centre(x: Array, axes: frozenset[int], scale: Array | None = None, dims: tuple[int, ...] = ()) -> Array:
-    """C(scale ⊙ x), in float32 at least; the result has x's dtype. The scale's axes are `dims` of x."""
-    dtype, places = x.dtype, tuple(sorted(axes))
-    x = at_least_float32(x)
-    if scale is not None:
-        order = np.argsort(dims)
-        shape = [x.shape[axis] if axis in dims else 1 for axis in range(x.ndim)]
-        x = x * scale.transpose(order).reshape(shape)
-    return (x - x.mean(places, keepdims=True)).astype(dtype)
+def centre(x: Array, over: Iterable[Part]) -> Array:
+    """x without its mean over these parts of its axes, in float32 at least."""
+    x, parts = at_least_float32(x), sorted(over)
+    if any((part.start, part.stop) != (0, x.shape[part.axis]) for part in parts):  # all are of one axis then
+        axis, xp = parts[0].axis, np if isinstance(x, np.ndarray) else jnp
+        pieces = xp.split(x, [bound for part in parts for bound in (part.start, part.stop)], axis)
+        for i, part in enumerate(parts):
+            pieces[2 * i + 1] = centre(pieces[2 * i + 1], [part._replace(start=0, stop=part.stop - part.start)])
+        return xp.concatenate(pieces, axis)
+    digits, sizes, places = {part.axis: part[3:] for part in parts}, [], []
+    for axis, size in enumerate(x.shape):
+        low, high = digits.get(axis, (1, size))
+        whole = (low, high) == (1, size)
+        if axis in digits:
+            places.append(len(sizes) if whole else len(sizes) + 1)
+        sizes += [size] if whole else [size // high, high // low, low]
+    split = x.reshape(sizes)
+    return (split - split.mean(tuple(places), keepdims=True)).reshape(x.shape)
 
 
-class Runner:
-    """A plan as a function of the flat arguments. What no output needs is not computed."""
+class Run:
+    """One call of a plan's function."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.centred = plan, plan.centred
-        self.forms: dict[Value, dict[Label | None, None]] = {}  # those that something reads of each value, in order
-        for value in plan.program.outputs:
-            self._mark(value, None)
-        self._mark_block(plan.program.block)
-        for value in list(self.forms):
-            if value.equation is None:
-                self._mark_scales(value)
-
-    # Before any array: which forms are read.
-
-    def _mark(self, value: Value, form: Label | None) -> None:
-        self.forms.setdefault(value, {})[form] = None
-
-    def _mark_scales(self, value: Value) -> None:
-        for form in self.forms[value]:
-            if form is not None and form.scale is not None and form != self.centred.get(value):
-                self._mark(form.scale, None)
-
-    def _mark_block(self, block: Block) -> None:
-        for item in reversed(block):
-            if isinstance(item, Region):
-                for eqn in item.carries:
-                    for out in eqn.outputs:
-                        self._mark(out, self.centred.get(out))
-                for eqn in item.ys + item.carries:
-                    self._mark_equation(eqn)
-                self._mark_block(item.body)
-                for eqn in item.xs:
-                    self._mark_equation(eqn)
-            else:
-                self._mark_equation(item)
-
-    def _mark_equation(self, eqn: Equation) -> None:
-        for out in eqn.outputs:
-            if out in self.forms:
-                self._mark_scales(out)
-                for key in self._operands(eqn, out):
-                    if isinstance(key, tuple):
-                        self._mark(*key)
-
-    def _operands(self, eqn: Equation, out: Value) -> list[Any]:
-        """What computes the output in the form it is stored in: a key for each operand, ZERO or UNREAD."""
-        site, label = self.plan.sites.get(eqn), self.centred.get(out)
-        if site is not None and self.plan.folded(site):
-            known = self.plan.known(site.base, Label(site.axes))
-            return [(site.base, None if known else Label(site.axes))]
-        found = [RAW] * len(eqn.inputs) if label is None else self.plan.needs(out, label)
-        for i, (one, need) in enumerate(zip(eqn.inputs, found, strict=True)):
-            if need == RAW and one in self.centred and not self.plan.indifferent(eqn, i):
-                raise AssertionError(f"the plan is wrong: {eqn.name} at {eqn.where} reads what has lost its mean")
-        return [
-            (one, need) if isinstance(need, Label) else (one, self.centred.get(one)) if need == RAW else need
-            for one, need in zip(eqn.inputs, found, strict=True)
-        ]
-
-    # The arrays.
+        self.plan = plan
 
     def __call__(self, args: list[Array]) -> list[Array]:
         """The outputs. Parameters come as the plan stores them (`plan.centred`), all else raw."""
         env: Env = {}
-        for value in self.forms:
-            if value.kind in ("parameter", "input"):
-                env[value, self.centred.get(value)] = args[value.index]
-            elif value.equation is None:
-                env[value, None] = value.data
-        for value in self.forms:
+        for value in self.plan.read:
             if value.equation is None:
-                self._add_forms(value, env)
+                self._put(env, value, value.data if value.kind == "constant" else args[value.index])
         self._run(self.plan.program.block, env)
         return [env[value, None] for value in self.plan.program.outputs]
 
-    def _add_forms(self, value: Value, env: Env) -> None:
-        """Removes the mean of what was computed raw, for those who want it without."""
-        for form in self.forms[value]:
-            if (value, form) not in env:
-                raw = jnp.asarray(env[value, None])
-                scale = None if form.scale is None else jnp.asarray(env[form.scale, None])
-                env[value, form] = centre(raw, form.axes, scale, form.dims)
+    def _put(self, env: Env, value: Value, array: Array) -> None:
+        """What was computed, in the form it is stored in; if raw, for those who want it without its mean too."""
+        env[value, self.plan.centred.get(value)] = array
+        for label in self.plan.made.get(value, ()):
+            env[value, label] = centre(jnp.asarray(array), label.over)
 
     def _run(self, block: Block, env: Env) -> None:
         for item in block:
-            if isinstance(item, Equation):
+            if isinstance(item, Region):
+                (self._scan if item.eqn.primitive.name == "scan" else self._checkpoint)(item, env)
+            elif item in self.plan.sites:
+                self._put(env, item.outputs[0], self._at_site(self.plan.sites[item], env))
+            elif item in self.plan.live:
                 self._compute(item, env)
-            elif item.name == "scan":
-                self._scan(item, env)
-            else:
-                self._checkpoint(item, env)
 
     def _compute(self, eqn: Equation, env: Env) -> None:
-        bound: dict[tuple[Any, ...], list[Array]] = {}  # of a primitive with several outputs, by what it is given
+        bound: dict[tuple[Key, ...], list[Array]] = {}  # of a primitive with several outputs, by what it is given
         for i, out in enumerate(eqn.outputs):
-            if out not in self.forms:
+            if out not in self.plan.read:
                 continue
-            keys = tuple(self._operands(eqn, out))
-            site = self.plan.sites.get(eqn)
-            if site is not None and self.plan.folded(site):
-                result = _at_site(site, env[keys[0]], out)
-            elif UNREAD in keys:
-                result = next(env[key] for key in keys if key != UNREAD).astype(out.aval.dtype)
-            else:
-                if keys not in bound:
-                    pairs = zip(keys, eqn.inputs, strict=True)
-                    values = [_zeros(one) if key == ZERO else env[key] for key, one in pairs]
-                    bound[keys] = internals.bind(eqn.eqn, values)
-                result = bound[keys][min(i, len(bound[keys]) - 1)]
-            env[out, self.centred.get(out)] = result
-            self._add_forms(out, env)
+            keys = self._keys(eqn, out)
+            if keys not in bound:
+                pairs = zip(keys, eqn.inputs, strict=True)
+                bound[keys] = internals.bind(eqn.eqn, [_operand(key, one, env) for key, one in pairs])
+            self._put(env, out, bound[keys][i])
+
+    def _keys(self, eqn: Equation, out: Value) -> tuple[Key, ...]:
+        """What gives the output in the form it is stored in, of each operand."""
+        label, keys = self.plan.centred.get(out), []
+        found = [RAW] * len(eqn.inputs) if label is None else self.plan.needs(out, label)
+        for i, (one, need) in enumerate(zip(eqn.inputs, found, strict=True)):
+            stored = self.plan.centred.get(one)
+            if need == RAW:
+                need = one, stored if self.plan.indifferent(eqn, i, out) else None
+            keys.append((one, stored or need) if isinstance(need, Label) else need)
+        return tuple(keys)
+
+    def _at_site(self, site: Site, env: Env) -> Array:
+        """What a site gives of a base without mean: itself, or the mean of its square."""
+        out, base = site.equation.outputs[0], site.base
+        known = self.plan.known(base, site.label)
+        z = env[base, None if known else self.plan.centred.get(base, site.label)].astype(out.aval.dtype)
+        if site.form == "difference":
+            return z
+        mean = jnp.square(z).mean(tuple(site.mean.axes), keepdims=True)
+        places = {dim: axis for axis, dim in enumerate(site.mean.dims) if dim is not None}
+        gone = [axis for axis in range(z.ndim) if axis not in places]  # those of the mean, or of one entry
+        return jax.lax.broadcast_in_dim(mean.squeeze(gone), out.shape, [places[axis] for axis in sorted(places)])
 
     def _scan(self, region: Region, env: Env) -> None:
-        params = region.eqn.params
-        starts = [eqn.outputs[0] for eqn in region.carries]
-        ends = [self._operands(eqn, start) for eqn, start in zip(region.carries, starts, strict=True)]
-        xs = self._turns(region.xs)
-        ys = self._turns(region.ys)
+        groups = region.carries, region.xs, region.ys
+        carries, xs, ys = ([eqn for eqn in group if eqn in self.plan.live] for group in groups)
 
         def body(carry: list[Array], slices: list[Array]) -> tuple[list[Array], list[Array]]:
             inner = dict(env)
-            given = [*zip(starts, carry, strict=True), *((value, x) for (value, _), x in zip(xs, slices, strict=True))]
-            for value, array in given:
-                inner[value, self.centred.get(value)] = array
-            for value, _ in given:
-                self._add_forms(value, inner)
+            for eqn, array in zip(carries + xs, [*carry, *slices], strict=True):
+                self._put(inner, eqn.outputs[0], array)
             self._run(region.body, inner)
-            return [inner[end] for _, end in ends], [inner[key] for _, key in ys]
+            return self._operands(carries, 1, inner), self._operands(ys, 0, inner)
 
-        init, length = [env[start] for start, _ in ends], params["length"]
-        options = {"reverse": params["reverse"], "unroll": params["unroll"]}
-        last, stacked = jax.lax.scan(body, init, [env[key] for _, key in xs], length, **options)
-        outputs = [eqn.outputs[1] for eqn in region.carries] + [value for value, _ in ys]
-        for value, array in zip(outputs, [*last, *stacked], strict=True):
-            env[value, self.centred.get(value)] = array
-            self._add_forms(value, env)
-
-    def _turns(self, equations: list[Equation]) -> list[tuple[Value, Key]]:
-        """What a scan takes or gives turn by turn and something reads: each with what it is made of."""
-        read = [eqn for eqn in equations if eqn.outputs[0] in self.forms]
-        return [(eqn.outputs[0], self._operands(eqn, eqn.outputs[0])[0]) for eqn in read]
+        options = {name: region.eqn.params[name] for name in ("length", "reverse", "unroll")}
+        given = self._operands(carries, 0, env), self._operands(xs, 0, env)
+        last, stacked = jax.lax.scan(body, *given, **options)
+        for eqn, array in zip(carries + ys, [*last, *stacked], strict=True):
+            self._put(env, eqn.outputs[-1], array)
 
     def _checkpoint(self, region: Region, env: Env) -> None:
-        keys = [(value, form) for value in region.outputs for form in self.forms.get(value, ())]
-        params = region.eqn.params
+        exits = [eqn for eqn in region.ys if eqn in self.plan.live]
 
         def body() -> list[Array]:
             inner = dict(env)
             self._run(region.body, inner)
-            return [inner[key] for key in keys]
+            return self._operands(exits, 0, inner)
 
-        kept = jax.checkpoint(body, policy=params["policy"], prevent_cse=params["prevent_cse"])
-        env.update(zip(keys, kept(), strict=True))
+        options = {name: region.eqn.params[name] for name in ("policy", "prevent_cse")}
+        for eqn, array in zip(exits, jax.checkpoint(body, **options)(), strict=True):
+            self._put(env, eqn.outputs[0], array)
+
+    def _operands(self, equations: list[Equation], i: int, env: Env) -> list[Array]:
+        """The i-th operand of each, for its first output."""
+        return [_operand(self._keys(eqn, eqn.outputs[0])[i], eqn.inputs[i], env) for eqn in equations]
 
 
-def _zeros(value: Value) -> Array:
-    return jnp.zeros(value.shape, value.aval.dtype)
-
-
-def _at_site(site: Site, z: Array, out: Value) -> Array:
-    """What a site gives of a base without mean: itself, or the mean of its square."""
-    z = z.astype(out.aval.dtype)
-    if site.form == "difference":
-        return z
-    mean = jnp.square(z).mean(tuple(sorted(site.axes)))
-    kept = [axis for axis in range(z.ndim) if axis not in site.axes]
-    places = {dim: axis for axis, dim in enumerate(site.dims) if dim is not None}
-    units = [axis for axis in kept if axis not in places]  # of one entry, and not in the output
-    mean = mean.reshape([mean.shape[i] for i, axis in enumerate(kept) if axis not in units])
-    return jax.lax.broadcast_in_dim(mean, out.shape, [places[axis] for axis in kept if axis in places])
+def _operand(key: Key, one: Value, env: Env) -> Array:
+    if key in (ZERO, ONE):
+        return jnp.full(one.shape, float(key == ONE), one.aval.dtype)
+    return env[key] if key[1] is None else env[key].astype(one.aval.dtype)

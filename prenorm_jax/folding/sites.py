@@ -6,109 +6,90 @@ Two forms are recognised, of a value b and a set S of its axes, through casts, b
     mean_S(b²) - mean_S(b)²             the variance by one pass, which is mean_S((b - mean_S(b))²)
 """
 
-import dataclasses
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from prenorm_jax.folding import internals
-from prenorm_jax.folding.program import Equation, Program, Value, back_map
-from prenorm_jax.folding.rules import value_of
+from prenorm_jax.folding.program import Equation, Program, Value, moved, value_of
+from prenorm_jax.folding.rules import Label, over_axes
+
+_UNKNOWN_COUNT = "a division by a number that is not known"
 
 
-@dataclasses.dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """factor · mean over `axes` of `base`. `dims`: for each axis of the value the axis of base that it is, or None.
 
-    `through`: a primitive on the way that makes it another function or derivative: such as `stop_gradient`."""
+    `equation`: the sum. `through`: what on the way makes it another function or derivative, such as `stop_gradient`.
+    """
 
     base: Value
     axes: frozenset[int]
     dims: tuple[int | None, ...]
     factor: float
-    through: str = ""
+    equation: Equation
+    through: str
+
+    def is_of(self, base: Value | None) -> bool:
+        """Whether it is of this value, each axis in its place (those that it is over have one entry or repeat)."""
+        pairs = enumerate(self.dims)
+        return self.base is base and all(
+            dim == axis or (dim is None and (axis in self.axes or base.shape[axis] == 1)) for axis, dim in pairs
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """An equation whose output is one of the forms. `dims` as in Mean, of a variance. `refused`: why it is no site."""
+class Site(NamedTuple):
+    """An equation whose output is one of the forms, difference or variance. `refused`: why it is no site."""
 
     equation: Equation
-    base: Value
-    axes: frozenset[int]
-    form: str  # difference | variance
-    dims: tuple[int | None, ...] = ()
+    mean: Mean
+    form: str
     refused: str = ""
+
+    @property
+    def base(self) -> Value:
+        return self.mean.base
+
+    @property
+    def label(self) -> Label:
+        return over_axes(self.base, self.mean.axes)
 
 
 def find_sites(program: Program) -> tuple[dict[Equation, Site], list[Site]]:
     """The sites by their equations; and what looks like one, with why it is not."""
-    sites, refused = {}, []
-    for eqn in program.equations():
-        if eqn.name not in ("sub", "add", "add_any") or not eqn.outputs[0].is_float:
-            continue
-        site = _difference(eqn) or _variance(eqn)
-        if site is not None and site.refused:
-            refused.append(site)
-        elif site is not None and not _is_seen(site.base, eqn, program):
-            refused.append(
-                dataclasses.replace(site, refused="its base lies within a checkpoint, and the norm around it")
-            )
-        elif site is not None:
-            sites[eqn] = site
-    return sites, refused
-
-
-def _is_seen(base: Value, reader: Equation, program: Program) -> bool:
-    """Whether the base is outside of every checkpoint that the reader is outside of, or given by it."""
-    if base.equation is None:
-        return True
-    hidden = [call for call in base.equation.calls if call.primitive.name in internals.REMAT]
-    hidden = [call for call in hidden if call not in reader.calls]
-    given = {id(region.eqn) for region in program.checkpoints() if base in region.outputs}
-    return all(id(call) in given for call in hidden)
+    eqns = [eqn for eqn in program.equations() if eqn.name in ("sub", "add", "add_any") and eqn.outputs[0].is_float]
+    sites = [site for eqn in eqns if (site := _difference(eqn) or _variance(eqn)) is not None]
+    return {site.equation: site for site in sites if not site.refused}, [site for site in sites if site.refused]
 
 
 def _difference(eqn: Equation) -> Site | None:
     """x - mean(x), or x + -mean(x)."""
-    pairs = [eqn.inputs] if eqn.name == "sub" else [eqn.inputs, eqn.inputs[::-1]]
-    for x, other in pairs:
+    for x, other in [eqn.inputs] if eqn.name == "sub" else [eqn.inputs, eqn.inputs[::-1]]:
         mean, base = mean_of(other), widened(x)
         if mean is None:
             continue
-        if not _aligned(mean, base):
-            if _aligned(dataclasses.replace(mean, base=_unmasked(mean.base)), base):
-                return Site(eqn, base, mean.axes, "difference", refused="its mean is of the entries of a mask alone")
-            continue
-        if mean.through:
-            return Site(eqn, base, mean.axes, "difference", refused=f"its mean is behind {mean.through}")
-        if _close(mean.factor, 1.0 if eqn.name == "sub" else -1.0, eqn):
-            return Site(eqn, base, mean.axes, "difference")
+        refused = mean.through and f"its mean is behind {mean.through}"
+        is_mean = mean.through != _UNKNOWN_COUNT and _close(mean.factor, 1.0 if eqn.name == "sub" else -1.0, eqn)
+        if mean.base is not base and (unmasked := _unmasked(mean.base)) is base:
+            mean, refused = mean._replace(base=unmasked), "its mean is of the entries of a mask alone"
+            count = math.prod(base.shape[axis] for axis in mean.axes)
+            is_mean = mean.through == _UNKNOWN_COUNT or 1 <= abs(mean.factor) < count
+        if is_mean and mean.is_of(base):
+            return Site(eqn, mean, "difference", refused)
     return None
-
-
-def _aligned(mean: Mean, base: Value) -> bool:
-    """Whether the mean is of this value, each axis in its place (those that it is over have one entry or repeat)."""
-    return mean.base is base and all(
-        dim == axis or (dim is None and (axis in mean.axes or base.shape[axis] == 1))
-        for axis, dim in enumerate(mean.dims)
-    )
 
 
 def _variance(eqn: Equation) -> Site | None:
     """mean(b²) - mean(b)²."""
-    if eqn.name != "sub":
+    of_squares, root = mean_of(eqn.inputs[0]), squared(eqn.inputs[1])
+    mean = root and mean_of(root)
+    base = of_squares and squared(of_squares.base)
+    if eqn.name != "sub" or mean is None or base is None or of_squares.through or mean.through:
         return None
-    of_squares, mean = mean_of(eqn.inputs[0]), squared(eqn.inputs[1])
-    mean = None if mean is None else mean_of(mean)
-    if of_squares is None or mean is None or (base := squared(of_squares.base)) is None:
-        return None
-    agree = widened(base) is mean.base and (of_squares.axes, of_squares.dims) == (mean.axes, mean.dims)
+    same = widened(base) is mean.base and (of_squares.axes, of_squares.dims) == (mean.axes, mean.dims)
     ones = _close(of_squares.factor, 1.0, eqn) and _close(abs(mean.factor), 1.0, eqn)
     placed = [dim for dim in mean.dims if dim is not None]
-    if not (agree and ones and placed == sorted(placed)) or of_squares.through or mean.through:
-        return None
-    return Site(eqn, mean.base, mean.axes, "variance", mean.dims)
+    return Site(eqn, mean, "variance") if same and ones and placed == sorted(placed) else None
 
 
 def _close(a: float, b: float, eqn: Equation) -> bool:
@@ -129,33 +110,31 @@ def widened(value: Value) -> Value:
 def squared(value: Value) -> Value | None:
     """x of a value x²."""
     eqn = value.equation
-    if eqn is None:
-        return None
-    if eqn.name == "square" or (eqn.name == "integer_pow" and eqn.params["y"] == 2):
-        return eqn.inputs[0]
-    return eqn.inputs[0] if eqn.name == "mul" and eqn.inputs[0] is eqn.inputs[1] else None
+    name = "" if eqn is None else eqn.name
+    product = name == "mul" and eqn.inputs[0] is eqn.inputs[1]
+    return eqn.inputs[0] if product or name == "square" or (name == "integer_pow" and eqn.params["y"] == 2) else None
 
 
 def mean_of(value: Value) -> Mean | None:
     """The mean that a value is a multiple of, if it is one."""
     dims: list[int | None] = list(range(len(value.shape)))
     factor, through, digits = 1.0, "", math.inf
-    while (eqn := value.equation) is not None:
-        x = eqn.inputs[0] if eqn.inputs else value
-        if eqn.name == "reduce_sum":
-            kept = [axis for axis in range(len(x.shape)) if axis not in eqn.params["axes"]]
-            factor *= math.prod(x.shape[axis] for axis in eqn.params["axes"])
-            places = tuple(None if dim is None else kept[dim] for dim in dims)
-            base = widened(x)
+    while (eqn := value.equation) is not None and eqn.inputs and value.is_float:
+        x = eqn.inputs[0]
+        digits = min(digits, jnp.finfo(value.aval.dtype).nmant)
+        if eqn.name == "reduce_sum" and eqn.params["axes"]:
+            axes = frozenset(eqn.params["axes"])
+            kept, base = [axis for axis in range(len(x.shape)) if axis not in axes], widened(x)
             if digits < jnp.finfo(base.aval.dtype).nmant:
                 through = through or "a cast to a dtype of fewer digits"
-            return Mean(base, frozenset(eqn.params["axes"]), places, factor, through)
+            places = tuple(None if dim is None else kept[dim] for dim in dims)
+            return Mean(base, axes, places, factor * math.prod(x.shape[axis] for axis in axes), eqn, through)
         if eqn.name in ("mul", "div"):
             number = value_of(eqn.inputs[1])
-            if number is None and eqn.name == "mul" and (number := value_of(x)) is not None:
-                x = eqn.inputs[1]
-            if number is None and eqn.name == "div":
-                number, through = 1.0, through or "a division by what is not known to be the count of its entries"
+            if number is None and eqn.name == "mul":
+                number, x = value_of(x), eqn.inputs[1]
+            elif number is None:
+                number, through = 1.0, through or _UNKNOWN_COUNT
             if not number:
                 return None
             factor *= number if eqn.name == "mul" else 1 / number
@@ -163,12 +142,12 @@ def mean_of(value: Value) -> Mean | None:
             factor = -factor
         elif eqn.name == "stop_gradient":
             through = "stop_gradient"
-        elif (back := back_map(eqn)) is not None:
-            dims = [None if dim is None else back[dim] for dim in dims]
-        elif not (eqn.name == "copy" or (eqn.name == "convert_element_type" and x.is_float)):
+        elif (moves := moved(eqn)) is not None:
+            if any(dim is not None and dim not in moves for dim in dims):
+                return None
+            dims = [None if dim is None else moves[dim] for dim in dims]
+        elif eqn.name not in ("copy", "convert_element_type"):
             return None
-        if value.is_float:
-            digits = min(digits, jnp.finfo(value.aval.dtype).nmant)
         value = x
     return None
 
@@ -178,9 +157,8 @@ def _unmasked(value: Value) -> Value | None:
     eqn = widened(value).equation
     if eqn is None or eqn.name not in ("select_n", "mul") or squared(widened(value)) is not None:
         return None
-    cases = [one for one in eqn.inputs if value_of(one) is None and one.is_float and one.kind == "computed"]
-    masks = [
-        one for one in cases if one.equation.name == "convert_element_type" and not one.equation.inputs[0].is_float
-    ]
-    cases = [widened(one) for one in cases if one not in masks]
+    cases = [one for one in eqn.inputs if one.is_float and one.equation is not None and value_of(one) is None]
+    casts = [case for case in cases if case.equation.name == "convert_element_type"]
+    masks = [case for case in casts if not case.equation.inputs[0].is_float]
+    cases = [widened(case) for case in cases if case not in masks]
     return cases[0] if len(cases) == 1 and (masks or eqn.name == "select_n") else None
