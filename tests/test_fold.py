@@ -587,17 +587,20 @@ def error_of(seed: int, gradients: bool = True) -> float:
     """Of the random program of this seed: the largest error of its output, and of its gradients through h."""
     function, params, inputs = program(seed)
     folded = fold(function, params, inputs)
-    ours, theirs = [folded.apply(folded.params, inputs)], [function(params, inputs)]
-    scales = [float(jnp.abs(theirs[0]).max())]
-    if gradients:
-        weights = np.random.default_rng(seed).normal(size=theirs[0].shape)
+    weights = np.random.default_rng(seed).normal(size=jax.eval_shape(function, params, inputs).shape)
 
-        def gradient(apply: Callable) -> list[jax.Array]:
-            return jax.tree.leaves(jax.grad(lambda p: (apply(p) * weights).sum())(params))
+    def gradient(apply: Callable, params: dict) -> list[jax.Array]:
+        return jax.tree.leaves(jax.grad(lambda p: (apply(p) * weights).sum())(params)) if gradients else []
 
-        ours += gradient(lambda p: folded.apply(folded.h(p), inputs))
-        theirs += gradient(lambda p: function(p, inputs))
-        scales += [max(float(jnp.abs(x).max()) for x in theirs[1:])] * (len(theirs) - 1)
+    @jax.jit  # one program: operation by operation it takes three times as long
+    def both(params: dict, folded_params: dict) -> tuple[list[jax.Array], list[jax.Array]]:
+        ours, theirs = folded.apply(folded_params, inputs), function(params, inputs)
+        through_h = gradient(lambda p: folded.apply(folded.h(p), inputs), params)
+        return [ours, *through_h], [theirs, *gradient(lambda p: function(p, inputs), params)]
+
+    ours, theirs = both(params, folded.params)
+    largest = [float(jnp.abs(x).max()) for x in theirs]
+    scales = [largest[0], *[max(largest[1:], default=0.0)] * (len(theirs) - 1)]
     errors = [float(jnp.abs(a - b).max()) / max(s, 1e-3) for a, b, s in zip(ours, theirs, scales, strict=True)]
     return max(errors) * (1e-4 if function.coarse else 1) if np.isfinite(errors).all() else np.inf
 
@@ -605,7 +608,9 @@ def error_of(seed: int, gradients: bool = True) -> float:
 EXACT = 1e-9  # some programs amplify rounding
 
 
-@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 50), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "seeds", [range(1), *(pytest.param(range(i, i + 7), marks=pytest.mark.slow) for i in range(1, 50, 7))], ids=str
+)
 def test_random_programs_stay_the_same_functions(seeds: range) -> None:
     assert not [seed for seed in seeds if not error_of(seed) < EXACT]
 
