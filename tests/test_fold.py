@@ -823,6 +823,9 @@ NOT_MOVED = {
     "a part of what repeats": lambda p, x: (lambda y: _norm(y[..., :3]) * y[..., 3:])(
         x @ p["w"] + jnp.broadcast_to(x[..., :1], x.shape)
     ),
+    "padding along the stream": lambda p, x: _norm(
+        jnp.pad(x @ p["w"], ((0, 0), (0, 0), (1, 0)), constant_values=0.7)[..., :6] + p["s"]
+    ),
     "a base within a checkpoint": lambda p, x: _norm(jax.checkpoint(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"])(p, x)),
 }
 

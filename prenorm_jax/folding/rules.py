@@ -111,7 +111,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def _same(eqn: Equation, without: Iterable[int] = ()) -> Moves:
     """All axes but these stay in place."""
-    return {axis: axis for axis in range(len(eqn.outputs[0].shape)) if axis not in without}
+    return {axis: axis for axis in sorted({*range(len(eqn.outputs[0].shape))}.difference(without))}
 
 
 def _uniform(value: Value, axes: Iterable[int]) -> bool:
@@ -208,7 +208,7 @@ def along_others(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
 @rule("pad")
 def pad(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C pad(x, u) = pad(Cx, 0) where nothing is padded along S: what is put there is uniform."""
-    padded = (axis for axis, widths in enumerate(eqn.params["padding_config"]) if any(widths))
+    padded = [axis for axis, widths in enumerate(eqn.params["padding_config"]) if any(widths)]
     return [_same(eqn, without=padded), ZERO]
 
 
