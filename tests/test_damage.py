@@ -76,6 +76,19 @@ def test_metadata_of_other_types_are_damage_whatever_their_digest_says(copy):
         checkpoints.metadata(6)
 
 
+def test_a_tree_that_is_not_the_one_that_was_saved_is_damage(copy):
+    """Which no format notices: what lies there was written whole, by another run."""
+    path = copy / "checkpoints" / "6" / "metadata" / "metadata"
+    stored = {key: value for key, value in json.loads(path.read_text()).items() if key != "digest"}
+    stored["digests"] = dict.fromkeys(stored["digests"], "0" * 32)
+    path.write_text(json.dumps(stored | {"digest": json_digest(stored)}))
+    with (
+        Checkpoints(copy, read_only=True) as checkpoints,
+        pytest.raises(PrenormError, match="damaged: params differ from what was saved"),
+    ):
+        checkpoints.params(6)
+
+
 @pytest.mark.parametrize("name", ["²", "٣", "007", "8_", "+8", "latest"])
 def test_folders_that_only_look_like_checkpoints_are_none(copy, name):
     (copy / "checkpoints" / name).mkdir()

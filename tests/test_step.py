@@ -199,6 +199,18 @@ def test_the_loss_weighs_tokens_not_sequences():
     np.testing.assert_allclose(step(state, batch)[1]["loss"], nats / tokens, rtol=1e-12)
 
 
+@pytest.mark.xdist_group("textbook")
+def test_the_pieces_of_a_batch_weigh_by_their_tokens():
+    run, state, _ = textbook()
+    batch = batch_of(0, run.config)
+    batch["weights"][3:, 2:] = 0
+    config = run.config.copy_and_resolve_references()
+    config.accumulate = 2
+    whole, pieces = (jax.jit(of.gradients())(state.params, batch, state.step) for of in (run, run_of(config)))
+    np.testing.assert_allclose(pieces[0], whole[0], rtol=1e-12)
+    np.testing.assert_allclose(flat(pieces[1]), flat(whole[1]), rtol=1e-9, atol=1e-12)
+
+
 def test_the_schedule_warms_up_and_ends_at_its_fraction_of_the_peak():
     config = run_config("layernorm", "pre_ln")
     config.optimizer.update({"learning_rate": 2.0, "warmup_steps": 10, "final_learning_rate": 0.1})
