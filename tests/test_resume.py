@@ -143,7 +143,8 @@ def test_switching_the_norm_every_25_steps_changes_nothing_but_rounding(text, tm
 @alone
 def test_a_run_that_goes_on_takes_the_batches_that_were_next(saved, text, tmp_path):
     config = small_run(text, steps=6, checkpoint_every=2, dropout=0.1)
-    for config.stop_at in (3, 6):
+    for stop in (3, 6):
+        config.stop_at = stop
         train(config, tmp_path / "run")
     assert losses_of(tmp_path / "run") == losses_of(saved)
 

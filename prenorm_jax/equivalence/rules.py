@@ -16,7 +16,8 @@ from prenorm_jax.models.parameters import NormSite
 def fold_norms(flat: Flat, roles: Roles) -> Flat:
     """Moves each norm's γ and β into the readers it feeds: W(γ ⊙ n + β) + b = (W diag(γ)) n + (b + Wβ)."""
     affines = affine_leaves(roles)
-    folded = {path: leaf for path, leaf in fold_shifts(flat, roles).items() if path not in affines.values()}
+    gone = set(affines.values())
+    folded = {path: leaf for path, leaf in fold_shifts(flat, roles).items() if path not in gone}
     for path, role in roles.items():
         scale = affines.get((role.norm, "scale"))
         if role.reads is not None and path in flat and scale is not None:

@@ -44,10 +44,9 @@ def _parts_here(array: Array) -> list[tuple[Array, list[int]]]:
     if isinstance(array, np.ndarray):
         return [(array, [0] * array.ndim)]
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    here = (
-        np.asarray if array.size <= _SMALL and all(shard.device.platform == "cpu" for shard in shards) else lambda x: x
-    )
-    return [(here(shard.data), [axis.start or 0 for axis in shard.index]) for shard in shards]
+    on_host = array.size <= _SMALL and all(shard.device.platform == "cpu" for shard in shards)
+    parts = [np.asarray(shard.data) if on_host else shard.data for shard in shards]
+    return [(x, [axis.start or 0 for axis in shard.index]) for x, shard in zip(parts, shards, strict=True)]
 
 
 def combined(leaves: Mapping[str, tuple[Any, tuple[int, ...], np.ndarray]]) -> str:
