@@ -856,9 +856,12 @@ rules_need, rules_passed_on = rules._need, rules._passed_on
 MECHANISMS = {
     "_uniform": (lambda value, axes: True, "a constant scale"),
     "_need": (_with_uniform_parts, "what is uniform, beside a product"),
-    "_passed_on": (lambda *args: rules_passed_on(*args[:-1], True), "a part of what repeats"),
+    "_passed_on": (
+        lambda label, *rest: rules_passed_on(label._replace(pieces=()), *rest),
+        "a part of what repeats",
+    ),
     "_regrouped": (
-        lambda over, old, new: frozenset([rules.Part(len(old) - 1, 0, old[-1], 1, 3)]),
+        lambda axes, old, new: rules.Label(frozenset([len(old) - 1]), ((0, old[-1], 3),)),
         "a norm across heads",
     ),
     "joined": (lambda one, other: one, "norms of two parts"),
@@ -881,5 +884,5 @@ def test_a_function_with_an_effect_is_refused_for_it_would_be_lost():
         jax.debug.print("{}", x)
         return _norm(x @ p["w"])
 
-    with pytest.raises(PrenormError, match=r"has an effect, debug.* fold it without"):
+    with pytest.raises(PrenormError, match=r"has an effect, Debug, .* fold it without"):
         fold(printing, W_AND_SCALE, STREAM)

@@ -138,7 +138,7 @@ def _centre(x: Array, label: Label, scale: Array | None) -> Array:
         order = sorted(range(scale.ndim), key=lambda axis: -1 if label.dims[axis] is None else label.dims[axis])
         sizes = [size if axis in label.dims else 1 for axis, size in enumerate(x.shape)]
         wide = wide * scale.transpose(order).reshape(sizes)
-    return centre(wide, label.over).astype(x.dtype)
+    return centre(wide, label).astype(x.dtype)
 
 
 def _centre_once(x: Array, label: Label, scale: Array | None) -> Array:
@@ -148,6 +148,6 @@ def _centre_once(x: Array, label: Label, scale: Array | None) -> Array:
     if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
         return jax.jit(_centre, static_argnums=1, out_shardings=x.sharding)(x, label, scale)
     wide = _centre(np.asarray(x, np.float64), label, None if scale is None else np.asarray(scale, np.float64))
-    stored = centre(wide, label.over).astype(x.dtype)  # twice: what rounding has left of the mean goes too
+    stored = centre(wide, label).astype(x.dtype)  # twice: what rounding has left of the mean goes too
     # As bound to its device as x is: an array that is bound to one cannot be used beside others on several.
     return jax.device_put(stored, x.sharding if x.committed else None) if isinstance(x, jax.Array) else stored

@@ -4,9 +4,10 @@ Public and used elsewhere in the room: `jax.make_jaxpr`, `jax.extend.core` (`Clo
 `primitive`, `params`, `invars`, `outvars` and `effects`, `jax.lax.scan`, `jax.checkpoint`.
 """
 
+import functools
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +57,14 @@ def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
         consts, carries, _ = map(len, eqn.params["ft_in"].unpack())
         return consts, carries
     return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def region(eqn: core.JaxprEqn, body: Callable[..., Any]) -> Callable[..., Any]:
+    """The scan or the checkpoint, with another body in its place: of the carry and the slices, none for a checkpoint."""
+    if eqn.primitive.name == "scan":
+        options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+        return functools.partial(jax.lax.scan, body, **options)
+    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
 
 
 def where(eqn: core.JaxprEqn) -> str:

@@ -23,7 +23,7 @@ import scipy.sparse.csgraph
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.folding import rules
 from prenorm_jax.folding.program import Equation, Program, Value, value_of
-from prenorm_jax.folding.rules import RAW, ZERO, Label
+from prenorm_jax.folding.rules import RAW, Label
 from prenorm_jax.folding.sites import Site, find_sites
 
 
@@ -54,6 +54,7 @@ class Plan:
         Raises PrenormError where a pinned parameter cannot be so in this program.
         """
         self.program = program
+        given = {program.inputs[index]: pin for index, pin in (pins or {}).items()}
         self.sites, self.refused = find_sites(program)
         self.wanted: dict[Value, list[Label]] = {}
         self.forced: dict[Value, Why] = {}
@@ -65,7 +66,11 @@ class Plan:
             if not self.known(site.base, site.label):
                 self._want(site.base, site.label)
         self._connect()
-        self._apply(pins or {})
+        for value, pin in given.items():
+            if pin is None:
+                self._force(value, "pinned")
+            elif value in self.wanted:
+                self._edge(value, "sink")
         sink_side = _cut(self._edges)
         self.centred = {value: labels[0] for value, labels in self.wanted.items() if value in sink_side}
         self.made = {
@@ -74,8 +79,12 @@ class Plan:
             if value not in sink_side
         }
         moved = {tail for tail, head in self._edges if isinstance(tail, tuple) and head in self.centred}
-        self.moved = {(value, label) for value, label in moved if value in self.made}
-        self._check(pins or {})
+        self.moved = {tail for tail in moved if tail[0] in self.made}
+        # Where a pin and what forces disagree, no edge could be cut.
+        if self.centred.keys() & self.forced or any(
+            self.pin(value.index) != pin for value, pin in given.items() if value in self.read
+        ):
+            raise PrenormError("the folded parameters do not serve inputs of these shapes: fold with examples of them")
 
     def folded(self, site: Site) -> bool:
         """Whether a site is given its base without mean: so stored, or so made for another reader, or so by itself."""
@@ -85,7 +94,7 @@ class Plan:
     def pin(self, index: int) -> Any:
         """A parameter's label in the words of any program of the same parameters; None: it is raw."""
         label = self.centred.get(self.program.inputs[index])
-        return label and (label.over, label.scale and label.scale.index, label.dims)
+        return label and label._replace(scale=label.scale and label.scale.index)
 
     # What reads what.
 
@@ -132,9 +141,7 @@ class Plan:
                 self._known[key] = site.form == "difference" and site.label == label
             elif (found := self._rule(value, label)) and any(isinstance(need, Label) for need in found):
                 self._known[key] = all(
-                    value_of(one) == 0
-                    if need == ZERO
-                    else need == RAW or (isinstance(need, Label) and self.known(one, need, depth + 1))
+                    self.known(one, need, depth + 1) if isinstance(need, Label) else need == RAW or value_of(one) == 0
                     for one, need in zip(value.equation.inputs, found, strict=True)
                 )
         return self._known.get(key, False)
@@ -149,8 +156,8 @@ class Plan:
             return rules.spared(eqn, eqn.outputs.index(out), label)
         contracted = eqn.params["dimension_numbers"][0]
         theirs = dict(zip(contracted[i], contracted[1 - i], strict=True))
-        parts = [part._replace(axis=theirs[part.axis]) for part in label.over if part.axis in theirs]
-        return len(parts) == len(label.over) and self.known(eqn.inputs[1 - i], Label(frozenset(parts)))
+        axes = frozenset(theirs.get(axis, -1) for axis in label.axes)
+        return -1 not in axes and self.known(eqn.inputs[1 - i], Label(axes, label.pieces))
 
     # Who wants what.
 
@@ -178,15 +185,15 @@ class Plan:
     def _force(self, value: Value, kind: str, eqn: Equation | None = None) -> None:
         if value in self.wanted:
             self.forced.setdefault(value, Why(kind, eqn))
+            self._edge("source", value)
 
     # The graph of the cut.
 
     def _connect(self) -> None:
         for value in self.program.outputs:
             self._force(value, "returned")
-        for eqn in self.program.equations():
-            if eqn in self.live:
-                self._connect_equation(eqn)
+        for eqn in filter(self.live.__contains__, self.program.equations()):
+            self._connect_equation(eqn)
         bases = {site.base for site in self.sites.values()}
         for value, labels in self.wanted.items():
             if value.equation is None and value.kind != "parameter":
@@ -228,22 +235,6 @@ class Plan:
     def _edge(self, tail: Any, head: Any, cost: float = math.inf) -> None:
         if tail is not head:
             self._edges[tail, head] = max(cost, self._edges.get((tail, head), 0.0))
-
-    def _apply(self, pins: Mapping[int, Any]) -> None:
-        for index, pin in pins.items():
-            value = self.program.inputs[index]
-            if pin is None:
-                self._force(value, "pinned")
-            elif value in self.wanted:
-                self._edge(value, "sink")
-        for value in self.forced:
-            self._edge("source", value)
-
-    def _check(self, pins: Mapping[int, Any]) -> None:
-        broken = [value for value in self.centred if value in self.forced]  # no cut: a pin and what forces disagree
-        changed = [i for i, pin in pins.items() if self.program.inputs[i] in self.read and self.pin(i) != pin]
-        if broken or changed:
-            raise PrenormError("the folded parameters do not serve inputs of these shapes: fold with examples of them")
 
 
 def _cut(edges: Mapping[tuple[Any, Any], float]) -> set[Any]:

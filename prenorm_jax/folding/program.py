@@ -11,7 +11,7 @@ What crosses a region's border is an equation like others, so that values of a b
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as core
@@ -27,7 +27,7 @@ class Value:
     """One array of the program.
 
     Attributes:
-      loops: the lengths of the scans around it, the outermost first; each an object of its own.
+      loops: the scans around it, the outermost first.
       kind: parameter, input, constant or computed.
       data: a constant's array.
       index: a parameter's or input's place among the function's flat arguments.
@@ -36,7 +36,7 @@ class Value:
     """
 
     aval: Any
-    loops: tuple["Loop", ...] = ()
+    loops: tuple["Region", ...] = ()
     kind: str = "computed"
     data: Any = None
     index: int = -1
@@ -44,25 +44,15 @@ class Value:
     fixed: bool = False
     uniform: frozenset[int] = frozenset()
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.aval.shape
+    def __post_init__(self) -> None:
+        self.shape: tuple[int, ...] = getattr(self.aval, "shape", ())  # tokens have none
+        self.is_float = jnp.issubdtype(getattr(self.aval, "dtype", int), jnp.floating)
+        self.uniform |= {axis for axis, size in enumerate(self.shape) if size == 1}
 
     @property
     def times(self) -> int:
         """How often it is computed in one call."""
-        return math.prod(loop.length for loop in self.loops)
-
-    @property
-    def is_float(self) -> bool:
-        return jnp.issubdtype(self.aval.dtype, jnp.floating)
-
-
-@dataclasses.dataclass(eq=False)
-class Loop:
-    """One scan of the program."""
-
-    length: int
+        return math.prod(loop.eqn.params["length"] for loop in self.loops)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -94,10 +84,10 @@ class Region:
     """A scan or a checkpoint: what enters its body, the body, and what leaves it."""
 
     eqn: core.JaxprEqn
-    carries: list[Equation]
-    xs: list[Equation]
-    body: list["Equation | Region"]
-    ys: list[Equation]
+    carries: list[Equation] = dataclasses.field(default_factory=list)
+    xs: list[Equation] = dataclasses.field(default_factory=list)
+    body: list["Equation | Region"] = dataclasses.field(default_factory=list)
+    ys: list[Equation] = dataclasses.field(default_factory=list)
 
 
 Block = list[Equation | Region]
@@ -130,94 +120,83 @@ def trace(function: Callable[..., Any], args: Any, parameters: int) -> tuple[Pro
     Raises PrenormError for a function with effects.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    _check_effects(internals.body_of(closed).jaxpr)
+    # Of psum and its like an effect is no more than a name.
+    if effects := [str(one) for one in closed.effects if type(one).__name__ != "NamedAxisEffect"]:
+        raise PrenormError(
+            f"the function has an effect, {effects[0]}, that the folded one would not have: fold it without (debug "
+            "prints, callbacks, checks, references)"
+        )
     return read(internals.without_dead_code(internals.body_of(closed)), parameters), jax.tree.structure(shape)
 
 
 def read(body: internals.Body, parameters: int = 0) -> Program:
     """A jaxpr as a program."""
-    inputs = [
-        Value(var.aval, kind="parameter" if i < parameters else "input", index=i, uniform=_units(var.aval))
-        for i, var in enumerate(body.jaxpr.invars)
-    ]
-    block, outputs = _read(body, inputs, _Place())
+    variables = enumerate(body.jaxpr.invars)
+    inputs = [Value(var.aval, kind="parameter" if i < parameters else "input", index=i) for i, var in variables]
+    block, outputs = _read(body, inputs, (), ())
     return Program(block, inputs, outputs)
 
 
-class _Place(NamedTuple):
-    """Where an equation stands: in which scans, and in which calls."""
-
-    loops: tuple[Loop, ...] = ()
-    calls: tuple[core.JaxprEqn, ...] = ()
-
-
-def _read(body: internals.Body, args: list[Value], place: _Place) -> tuple[Block, list[Value]]:
-    jaxpr, block = body.jaxpr, []
-    env = dict(zip(jaxpr.invars, args, strict=True))
-    env |= {var: _constant(var.aval, data) for var, data in zip(jaxpr.constvars, body.consts, strict=True)}
+def _read(
+    body: internals.Body, args: list[Value], loops: tuple[Region, ...], calls: tuple[core.JaxprEqn, ...]
+) -> tuple[Block, list[Value]]:
+    """`loops`, `calls`: those that the body stands in."""
+    env, block = dict(zip(body.jaxpr.invars, args, strict=True)), []
+    env |= {var: _constant(var.aval, data) for var, data in zip(body.jaxpr.constvars, body.consts, strict=True)}
 
     def value(atom: Any) -> Value:
         return _constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else env[atom]
 
-    for eqn in jaxpr.eqns:
-        name, inputs = eqn.primitive.name, [value(atom) for atom in eqn.invars]
-        inner = place._replace(calls=(*place.calls, eqn))
+    for eqn in body.jaxpr.eqns:
+        name, inputs, within = eqn.primitive.name, [value(atom) for atom in eqn.invars], (*calls, eqn)
         if name in internals.INLINED:
-            items, outputs = _read(internals.bodies(eqn)[0], inputs, inner)
+            items, outputs = _read(internals.bodies(eqn)[0], inputs, loops, within)
         elif name in internals.REMAT:
-            inside, ends = _read(internals.bodies(eqn)[0], inputs, inner)
-            exits = [_equation(eqn, "exit", [end], [end.aval], inner) for end in ends]
-            items, outputs = [Region(eqn, [], [], inside, exits)], [made.outputs[0] for made in exits]
+            inside, ends = _read(internals.bodies(eqn)[0], inputs, loops, within)
+            exits = [_equation(eqn, "exit", [end], [end.aval], loops, within) for end in ends]
+            items, outputs = [Region(eqn, body=inside, ys=exits)], [made.outputs[0] for made in exits]
         elif name == "scan":
-            region = _read_scan(eqn, inputs, inner)
-            items, outputs = [region], [made.outputs[-1] for made in region.carries + region.ys]
+            items = [_read_scan(eqn, inputs, loops, within)]
+            outputs = [made.outputs[-1] for made in items[0].carries + items[0].ys]
         else:
-            items = [_equation(eqn, name, inputs, [var.aval for var in eqn.outvars], place)]
+            items = [_equation(eqn, name, inputs, [var.aval for var in eqn.outvars], loops, calls)]
             outputs = items[0].outputs
         block += items
         env.update(zip(eqn.outvars, outputs, strict=True))
-    return block, [value(atom) for atom in jaxpr.outvars]
+    return block, [value(atom) for atom in body.jaxpr.outvars]
 
 
-def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], place: _Place) -> Region:
-    body = internals.bodies(eqn)[0]
+def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], loops: tuple[Region, ...], calls: Any) -> Region:
+    body, region = internals.bodies(eqn)[0], Region(eqn)
     consts, carries = internals.scan_counts(eqn)
-    inside = place._replace(loops=(*place.loops, Loop(eqn.params["length"])))
+    inside = (*loops, region)
     given = [(one, var.aval) for one, var in zip(inputs, body.jaxpr.invars, strict=True)][consts:]
     # The value at the body's end is not known yet: it is put in below.
-    enter = [_equation(eqn, "scan_carry", [one], [aval, aval], inside) for one, aval in given[:carries]]
-    xs = [_equation(eqn, "scan_xs", [one], [aval], inside) for one, aval in given[carries:]]
-    block, ends = _read(body, inputs[:consts] + [one.outputs[0] for one in enter + xs], inside)
-    for one, end in zip(enter, ends, strict=False):
-        one.inputs.append(end)
-        one.outputs[1].loops = place.loops
+    for one, aval in given[:carries]:
+        region.carries.append(_equation(eqn, "scan_carry", [one], [aval, aval], inside, calls))
+    region.xs = [_equation(eqn, "scan_xs", [one], [aval], inside, calls) for one, aval in given[carries:]]
+    entering = [made.outputs[0] for made in region.carries + region.xs]
+    region.body, ends = _read(body, inputs[:consts] + entering, inside, calls)
+    for made, end in zip(region.carries, ends, strict=False):
+        made.inputs.append(end)
+        made.outputs[1].loops = loops
     stacked = zip(ends[carries:], eqn.outvars[carries:], strict=True)
-    ys = [_equation(eqn, "scan_ys", [end], [var.aval], place) for end, var in stacked]
-    return Region(eqn, enter, xs, block, ys)
-
-
-def _check_effects(jaxpr: core.Jaxpr) -> None:
-    for eqn in jaxpr.eqns:
-        # Of psum and its like it is no more than a name.
-        if any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects):
-            for body in internals.bodies(eqn):
-                _check_effects(body.jaxpr)
-            raise PrenormError(
-                f"the function has an effect, {eqn.primitive.name} at {internals.where(eqn) or 'an unknown line'}, "
-                "that the folded one would not have: fold it without (debug prints, callbacks, checks, references)"
-            )
+    region.ys = [_equation(eqn, "scan_ys", [end], [var.aval], loops, calls) for end, var in stacked]
+    return region
 
 
 def _constant(aval: Any, data: Any) -> Value:
-    return Value(aval, kind="constant", data=data, fixed=not internals.is_tracer(data), uniform=_units(aval))
+    return Value(aval, kind="constant", data=data, fixed=not internals.is_tracer(data))
 
 
-def _equation(eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], place: _Place) -> Equation:
-    made = Equation(name, eqn, inputs, [], place.calls)
+def _equation(
+    eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], loops: tuple[Region, ...], calls: Any
+) -> Equation:
+    made = Equation(name, eqn, inputs, [], calls)
     fixed = all(one.fixed for one in inputs) and not name.startswith("scan_")
-    made.outputs = [Value(aval, place.loops, equation=made, fixed=fixed) for aval in avals]
+    made.outputs = [Value(aval, loops, equation=made, fixed=fixed) for aval in avals]
     for out in made.outputs:
-        out.uniform = _units(out.aval) | _uniform(made, out)
+        out.uniform |= _uniform(made, out)
     return made
 
 
@@ -232,19 +211,16 @@ def value_of(value: Value) -> float | None:
 
 # What is known of axes.
 
-_ENTRYWISE = "add sub mul div max min neg sqrt rsqrt exp log square integer_pow select_n convert_element_type copy"
-_ENTRYWISE = frozenset((_ENTRYWISE + " and or not lt le gt ge eq ne stop_gradient sharding_constraint exit").split())
-
-
-def _units(aval: Any) -> frozenset[int]:
-    return frozenset(i for i, size in enumerate(getattr(aval, "shape", ())) if size == 1)  # tokens have none
+_ENTRYWISE = frozenset(
+    "add sub mul div max min neg sqrt rsqrt exp log square integer_pow select_n convert_element_type copy and or not lt "
+    "le gt ge eq ne stop_gradient sharding_constraint exit".split()
+)
 
 
 def _uniform(made: Equation, out: Value) -> frozenset[int]:
     """The axes of `out` along which its entries are equal because those of the inputs are."""
     if made.name in _ENTRYWISE:
-        wide = [one.uniform for one in made.inputs if one.shape]
-        return frozenset(range(len(out.shape))).intersection(*wide)
+        return frozenset(range(len(out.shape))).intersection(*(one.uniform for one in made.inputs if one.shape))
     axes = (moved(made) or {}).items()
     return frozenset(i for i, axis in axes if axis is None or axis in made.inputs[0].uniform)
 
@@ -256,19 +232,20 @@ def moved(made: Equation) -> dict[int, int | None] | None:
     more than to move axes.
     """
     old, new, params = made.inputs[0].shape if made.inputs else (), made.outputs[0].shape, made.params
-    ones = {i: None for i, size in enumerate(new) if size == 1}
     match made.name:
         case "broadcast_in_dim":
             kept = {i: axis for axis, i in enumerate(params["broadcast_dimensions"]) if old[axis] == new[i]}
-            return dict.fromkeys(range(len(new))) | kept | ones
+            axes = dict.fromkeys(range(len(new))) | kept
         case "transpose":
-            return dict(enumerate(params["permutation"])) | ones
+            axes = dict(enumerate(params["permutation"]))
         case "squeeze":
-            return dict(enumerate(axis for axis in range(len(old)) if axis not in params["dimensions"])) | ones
+            axes = dict(enumerate(axis for axis in range(len(old)) if axis not in params["dimensions"]))
         case "reshape":
-            axes = {key: axis for axis, key in enumerate(zip(old, strides(old), strict=True))}
-            return {i: axes[key] for i, key in enumerate(zip(new, strides(new), strict=True)) if key in axes} | ones
-    return None
+            places = {key: axis for axis, key in enumerate(zip(old, strides(old), strict=True))}
+            axes = {i: places[key] for i, key in enumerate(zip(new, strides(new), strict=True)) if key in places}
+        case _:
+            return None
+    return axes | {i: None for i, size in enumerate(new) if size == 1}
 
 
 def strides(shape: tuple[int, ...]) -> list[int]:

@@ -132,11 +132,11 @@ def _norms(plan: Plan) -> list[Norm]:
     """Those of the program itself: of the sites of one value those whose difference is used, else one."""
     read_by = [(one, eqn) for eqn in plan.live for one in eqn.inputs]
     used = {one for one, eqn in read_by if squared(eqn.outputs[0]) is not one}  # but for a variance
+    refused = {(site.base, site.label): site for site in plan.refused[::-1] if site.equation in plan.live}
+    chosen = {site.equation: site for site in refused.values()}
     of_base: dict[Any, list[Site]] = {}
     for site in plan.sites.values():
         of_base.setdefault((site.base, site.label), []).append(site)
-    chosen = {(site.base, site.label): site for site in plan.refused[::-1] if site.equation in plan.live}
-    chosen = {site.equation: site for site in chosen.values()}
     for sites in of_base.values():
         shown = [site for site in sites if site.form == "difference" and site.equation.outputs[0] in used]
         chosen |= {site.equation: site for site in shown or sites[:1]}

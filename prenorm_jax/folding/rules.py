@@ -22,48 +22,30 @@ import numpy as np
 from prenorm_jax.folding.program import Equation, Value, moved, strides
 
 
-class Part(NamedTuple):
-    """Of an axis, what a mean is over: the entries from `start` to `stop`, and of their index the digits from `low` up
-    to `high`, written as strides. Other entries stay as they are.
-
-    (0, 0, 8, 1, 8) is a whole axis 0 of 8 entries; of 8 entries as 2 heads, (0, 0, 8, 1, 4) are those of each head.
-    """
-
-    axis: int
-    start: int
-    stop: int
-    low: int
-    high: int
+Piece = tuple[int, int, int]  # (start, stop, group): of these entries of an axis each group that follow one another
 
 
 class Label(NamedTuple):
     """x without the mean over some of its axes; given a parameter λ in `scale`, of λ ⊙ x without it.
 
+    `pieces`: the mean is over each group of entries of one axis, such as over each head; (): over whole axes.
     `dims`: the axes of x that λ's are; None for those of one entry.
     """
 
-    over: frozenset[Part]
+    axes: frozenset[int]
+    pieces: tuple[Piece, ...] = ()
     scale: Value | None = None
     dims: tuple[int | None, ...] = ()
-
-    @property
-    def axes(self) -> frozenset[int]:
-        return frozenset(part.axis for part in self.over)
-
-
-def over_axes(value: Value, axes: Iterable[int]) -> Label:
-    """The mean over whole axes."""
-    return Label(frozenset(Part(axis, 0, value.shape[axis], 1, value.shape[axis]) for axis in axes))
 
 
 def joined(label: Label, other: Label) -> Label | None:
     """One label for what is wanted by both, where they are over different entries of one axis, or one is in the other.
 
     (Queries and keys, made by one product with values, each lose the means of their heads.)"""
-    over = sorted(label.over | other.over)
-    one_axis = len({part.axis for part in over}) == 1 and label.scale is other.scale is None
-    apart = all(left.stop <= right.start for left, right in itertools.pairwise(over))
-    return Label(frozenset(over)) if one_axis and apart else None
+    pieces = tuple(sorted({*label.pieces, *other.pieces}))
+    in_pieces = label.pieces and other.pieces and label.axes == other.axes and label.scale is other.scale is None
+    apart = all(left[1] <= right[0] for left, right in itertools.pairwise(pieces))
+    return Label(label.axes, pieces) if in_pieces and apart else None
 
 
 WINDOWED = ("slice", "split")  # they take some entries of an axis, and do not see the others
@@ -71,12 +53,12 @@ WINDOWED = ("slice", "split")  # they take some entries of an axis, and do not s
 
 def spared(eqn: Equation, out: int, label: Label) -> bool:
     """Whether an output has none of the entries of the operand by this label that lose their mean."""
-    (axis, *others) = label.axes
-    window = RULES[eqn.name](eqn, label.axes, out)[0].get(axis) if eqn.name in WINDOWED else None
-    if others or not isinstance(window, Window):
+    if eqn.name not in WINDOWED or not label.pieces:
         return False
-    end = window.offset + eqn.outputs[out].shape[axis]
-    return all(part.stop <= window.offset or end <= part.start for part in label.over)
+    (axis,) = label.axes
+    window = RULES[eqn.name](eqn, label.axes, out)[0].get(axis)
+    size = eqn.outputs[out].shape[axis]
+    return isinstance(window, Window) and not _seen(label.pieces, -window.offset, size)
 
 
 RAW = "raw"  # the operand as it is
@@ -266,64 +248,69 @@ def needs(eqn: Equation, label: Label, out: int) -> list[Any] | None:
 
 def _need(eqn: Equation, label: Label, out: int, one: Value, moves: Moves) -> Any:
     """The operand's label, RAW, ZERO, or None."""
-    shape, scale = eqn.outputs[out].shape, label.scale
-    whole = all((part.start, part.stop) == (0, shape[part.axis]) for part in label.over)
+    scale, shape = label.scale, eqn.outputs[out].shape
     if not one.shape:
-        return ZERO if whole and scale is None else None
-    regroups = whole and eqn.name == "reshape"
-    parts = _regrouped(label.over, one.shape, shape) if regroups else _passed_on(label, one, moves, whole)
-    if parts is None or not one.is_float:
+        return ZERO if not label.pieces and scale is None else None
+    if eqn.name == "reshape" and not label.pieces:
+        need = _regrouped(label.axes, one.shape, shape)
+    else:
+        need = _passed_on(label, moves, one.shape, shape)
+    if need is None or not one.is_float:
         return None
-    if scale is None and not whole:
-        return Label(parts) if parts else RAW
+    if need == RAW:
+        return RAW if scale is None else None
     if scale is None:
-        return ZERO if _uniform(one, [part.axis for part in parts]) else Label(parts)
+        return ZERO if not label.pieces and _uniform(one, need.axes) else need
     dims = tuple(dim if dim is None else moves.get(dim) for dim in label.dims)
     kept = all(new is None if old is None else isinstance(new, int) for old, new in zip(label.dims, dims, strict=True))
     if eqn.name == "scan_xs" and scale.loops == eqn.outputs[0].loops:  # each turn has its λ: they are one array outside
         scale, dims = scale.equation.inputs[0], (0, *dims)
     seen = scale.loops == one.loops[: len(scale.loops)]  # that of a loop's turn is not there outside of the loop
-    return Label(parts, scale, dims) if kept and seen and parts and not _is_narrow(one) else None
+    return Label(need.axes, need.pieces, scale, dims) if kept and seen and need.axes and not _is_narrow(one) else None
 
 
-def _passed_on(label: Label, one: Value, moves: Moves, whole: bool) -> frozenset[Part] | None:
-    parts = set()
-    for axis, start, stop, low, high in label.over:
-        if axis not in moves or (moves[axis] is None and not whole):
-            return None
-        if (to := moves[axis]) is None:
-            continue
-        theirs, offset = to if isinstance(to, Window) else (to, 0)
-        start, stop = start + offset, stop + offset
-        if stop <= 0 or start >= one.shape[theirs]:
-            continue
-        if start < 0 or stop > one.shape[theirs]:
-            return None
-        parts.add(Part(theirs, start, stop, low, high))
-    some = any((part.start, part.stop) != (0, one.shape[part.axis]) for part in parts)
-    return None if some and len(parts) > 1 and len(label.axes) > 1 else frozenset(parts)  # some entries of one axis
+def _passed_on(label: Label, moves: Moves, old: tuple[int, ...], new: tuple[int, ...]) -> Any:
+    """Of an operand of shape `old` the label, without λ, for an output of shape `new`; or RAW, or None."""
+    if not label.axes <= moves.keys():
+        return None
+    ends = [moves[axis] for axis in sorted(label.axes)]
+    if not label.pieces and not any(isinstance(end, Window) for end in ends):
+        return Label(frozenset(ends) - {None})  # what repeats along an axis has the same mean without it
+    if len(ends) > 1 or ends[0] is None:
+        return None
+    (axis,), (end,) = label.axes, ends
+    to, offset = end if isinstance(end, Window) else (end, 0)
+    pieces = _seen(label.pieces or ((0, new[axis], new[axis]),), offset, old[to])
+    if any(start < 0 or stop > old[to] for start, stop, _ in pieces):
+        return None
+    return Label(frozenset([to]), () if pieces == ((0, old[to], old[to]),) else pieces) if pieces else RAW
 
 
-def _regrouped(over: frozenset[Part], old: tuple[int, ...], new: tuple[int, ...]) -> frozenset[Part] | None:
-    """Of an array of shape `old` the parts that become these of shape `new`; None where no axes are cut that way.
+def _seen(pieces: tuple[Piece, ...], offset: int, size: int) -> tuple[Piece, ...]:
+    """The pieces, moved by the offset, that have any of the entries from 0 to size."""
+    moved = ((start + offset, stop + offset, group) for start, stop, group in pieces)
+    return tuple(piece for piece in moved if piece[1] > 0 and piece[0] < size)
 
-    Both shapes number the same entries, row by row. Each part is a range of the number's digits, which is cut anew.
+
+def _regrouped(axes: Set[int], old: tuple[int, ...], new: tuple[int, ...]) -> Label | None:
+    """Of an array of shape `old` the label that becomes the mean over these axes of shape `new`; or None.
+
+    Both shapes number the same entries, row by row. Each axis is a range of the number's digits, which is cut anew:
+    along `old` they must be whole axes, or all that is lost be of one, and at its end.
     """
     ranges: list[tuple[int, int]] = []
-    for low, high in sorted((strides(new)[axis] * low, strides(new)[axis] * high) for axis, _, _, low, high in over):
-        if ranges and ranges[-1][1] == low:
-            low = ranges.pop()[0]
-        ranges.append((low, high))
-    parts: dict[int, Part] = {}
+    for low, high in sorted((strides(new)[axis], strides(new)[axis] * new[axis]) for axis in axes):
+        ranges.append((ranges.pop()[0] if ranges and ranges[-1][1] == low else low, high))
+    groups: dict[int, int] = {}
     for low, high in ranges:
         for axis, (size, stride) in enumerate(zip(old, strides(old), strict=True)):
             bottom, top = max(low, stride), min(high, stride * size)
-            if bottom >= top:
-                continue
-            if bottom % stride or top % bottom or stride * size % top or axis in parts:
-                return None
-            parts[axis] = Part(axis, 0, size, bottom // stride, top // stride)
-    return frozenset(parts.values())
+            if bottom < top:
+                if bottom > stride or top % stride or stride * size % top:
+                    return None
+                groups[axis] = top // stride
+    pieces = [(0, old[axis], group) for axis, group in groups.items() if group < old[axis]]
+    return None if pieces and len(groups) > 1 else Label(frozenset(groups), tuple(pieces))
 
 
 def _is_narrow(value: Value) -> bool:
@@ -345,11 +332,10 @@ def _taken_up(eqn: Equation, label: Label) -> list[Any] | None:
             scale = made.inputs[0]
         dims = tuple(places.get(axis) if size > 1 else None for axis, size in enumerate(scale.shape))
         lost = any(dim is None and size > 1 for dim, size in zip(dims, scale.shape, strict=True))
-        if lost or not _is_parameter(scale) or not x.shape or _is_narrow(x):
-            continue
-        found: list[Any] = [ONE, ONE]
-        found[1 - i] = Label(label.over, scale, dims)
-        return found
+        if not lost and _is_parameter(scale) and x.shape and not _is_narrow(x):
+            found: list[Any] = [ONE, ONE]
+            found[1 - i] = label._replace(scale=scale, dims=dims)
+            return found
     return None
 
 

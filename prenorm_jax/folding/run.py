@@ -1,7 +1,5 @@
 """The planned program, computed: equations whose output is raw, or without its mean, on operands that are."""
 
-from collections.abc import Iterable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,31 +8,25 @@ from prenorm_jax.base.trees import Array, at_least_float32
 from prenorm_jax.folding import internals
 from prenorm_jax.folding.plan import Plan
 from prenorm_jax.folding.program import Block, Equation, Region, Value
-from prenorm_jax.folding.rules import ONE, RAW, ZERO, Label, Part
+from prenorm_jax.folding.rules import ONE, RAW, ZERO, Label
 from prenorm_jax.folding.sites import Site
 
 Key = tuple[Value, Label | None] | str  # a value as it is (None), or by a label; or ZERO, ONE
 Env = dict[Key, Array]
 
 
-def centre(x: Array, over: Iterable[Part]) -> Array:
-    """x without its mean over these parts of its axes, in float32 at least."""
-    x, parts = at_least_float32(x), sorted(over)
-    if any((part.start, part.stop) != (0, x.shape[part.axis]) for part in parts):  # all are of one axis then
-        axis, xp = parts[0].axis, np if isinstance(x, np.ndarray) else jnp
-        pieces = xp.split(x, [bound for part in parts for bound in (part.start, part.stop)], axis)
-        for i, part in enumerate(parts):
-            pieces[2 * i + 1] = centre(pieces[2 * i + 1], [part._replace(start=0, stop=part.stop - part.start)])
-        return xp.concatenate(pieces, axis)
-    digits, sizes, places = {part.axis: part[3:] for part in parts}, [], []
-    for axis, size in enumerate(x.shape):
-        low, high = digits.get(axis, (1, size))
-        whole = (low, high) == (1, size)
-        if axis in digits:
-            places.append(len(sizes) if whole else len(sizes) + 1)
-        sizes += [size] if whole else [size // high, high // low, low]
-    split = x.reshape(sizes)
-    return (split - split.mean(tuple(places), keepdims=True)).reshape(x.shape)
+def centre(x: Array, label: Label) -> Array:
+    """x without its mean, in float32 at least; λ is not looked at."""
+    x = at_least_float32(x)
+    if not label.pieces:
+        return x - x.mean(tuple(label.axes), keepdims=True)
+    (axis,), xp = label.axes, np if isinstance(x, np.ndarray) else jnp
+    parts = xp.split(x, [bound for start, stop, _ in label.pieces for bound in (start, stop)], axis)
+    for i, (_, _, group) in enumerate(label.pieces):
+        part = parts[2 * i + 1]
+        groups = part.reshape(*part.shape[:axis], part.shape[axis] // group, group, *part.shape[axis + 1 :])
+        parts[2 * i + 1] = (groups - groups.mean(axis + 1, keepdims=True)).reshape(part.shape)
+    return xp.concatenate(parts, axis)
 
 
 class Run:
@@ -56,12 +48,12 @@ class Run:
         """What was computed, in the form it is stored in; if raw, for those who want it without its mean too."""
         env[value, self.plan.centred.get(value)] = array
         for label in self.plan.made.get(value, ()):
-            env[value, label] = centre(jnp.asarray(array), label.over)
+            env[value, label] = centre(jnp.asarray(array), label)
 
     def _run(self, block: Block, env: Env) -> None:
         for item in block:
             if isinstance(item, Region):
-                (self._scan if item.eqn.primitive.name == "scan" else self._checkpoint)(item, env)
+                self._region(item, env)
             elif item in self.plan.sites:
                 self._put(env, item.outputs[0], self._at_site(self.plan.sites[item], env))
             elif item in self.plan.live:
@@ -97,13 +89,12 @@ class Run:
         if site.form == "difference":
             return z
         mean = jnp.square(z).mean(tuple(site.mean.axes), keepdims=True)
-        places = {dim: axis for axis, dim in enumerate(site.mean.dims) if dim is not None}
-        gone = [axis for axis in range(z.ndim) if axis not in places]  # those of the mean, or of one entry
-        return jax.lax.broadcast_in_dim(mean.squeeze(gone), out.shape, [places[axis] for axis in sorted(places)])
+        return jnp.broadcast_to(mean.reshape([1 if dim is None else z.shape[dim] for dim in site.mean.dims]), out.shape)
 
-    def _scan(self, region: Region, env: Env) -> None:
-        groups = region.carries, region.xs, region.ys
-        carries, xs, ys = ([eqn for eqn in group if eqn in self.plan.live] for group in groups)
+    def _region(self, region: Region, env: Env) -> None:
+        carries, xs, ys = (
+            [eqn for eqn in group if eqn in self.plan.live] for group in (region.carries, region.xs, region.ys)
+        )
 
         def body(carry: list[Array], slices: list[Array]) -> tuple[list[Array], list[Array]]:
             inner = dict(env)
@@ -112,23 +103,10 @@ class Run:
             self._run(region.body, inner)
             return self._operands(carries, 1, inner), self._operands(ys, 0, inner)
 
-        options = {name: region.eqn.params[name] for name in ("length", "reverse", "unroll")}
         given = self._operands(carries, 0, env), self._operands(xs, 0, env)
-        last, stacked = jax.lax.scan(body, *given, **options)
+        last, stacked = internals.region(region.eqn, body)(*given)
         for eqn, array in zip(carries + ys, [*last, *stacked], strict=True):
             self._put(env, eqn.outputs[-1], array)
-
-    def _checkpoint(self, region: Region, env: Env) -> None:
-        exits = [eqn for eqn in region.ys if eqn in self.plan.live]
-
-        def body() -> list[Array]:
-            inner = dict(env)
-            self._run(region.body, inner)
-            return self._operands(exits, 0, inner)
-
-        options = {name: region.eqn.params[name] for name in ("policy", "prevent_cse")}
-        for eqn, array in zip(exits, jax.checkpoint(body, **options)(), strict=True):
-            self._put(env, eqn.outputs[0], array)
 
     def _operands(self, equations: list[Equation], i: int, env: Env) -> list[Array]:
         """The i-th operand of each, for its first output."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from prenorm_jax.folding.program import Equation, Program, Value, moved, value_of
-from prenorm_jax.folding.rules import Label, over_axes
+from prenorm_jax.folding.rules import Label
 
 _UNKNOWN_COUNT = "a division by a number that is not known"
 
@@ -30,11 +30,11 @@ class Mean(NamedTuple):
     equation: Equation
     through: str
 
-    def is_of(self, base: Value | None) -> bool:
+    def is_of(self, base: Value) -> bool:
         """Whether it is of this value, each axis in its place (those that it is over have one entry or repeat)."""
-        pairs = enumerate(self.dims)
         return self.base is base and all(
-            dim == axis or (dim is None and (axis in self.axes or base.shape[axis] == 1)) for axis, dim in pairs
+            dim == axis or (dim is None and (axis in self.axes or base.shape[axis] == 1))
+            for axis, dim in enumerate(self.dims)
         )
 
 
@@ -52,7 +52,7 @@ class Site(NamedTuple):
 
     @property
     def label(self) -> Label:
-        return over_axes(self.base, self.mean.axes)
+        return Label(self.mean.axes)
 
 
 def find_sites(program: Program) -> tuple[dict[Equation, Site], list[Site]]:
@@ -70,8 +70,9 @@ def _difference(eqn: Equation) -> Site | None:
             continue
         refused = mean.through and f"its mean is behind {mean.through}"
         is_mean = mean.through != _UNKNOWN_COUNT and _close(mean.factor, 1.0 if eqn.name == "sub" else -1.0, eqn)
-        if mean.base is not base and (unmasked := _unmasked(mean.base)) is base:
-            mean, refused = mean._replace(base=unmasked), "its mean is of the entries of a mask alone"
+        weighted = mean.base is not base and mean.base.equation  # where(mask, x, 0), or x · mask
+        if weighted and weighted.name in ("select_n", "mul") and base in map(widened, weighted.inputs):
+            mean, refused = mean._replace(base=base), "its mean is weighted, or of the entries of a mask alone"
             count = math.prod(base.shape[axis] for axis in mean.axes)
             is_mean = mean.through == _UNKNOWN_COUNT or 1 <= abs(mean.factor) < count
         if is_mean and mean.is_of(base):
@@ -82,8 +83,7 @@ def _difference(eqn: Equation) -> Site | None:
 def _variance(eqn: Equation) -> Site | None:
     """mean(b²) - mean(b)²."""
     of_squares, root = mean_of(eqn.inputs[0]), squared(eqn.inputs[1])
-    mean = root and mean_of(root)
-    base = of_squares and squared(of_squares.base)
+    mean, base = root and mean_of(root), of_squares and squared(of_squares.base)
     if eqn.name != "sub" or mean is None or base is None or of_squares.through or mean.through:
         return None
     same = widened(base) is mean.base and (of_squares.axes, of_squares.dims) == (mean.axes, mean.dims)
@@ -120,45 +120,35 @@ def mean_of(value: Value) -> Mean | None:
     dims: list[int | None] = list(range(len(value.shape)))
     factor, through, digits = 1.0, "", math.inf
     while (eqn := value.equation) is not None and eqn.inputs and value.is_float:
-        x = eqn.inputs[0]
-        digits = min(digits, jnp.finfo(value.aval.dtype).nmant)
-        if eqn.name == "reduce_sum" and eqn.params["axes"]:
-            axes = frozenset(eqn.params["axes"])
-            kept, base = [axis for axis in range(len(x.shape)) if axis not in axes], widened(x)
-            if digits < jnp.finfo(base.aval.dtype).nmant:
-                through = through or "a cast to a dtype of fewer digits"
-            places = tuple(None if dim is None else kept[dim] for dim in dims)
-            return Mean(base, axes, places, factor * math.prod(x.shape[axis] for axis in axes), eqn, through)
-        if eqn.name in ("mul", "div"):
-            number = value_of(eqn.inputs[1])
-            if number is None and eqn.name == "mul":
-                number, x = value_of(x), eqn.inputs[1]
-            elif number is None:
-                number, through = 1.0, through or _UNKNOWN_COUNT
-            if not number:
+        x, digits = eqn.inputs[0], min(digits, jnp.finfo(value.aval.dtype).nmant)
+        match eqn.name:
+            case "reduce_sum" if axes := frozenset(eqn.params["axes"]):
+                kept, base = [axis for axis in range(len(x.shape)) if axis not in axes], widened(x)
+                if digits < jnp.finfo(base.aval.dtype).nmant:
+                    through = through or "a cast to a dtype of fewer digits"
+                places = tuple(None if dim is None else kept[dim] for dim in dims)
+                return Mean(base, axes, places, factor * math.prod(x.shape[axis] for axis in axes), eqn, through)
+            case "mul" | "div":
+                number = value_of(eqn.inputs[1])
+                if number is None and eqn.name == "mul":
+                    number, x = value_of(x), eqn.inputs[1]
+                elif number is None:
+                    number, through = 1.0, through or _UNKNOWN_COUNT
+                if not number:
+                    return None
+                factor *= number if eqn.name == "mul" else 1 / number
+            case "neg":
+                factor = -factor
+            case "stop_gradient":
+                through = "stop_gradient"
+            case "broadcast_in_dim" | "reshape" | "squeeze" | "transpose":
+                moves = moved(eqn)
+                if any(dim is not None and dim not in moves for dim in dims):
+                    return None
+                dims = [None if dim is None else moves[dim] for dim in dims]
+            case "copy" | "convert_element_type":
+                pass
+            case _:
                 return None
-            factor *= number if eqn.name == "mul" else 1 / number
-        elif eqn.name == "neg":
-            factor = -factor
-        elif eqn.name == "stop_gradient":
-            through = "stop_gradient"
-        elif (moves := moved(eqn)) is not None:
-            if any(dim is not None and dim not in moves for dim in dims):
-                return None
-            dims = [None if dim is None else moves[dim] for dim in dims]
-        elif eqn.name not in ("copy", "convert_element_type"):
-            return None
         value = x
     return None
-
-
-def _unmasked(value: Value) -> Value | None:
-    """x of where(mask, x, 0) or x · mask."""
-    eqn = widened(value).equation
-    if eqn is None or eqn.name not in ("select_n", "mul") or squared(widened(value)) is not None:
-        return None
-    cases = [one for one in eqn.inputs if one.is_float and one.equation is not None and value_of(one) is None]
-    casts = [case for case in cases if case.equation.name == "convert_element_type"]
-    masks = [case for case in casts if not case.equation.inputs[0].is_float]
-    cases = [widened(case) for case in cases if case not in masks]
-    return cases[0] if len(cases) == 1 and (masks or eqn.name == "select_n") else None
