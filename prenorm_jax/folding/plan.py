@@ -16,15 +16,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
+import networkx
 
 from prenorm_jax.base.errors import PrenormError
 from prenorm_jax.folding import rules
 from prenorm_jax.folding.program import Equation, Program, Value, value_of
 from prenorm_jax.folding.rules import RAW, Label
 from prenorm_jax.folding.sites import Site, find_sites
+
+
+_UNSERVED = "the folded parameters do not serve inputs of these shapes: fold with examples of them"
 
 
 class Why(NamedTuple):
@@ -80,11 +81,8 @@ class Plan:
         }
         moved = {tail for tail, head in self._edges if isinstance(tail, tuple) and head in self.centred}
         self.moved = {tail for tail in moved if tail[0] in self.made}
-        # Where a pin and what forces disagree, no edge could be cut.
-        if self.centred.keys() & self.forced or any(
-            self.pin(value.index) != pin for value, pin in given.items() if value in self.read
-        ):
-            raise PrenormError("the folded parameters do not serve inputs of these shapes: fold with examples of them")
+        if any(self.pin(value.index) != pin for value, pin in given.items() if value in self.read):
+            raise PrenormError(_UNSERVED)
 
     def folded(self, site: Site) -> bool:
         """Whether a site is given its base without mean: so stored, or so made for another reader, or so by itself."""
@@ -238,21 +236,11 @@ class Plan:
 
 
 def _cut(edges: Mapping[tuple[Any, Any], float]) -> set[Any]:
-    """What is on the sink's side of the minimum cut that has the least on it: of equal costs, that of fewer changes.
-
-    Capacities are 32-bit integers (SciPy's maximum_flow takes no larger ones, and gives 0 for what wraps), so costs are
-    scaled: all finite ones together stay below 2^29, and 2^30 stands for no cut.
-    """
-    nodes: dict[Any, int] = {"source": 0, "sink": 1}
-    for edge in edges:
-        for node in edge:
-            nodes.setdefault(node, len(nodes))
-    unit = max(1.0, sum(cost for cost in edges.values() if cost < math.inf) / 2**28)
-    ends = np.array([[nodes[tail], nodes[head]] for tail, head in edges], np.int32).reshape(-1, 2)
-    limits = np.array([2**30 if c == math.inf else max(1, round(c / unit)) for c in edges.values()], np.int32)
-    graph = scipy.sparse.csr_array((limits, (ends[:, 0], ends[:, 1])), (len(nodes), len(nodes)))
-    residual = graph - scipy.sparse.csgraph.maximum_flow(graph, 0, 1).flow
-    residual.data[residual.data < 0] = 0
-    residual.eliminate_zeros()
-    reached = set(scipy.sparse.csgraph.breadth_first_order(residual.T, 1, return_predecessors=False).tolist())
-    return {node for node, number in nodes.items() if number in reached}
+    """What is on the sink's side of the minimum cut that has the least on it: of equal costs, that of fewer changes."""
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(("source", "sink"))
+    graph.add_weighted_edges_from(((*edge, cost) for edge, cost in edges.items()), weight="capacity")
+    try:
+        return networkx.minimum_cut(graph, "source", "sink")[1][1]
+    except networkx.NetworkXUnbounded:
+        raise PrenormError(_UNSERVED) from None
