@@ -60,7 +60,7 @@ def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
 
 
 def region(eqn: core.JaxprEqn, body: Callable[..., Any]) -> Callable[..., Any]:
-    """The scan or the checkpoint, with another body in its place: of the carry and the slices, none for a checkpoint."""
+    """The scan or the checkpoint with another body: of (carry, slices), of which a checkpoint has none."""
     if eqn.primitive.name == "scan":
         options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
         return functools.partial(jax.lax.scan, body, **options)

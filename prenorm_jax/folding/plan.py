@@ -24,7 +24,6 @@ from prenorm_jax.folding.program import Equation, Program, Value, value_of
 from prenorm_jax.folding.rules import RAW, Label
 from prenorm_jax.folding.sites import Site, find_sites
 
-
 _UNSERVED = "the folded parameters do not serve inputs of these shapes: fold with examples of them"
 
 
@@ -190,7 +189,7 @@ class Plan:
     def _connect(self) -> None:
         for value in self.program.outputs:
             self._force(value, "returned")
-        for eqn in filter(self.live.__contains__, self.program.equations()):
+        for eqn in filter(self.live.__contains__, self.program.equations):
             self._connect_equation(eqn)
         bases = {site.base for site in self.sites.values()}
         for value, labels in self.wanted.items():

@@ -10,7 +10,7 @@ What crosses a region's border is an equation like others, so that values of a b
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,23 +95,12 @@ Block = list[Equation | Region]
 
 @dataclasses.dataclass
 class Program:
-    """A whole function. `inputs` and `outputs` are flat."""
+    """A whole function. `inputs` and `outputs` are flat; `equations` has those of the regions too, in their order."""
 
     block: Block
     inputs: list[Value]
     outputs: list[Value]
-
-    def equations(self) -> list[Equation]:
-        """All of them in the order of computation, those of the regions too."""
-        return list(_flat(self.block))
-
-
-def _flat(block: Block) -> Iterator[Equation]:
-    for item in block:
-        if isinstance(item, Equation):
-            yield item
-        else:
-            yield from (*item.carries, *item.xs, *_flat(item.body), *item.ys)
+    equations: list[Equation]
 
 
 def trace(function: Callable[..., Any], args: Any, parameters: int) -> tuple[Program, Any]:
@@ -133,71 +122,74 @@ def read(body: internals.Body, parameters: int = 0) -> Program:
     """A jaxpr as a program."""
     variables = enumerate(body.jaxpr.invars)
     inputs = [Value(var.aval, kind="parameter" if i < parameters else "input", index=i) for i, var in variables]
-    block, outputs = _read(body, inputs, (), ())
-    return Program(block, inputs, outputs)
+    reader = _Reader()
+    block, outputs = reader.read(body, inputs, (), ())
+    return Program(block, inputs, outputs, reader.equations)
 
 
-def _read(
-    body: internals.Body, args: list[Value], loops: tuple[Region, ...], calls: tuple[core.JaxprEqn, ...]
-) -> tuple[Block, list[Value]]:
-    """`loops`, `calls`: those that the body stands in."""
-    env, block = dict(zip(body.jaxpr.invars, args, strict=True)), []
-    env |= {var: _constant(var.aval, data) for var, data in zip(body.jaxpr.constvars, body.consts, strict=True)}
+class _Reader:
+    """Of all methods `loops` and `calls` are those that the equation stands in."""
 
-    def value(atom: Any) -> Value:
-        return _constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else env[atom]
+    def __init__(self) -> None:
+        self.equations: list[Equation] = []
 
-    for eqn in body.jaxpr.eqns:
-        name, inputs, within = eqn.primitive.name, [value(atom) for atom in eqn.invars], (*calls, eqn)
-        if name in internals.INLINED:
-            items, outputs = _read(internals.bodies(eqn)[0], inputs, loops, within)
-        elif name in internals.REMAT:
-            inside, ends = _read(internals.bodies(eqn)[0], inputs, loops, within)
-            exits = [_equation(eqn, "exit", [end], [end.aval], loops, within) for end in ends]
-            items, outputs = [Region(eqn, body=inside, ys=exits)], [made.outputs[0] for made in exits]
-        elif name == "scan":
-            items = [_read_scan(eqn, inputs, loops, within)]
-            outputs = [made.outputs[-1] for made in items[0].carries + items[0].ys]
-        else:
-            items = [_equation(eqn, name, inputs, [var.aval for var in eqn.outvars], loops, calls)]
-            outputs = items[0].outputs
-        block += items
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return block, [value(atom) for atom in body.jaxpr.outvars]
+    def read(self, body: internals.Body, args: list[Value], loops: Any, calls: Any) -> tuple[Block, list[Value]]:
+        env, block = dict(zip(body.jaxpr.invars, args, strict=True)), []
+        env |= {var: _constant(var.aval, data) for var, data in zip(body.jaxpr.constvars, body.consts, strict=True)}
 
+        def value(atom: Any) -> Value:
+            return _constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else env[atom]
 
-def _read_scan(eqn: core.JaxprEqn, inputs: list[Value], loops: tuple[Region, ...], calls: Any) -> Region:
-    body, region = internals.bodies(eqn)[0], Region(eqn)
-    consts, carries = internals.scan_counts(eqn)
-    inside = (*loops, region)
-    given = [(one, var.aval) for one, var in zip(inputs, body.jaxpr.invars, strict=True)][consts:]
-    # The value at the body's end is not known yet: it is put in below.
-    for one, aval in given[:carries]:
-        region.carries.append(_equation(eqn, "scan_carry", [one], [aval, aval], inside, calls))
-    region.xs = [_equation(eqn, "scan_xs", [one], [aval], inside, calls) for one, aval in given[carries:]]
-    entering = [made.outputs[0] for made in region.carries + region.xs]
-    region.body, ends = _read(body, inputs[:consts] + entering, inside, calls)
-    for made, end in zip(region.carries, ends, strict=False):
-        made.inputs.append(end)
-        made.outputs[1].loops = loops
-    stacked = zip(ends[carries:], eqn.outvars[carries:], strict=True)
-    region.ys = [_equation(eqn, "scan_ys", [end], [var.aval], loops, calls) for end, var in stacked]
-    return region
+        for eqn in body.jaxpr.eqns:
+            name, inputs, within = eqn.primitive.name, [value(atom) for atom in eqn.invars], (*calls, eqn)
+            if name in internals.INLINED:
+                items, outputs = self.read(internals.bodies(eqn)[0], inputs, loops, within)
+            elif name in internals.REMAT:
+                inside, ends = self.read(internals.bodies(eqn)[0], inputs, loops, within)
+                exits = [self.equation(eqn, "exit", [end], [end.aval], loops, within) for end in ends]
+                items, outputs = [Region(eqn, body=inside, ys=exits)], [made.outputs[0] for made in exits]
+            elif name == "scan":
+                items = [self.scan(eqn, inputs, loops, within)]
+                outputs = [made.outputs[-1] for made in items[0].carries + items[0].ys]
+            else:
+                items = [self.equation(eqn, name, inputs, [var.aval for var in eqn.outvars], loops, calls)]
+                outputs = items[0].outputs
+            block += items
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return block, [value(atom) for atom in body.jaxpr.outvars]
+
+    def scan(self, eqn: core.JaxprEqn, inputs: list[Value], loops: Any, calls: Any) -> Region:
+        body, region = internals.bodies(eqn)[0], Region(eqn)
+        consts, carries = internals.scan_counts(eqn)
+        inside = (*loops, region)
+        given = [(one, var.aval) for one, var in zip(inputs, body.jaxpr.invars, strict=True)][consts:]
+        # The value at the body's end is not known yet: it is put in below.
+        firsts, slices = given[:carries], given[carries:]
+        region.carries = [self.equation(eqn, "scan_carry", [one], [aval] * 2, inside, calls) for one, aval in firsts]
+        region.xs = [self.equation(eqn, "scan_xs", [one], [aval], inside, calls) for one, aval in slices]
+        entering = [made.outputs[0] for made in region.carries + region.xs]
+        region.body, ends = self.read(body, inputs[:consts] + entering, inside, calls)
+        for made, end in zip(region.carries, ends, strict=False):
+            made.inputs.append(end)
+            made.outputs[1].loops = loops
+        stacked = zip(ends[carries:], eqn.outvars[carries:], strict=True)
+        region.ys = [self.equation(eqn, "scan_ys", [end], [var.aval], loops, calls) for end, var in stacked]
+        return region
+
+    def equation(
+        self, eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], loops: Any, calls: Any
+    ) -> Equation:
+        made = Equation(name, eqn, inputs, [], calls)
+        self.equations.append(made)
+        fixed = all(one.fixed for one in inputs) and not name.startswith("scan_")
+        made.outputs = [Value(aval, loops, equation=made, fixed=fixed) for aval in avals]
+        for out in made.outputs:
+            out.uniform |= _uniform(made, out)
+        return made
 
 
 def _constant(aval: Any, data: Any) -> Value:
     return Value(aval, kind="constant", data=data, fixed=not internals.is_tracer(data))
-
-
-def _equation(
-    eqn: core.JaxprEqn, name: str, inputs: list[Value], avals: list[Any], loops: tuple[Region, ...], calls: Any
-) -> Equation:
-    made = Equation(name, eqn, inputs, [], calls)
-    fixed = all(one.fixed for one in inputs) and not name.startswith("scan_")
-    made.outputs = [Value(aval, loops, equation=made, fixed=fixed) for aval in avals]
-    for out in made.outputs:
-        out.uniform |= _uniform(made, out)
-    return made
 
 
 def value_of(value: Value) -> float | None:
@@ -211,10 +203,8 @@ def value_of(value: Value) -> float | None:
 
 # What is known of axes.
 
-_ENTRYWISE = frozenset(
-    "add sub mul div max min neg sqrt rsqrt exp log square integer_pow select_n convert_element_type copy and or not lt "
-    "le gt ge eq ne stop_gradient sharding_constraint exit".split()
-)
+_ENTRYWISE = "add sub mul div max min neg sqrt rsqrt exp log square integer_pow select_n convert_element_type copy"
+_ENTRYWISE = frozenset((_ENTRYWISE + " and or not lt le gt ge eq ne stop_gradient sharding_constraint exit").split())
 
 
 def _uniform(made: Equation, out: Value) -> frozenset[int]:

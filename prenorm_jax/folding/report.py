@@ -5,7 +5,7 @@ from typing import Any
 
 from prenorm_jax.folding import internals
 from prenorm_jax.folding.plan import Plan, Why
-from prenorm_jax.folding.program import Program, Value, read
+from prenorm_jax.folding.program import Equation, Program, Value, read
 from prenorm_jax.folding.rules import RULES, Label
 from prenorm_jax.folding.sites import Site, find_sites, squared
 from prenorm_jax.report import page, table
@@ -51,6 +51,10 @@ class Norm:
     blame: str = ""
     remedy: str = ""
 
+    @classmethod
+    def at(cls, eqn: Equation, site: Site, status: str = "folded", reason: str = "") -> "Norm":
+        return cls(eqn.where, eqn.scope, site.base.shape, tuple(sorted(site.mean.axes)), status, reason)
+
 
 @dataclasses.dataclass
 class Report:
@@ -73,8 +77,8 @@ class Report:
     @classmethod
     def of(cls, plan: Plan, after: Program, names: list[str]) -> "Report":
         """That of a plan, and of the program that it became."""
-        labels = {name: plan.centred.get(value) for name, value in zip(names, plan.program.inputs, strict=False)}
-        offline = {name: tuple(sorted(label.axes)) for name, label in labels.items() if label is not None}
+        pairs = zip(names, plan.program.inputs, strict=False)
+        offline = {name: tuple(sorted(plan.centred[value].axes)) for name, value in pairs if value in plan.centred}
         runtime = [value for value, labels in plan.made.items() for label in labels if (value, label) in plan.moved]
         places = [(_place(value, names), value.shape) for value in runtime if not value.fixed]
         unknown = {why.equation.name for why in plan.forced.values() if why.kind == "blocked"} - RULES.keys()
@@ -140,15 +144,14 @@ def _norms(plan: Plan) -> list[Norm]:
     for sites in of_base.values():
         shown = [site for site in sites if site.form == "difference" and site.equation.outputs[0] in used]
         chosen |= {site.equation: site for site in shown or sites[:1]}
-    return [_norm(plan, chosen[eqn]) for eqn in plan.program.equations() if eqn in chosen]
+    return [_norm(plan, chosen[eqn]) for eqn in plan.program.equations if eqn in chosen]
 
 
 def _norm(plan: Plan, site: Site) -> Norm:
-    eqn = site.equation
-    norm = Norm(eqn.where, eqn.scope, site.base.shape, tuple(sorted(site.mean.axes)), "folded", site.refused)
+    norm = Norm.at(site.equation, site)
     if site.refused:
-        norm.status = "refused"
-        norm.remedy = next(remedy for word, (_, remedy) in _WORDS.items() if word in site.refused)
+        remedy = next(remedy for word, (_, remedy) in _WORDS.items() if word in site.refused)
+        norm.status, norm.reason, norm.remedy = "refused", site.refused, remedy
     elif not plan.folded(site):
         norm.status, (norm.reason, norm.blame, norm.remedy) = "kept", _explained(plan, site.base)
     return norm
@@ -156,8 +159,6 @@ def _norm(plan: Plan, site: Site) -> Norm:
 
 def _explained(plan: Plan, base: Value) -> tuple[str, str, str]:
     """Why a value is raw: it has to be, or what writes to it has. In words, the line to blame, what would help."""
-    if base in plan.forced:
-        return _words(plan.forced[base])
     found, seen, todo = [], set(), [base]
     while todo:
         value = todo.pop()
@@ -170,8 +171,10 @@ def _explained(plan: Plan, base: Value) -> tuple[str, str, str]:
     if not found:
         return "it alone would save nothing", "", ""
     reason, blame, remedy = _words(min(found, key=lambda why: why.kind != "blocked"))
-    more = f" and {len(found) - 1} more like it" if len(found) > 1 else ""
-    return f"to remove the mean at run time of what is written{more} costs as much: {reason}", blame, remedy
+    if base not in plan.forced:
+        more = f" and {len(found) - 1} more like it" if len(found) > 1 else ""
+        reason = f"to remove the mean at run time of what is written{more} costs as much: {reason}"
+    return reason, blame, remedy
 
 
 def _words(why: Why) -> tuple[str, str, str]:
@@ -187,14 +190,13 @@ def _words(why: Why) -> tuple[str, str, str]:
 def _hidden(plan: Plan) -> list[Norm]:
     """Those inside calls that are not looked into."""
     norms = {}
-    for eqn in plan.program.equations():
+    for eqn in plan.program.equations:
         inside = internals.bodies(eqn.eqn) if eqn in plan.live and eqn.eqn.primitive.name == eqn.name else []
         for site in (site for body in inside for site in find_sites(read(body))[0].values()):
-            shape, axes, why = site.base.shape, tuple(sorted(site.mean.axes)), f"it is inside {eqn.name}"
-            norms[site.base, axes] = Norm(eqn.where, eqn.scope, shape, axes, "kept", why)
+            norms[site.base, site.label] = Norm.at(eqn, site, "kept", f"it is inside {eqn.name}")
     return list(norms.values())
 
 
 def _reductions(program: Program) -> int:
     names = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
-    return sum(eqn.outputs[0].times for eqn in program.equations() if eqn.name in names)
+    return sum(eqn.outputs[0].times for eqn in program.equations if eqn.name in names)

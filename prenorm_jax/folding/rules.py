@@ -21,7 +21,6 @@ import numpy as np
 
 from prenorm_jax.folding.program import Equation, Value, moved, strides
 
-
 Piece = tuple[int, int, int]  # (start, stop, group): of these entries of an axis each group that follow one another
 
 

@@ -1,6 +1,5 @@
 """The planned program, computed: equations whose output is raw, or without its mean, on operands that are."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 

@@ -57,7 +57,7 @@ class Site(NamedTuple):
 
 def find_sites(program: Program) -> tuple[dict[Equation, Site], list[Site]]:
     """The sites by their equations; and what looks like one, with why it is not."""
-    eqns = [eqn for eqn in program.equations() if eqn.name in ("sub", "add", "add_any") and eqn.outputs[0].is_float]
+    eqns = [eqn for eqn in program.equations if eqn.name in ("sub", "add", "add_any") and eqn.outputs[0].is_float]
     sites = [site for eqn in eqns if (site := _difference(eqn) or _variance(eqn)) is not None]
     return {site.equation: site for site in sites if not site.refused}, [site for site in sites if site.refused]
 
