@@ -53,7 +53,7 @@ class Folded:
                 raise PrenormError(f"the parameter {name} is no array but a {type(leaf).__name__}: bind it beforehand")
         self._plans: dict[Any, tuple[Plan, Any]] = {}
         self._pins: dict[int, Any] = {}
-        self._args = tuple(jax.tree.map(_abstract, one) for one in (params, *inputs))
+        self._args = _shapes(params, *inputs)
         plan, _ = self._plan(self._args)
         self._pins = {i: plan.pin(i) for i in range(len(leaves))}
 
@@ -64,7 +64,7 @@ class Folded:
         """
         if jax.tree.structure(params) != self._tree:
             raise PrenormError("the parameters are not a tree as the folded one; folded.h makes one of the source's")
-        plan, tree = self._plan(tuple(jax.tree.map(_abstract, one) for one in (params, *inputs)))
+        plan, tree = self._plan(_shapes(params, *inputs))
         return jax.tree.unflatten(tree, Run(plan)(jax.tree.leaves((params, *inputs))))
 
     def h(self, params: Any) -> Any:
@@ -122,13 +122,9 @@ def _names(paths: list[Any]) -> list[str]:
     return [name if counts[name] == 1 else jax.tree_util.keystr(path) for name, path in zip(short, paths, strict=True)]
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-    sharding = kind.sharding  # part of the type where a mesh has explicit axes
-    explicit = jax.sharding.AxisType.Explicit in getattr(getattr(sharding, "mesh", None), "axis_types", ())
-    return jax.ShapeDtypeStruct(
-        kind.shape, kind.dtype, sharding=sharding if explicit else None, weak_type=kind.weak_type
-    )
+def _shapes(*args: Any) -> tuple[Any, ...]:
+    """Of the arrays in these trees, with what else JAX traces by: weak types, and shardings of explicit axes."""
+    return jax.eval_shape(lambda *args: args, *args)
 
 
 def _centre(x: Array, label: Label, scale: Array | None) -> Array:

@@ -123,17 +123,16 @@ def select(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     return [RAW] + [_same(eqn)] * (len(eqn.inputs) - 1) if _uniform(eqn.inputs[0], axes) else None
 
 
-@rule("transpose", "reshape", "broadcast_in_dim")
+@rule("transpose", "reshape", "broadcast_in_dim", "squeeze")
 def move(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """Axes change places, and S with them. What repeats along all of S is uniform. (`_regrouped`: reshapes.)"""
     return [moved(eqn)] + [RAW] * (len(eqn.inputs) - 1)
 
 
-@rule("squeeze", "reduce_sum", "unstack", "scan_xs")
+@rule("reduce_sum", "unstack", "scan_xs")
 def lose_axes(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C Σx = Σ Cx, C x[i] = (Cx)[i]: S is among the axes that stay."""
-    params = {"scan_xs": (0,), "unstack": (eqn.params.get("axis"),), "squeeze": eqn.params.get("dimensions")}
-    gone = params.get(eqn.name, eqn.params.get("axes"))
+    gone = {"scan_xs": (0,), "unstack": (eqn.params.get("axis"),)}.get(eqn.name, eqn.params.get("axes"))
     return [dict(enumerate(axis for axis in range(len(eqn.inputs[0].shape)) if axis not in gone))]
 
 
