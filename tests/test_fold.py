@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import flax.linen as nn
 import jax
@@ -820,6 +821,12 @@ NOT_MOVED = {
     "a part of an axis, with another axis": lambda p, x: (lambda y: y - y.mean((1, 2), keepdims=True))(
         (x @ p["w"])[..., :3]
     ),
+    "a slice with another norm's part": lambda p, x: (lambda y: _norm(y[..., :2]) * y[..., 2:4] + _norm(y[..., 3:5]))(
+        x @ p["w"]
+    ),
+    "a slice that is read with another norm's part": lambda p, x: (
+        lambda y: _norm(y[..., :5][..., :2]) * jnp.tanh(y[..., :5][..., 3:]) + _norm(y[..., 3:5])
+    )(x @ p["w"]),
     "a part of what repeats": lambda p, x: (lambda y: _norm(y[..., :3]) * y[..., 3:])(
         x @ p["w"] + jnp.broadcast_to(x[..., :1], x.shape)
     ),
@@ -853,26 +860,20 @@ def _with_uniform_parts(*args):
 
 rules_need, rules_passed_on = rules._need, rules._passed_on
 # What holds for all rules, broken on purpose, and which of the functions above notices.
-MECHANISMS = {
-    "_uniform": (lambda value, axes: True, "a constant scale"),
-    "_need": (_with_uniform_parts, "what is uniform, beside a product"),
-    "_passed_on": (
-        lambda label, *rest: rules_passed_on(label._replace(pieces=()), *rest),
-        "a part of what repeats",
-    ),
-    "_regrouped": (
-        lambda axes, old, new: rules.Label(frozenset([len(old) - 1]), ((0, old[-1], 3),)),
-        "a norm across heads",
-    ),
-    "joined": (lambda one, other: one, "norms of two parts"),
-    "spared": (lambda *args: True, "a product that is read as it is"),
-    "WINDOWED": (("slice", "split", "dot_general"), "a part of a product, by two ways"),
-}
+MECHANISMS = [
+    ("_uniform", lambda value, axes: True, "a constant scale"),
+    ("_need", _with_uniform_parts, "what is uniform, beside a product"),
+    ("_passed_on", lambda label, *rest: rules_passed_on(label._replace(pieces=()), *rest), "a part of what repeats"),
+    ("_regrouped", lambda axes, old, new: rules.Label(axes, ((0, old[-1], 3),)), "a norm across heads"),
+    ("seen", lambda *args: ANY, "a product that is read as it is"),
+    ("seen", lambda *args: ANY, "a slice that is read with another norm's part"),
+]
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
-def test_what_holds_for_all_rules_is_noticed_when_broken(name, monkeypatch):
-    broken, noticed_by = MECHANISMS[name]
+@pytest.mark.parametrize(
+    ("name", "broken", "noticed_by"), MECHANISMS, ids=[f"{row[0]}: {row[2]}" for row in MECHANISMS]
+)
+def test_what_holds_for_all_rules_is_noticed_when_broken(name, broken, noticed_by, monkeypatch):
     function = NOT_MOVED[noticed_by]
     monkeypatch.setattr(rules, name, broken)
     folded = fold(function, W_AND_SCALE, STREAM)

@@ -150,7 +150,7 @@ class Plan:
         if one not in self.wanted or (label := self.wanted[one][0]).scale is not None:
             return False
         if eqn.name != "dot_general" or eqn.inputs.count(one) > 1:
-            return rules.spared(eqn, eqn.outputs.index(out), label)
+            return rules.seen(eqn, label, eqn.outputs.index(out)) == RAW
         contracted = eqn.params["dimension_numbers"][0]
         theirs = dict(zip(contracted[i], contracted[1 - i], strict=True))
         axes = frozenset(theirs.get(axis, -1) for axis in label.axes)
@@ -221,8 +221,9 @@ class Plan:
         for i, (one, need) in enumerate(zip(eqn.inputs, found, strict=True)):
             if isinstance(need, Label):
                 self._edge((one, need), out)
-                if need != self.wanted[one][0] and eqn.name not in rules.WINDOWED:  # what else it loses shows here
-                    self._force(one, "twice", one.equation)
+                stored = self.wanted[one][0]
+                if stored != need and rules.seen(eqn, stored, eqn.outputs.index(out)) != self.wanted[out][0]:
+                    self._force(one, "twice", one.equation)  # what else it loses shows here
             if one in self.wanted and not self.indifferent(eqn, i, out):
                 if need == RAW and out in self.read:
                     self._force(one, "read", eqn)

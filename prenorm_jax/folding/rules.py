@@ -47,19 +47,6 @@ def joined(label: Label, other: Label) -> Label | None:
     return Label(label.axes, pieces) if in_pieces and apart else None
 
 
-WINDOWED = ("slice", "split")  # they take some entries of an axis, and do not see the others
-
-
-def spared(eqn: Equation, out: int, label: Label) -> bool:
-    """Whether an output has none of the entries of the operand by this label that lose their mean."""
-    if eqn.name not in WINDOWED or not label.pieces:
-        return False
-    (axis,) = label.axes
-    window = RULES[eqn.name](eqn, label.axes, out)[0].get(axis)
-    size = eqn.outputs[out].shape[axis]
-    return isinstance(window, Window) and not _seen(label.pieces, -window.offset, size)
-
-
 RAW = "raw"  # the operand as it is
 ZERO = "zero"  # zeros in the operand's place: it is uniform along S, and so its Cx is 0
 ONE = "one"  # ones in the operand's place: the other operand's label has it
@@ -278,16 +265,26 @@ def _passed_on(label: Label, moves: Moves, old: tuple[int, ...], new: tuple[int,
         return None
     (axis,), (end,) = label.axes, ends
     to, offset = end if isinstance(end, Window) else (end, 0)
-    pieces = _seen(label.pieces or ((0, new[axis], new[axis]),), offset, old[to])
-    if any(start < 0 or stop > old[to] for start, stop, _ in pieces):
-        return None
-    return Label(frozenset([to]), () if pieces == ((0, old[to], old[to]),) else pieces) if pieces else RAW
+    return _shifted(label.pieces or ((0, new[axis], new[axis]),), offset, to, old[to])
 
 
-def _seen(pieces: tuple[Piece, ...], offset: int, size: int) -> tuple[Piece, ...]:
-    """The pieces, moved by the offset, that have any of the entries from 0 to size."""
+def _shifted(pieces: tuple[Piece, ...], offset: int, axis: int, size: int) -> Any:
+    """The label of an axis of this size by the moved pieces; RAW where it has none of them, None where it cuts one."""
     moved = ((start + offset, stop + offset, group) for start, stop, group in pieces)
-    return tuple(piece for piece in moved if piece[1] > 0 and piece[0] < size)
+    pieces = tuple(piece for piece in moved if piece[1] > 0 and piece[0] < size)
+    if any(start < 0 or stop > size for start, stop, _ in pieces):
+        return None
+    return Label(frozenset([axis]), () if pieces == ((0, size, size),) else pieces) if pieces else RAW
+
+
+def seen(eqn: Equation, label: Label, out: int) -> Any:
+    """What a slice of the operand by this label is by: a label, RAW where nothing in it lost its mean, or None."""
+    if eqn.name not in ("slice", "split") or not label.pieces or label.scale is not None:
+        return None
+    (axis,) = label.axes
+    end = RULES[eqn.name](eqn, label.axes, out)[0].get(axis)
+    offset = end.offset if isinstance(end, Window) else 0
+    return None if end is None else _shifted(label.pieces, -offset, axis, eqn.outputs[out].shape[axis])
 
 
 def _regrouped(axes: Set[int], old: tuple[int, ...], new: tuple[int, ...]) -> Label | None:
