@@ -145,5 +145,8 @@ def _centre_once(x: Array, label: Label, scale: Array | None) -> Array:
         return jax.jit(_centre, static_argnums=1, out_shardings=x.sharding)(x, label, scale)
     wide = _centre(np.asarray(x, np.float64), label, None if scale is None else np.asarray(scale, np.float64))
     stored = centre(wide, label).astype(x.dtype)  # twice: what rounding has left of the mean goes too
-    # As bound to its device as x is: an array that is bound to one cannot be used beside others on several.
-    return jax.device_put(stored, x.sharding if x.committed else None) if isinstance(x, jax.Array) else stored
+    if isinstance(x, np.ndarray):
+        return stored
+    with jax.ensure_compile_time_eval():  # else it would be a tracer where a function is traced that asks for `params`
+        # As bound to its device as x is: an array that is bound to one cannot be used beside others on several.
+        return jax.device_put(stored, x.sharding if x.committed else None)

@@ -107,7 +107,7 @@ class Plan:
                 todo += eqn.outputs if eqn.name == "scan_carry" else []
         shared = [eqn for eqn, site in self.sites.items() if eqn in live and site.mean.equation in live]
         for eqn in shared:
-            self.refused.append(self.sites.pop(eqn)._replace(refused="its mean is read by something else too"))
+            self.refused.append(self.sites.pop(eqn)._replace(refused="shared"))
         if shared:
             return self._reached()
         self.sites = {eqn: site for eqn, site in self.sites.items() if eqn in live}
@@ -153,8 +153,8 @@ class Plan:
             return rules.seen(eqn, label, eqn.outputs.index(out)) == RAW
         contracted = eqn.params["dimension_numbers"][0]
         theirs = dict(zip(contracted[i], contracted[1 - i], strict=True))
-        axes = frozenset(theirs.get(axis, -1) for axis in label.axes)
-        return -1 not in axes and self.known(eqn.inputs[1 - i], Label(axes, label.pieces))
+        axes, other = frozenset(theirs.get(axis, -1) for axis in label.axes), eqn.inputs[1 - i]
+        return -1 not in axes and other not in self.wanted and self.known(other, Label(axes, label.pieces))
 
     # Who wants what.
 

@@ -9,6 +9,7 @@ What crosses a region's border is an equation like others, so that values of a b
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -193,18 +194,23 @@ def _constant(aval: Any, data: Any) -> Value:
 
 
 def value_of(value: Value) -> float | None:
-    """The number that a constant is, through casts and broadcasts."""
-    while value.equation is not None and value.equation.name in ("convert_element_type", "broadcast_in_dim", "reshape"):
-        value = value.equation.inputs[0]
+    """The number that a constant is, through casts, which round it, and broadcasts."""
+    dtypes = [np.float64]
+    through = ("convert_element_type", "broadcast_in_dim", "reshape", "pvary")
+    while (eqn := value.equation) is not None and eqn.name in through:
+        dtypes.append(value.aval.dtype)
+        value = eqn.inputs[0]
     if value.kind != "constant" or not value.fixed or value.shape or not jnp.issubdtype(value.aval.dtype, jnp.number):
         return None
-    return float(np.asarray(value.data, np.float64))
+    return float(functools.reduce(np.ndarray.astype, reversed(dtypes), np.asarray(value.data)))
 
 
 # What is known of axes.
 
 _ENTRYWISE = "add sub mul div max min neg sqrt rsqrt exp log square integer_pow select_n convert_element_type copy"
-_ENTRYWISE = frozenset((_ENTRYWISE + " and or not lt le gt ge eq ne stop_gradient sharding_constraint exit").split())
+_ENTRYWISE = frozenset(
+    (_ENTRYWISE + " and or not lt le gt ge eq ne stop_gradient sharding_constraint pvary exit").split()
+)
 
 
 def _uniform(made: Equation, out: Value) -> frozenset[int]:
@@ -230,7 +236,7 @@ def moved(made: Equation) -> dict[int, int | None] | None:
             axes = dict(enumerate(params["permutation"]))
         case "squeeze":
             axes = dict(enumerate(axis for axis in range(len(old)) if axis not in params["dimensions"]))
-        case "reshape":
+        case "reshape" if params["dimensions"] is None:  # else it transposes first
             places = {key: axis for axis, key in enumerate(zip(old, strides(old), strict=True))}
             axes = {i: places[key] for i, key in enumerate(zip(new, strides(new), strict=True)) if key in places}
         case _:

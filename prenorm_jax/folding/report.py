@@ -20,14 +20,15 @@ _WORDS = {
     "norm": ("another norm gives it", "leave out one of the two"),
     "blocked": ("no mean's removal moves across {}", "norm what comes before it"),
     "select_n": ("a mask that differs along the stream, as active dropout's does", "fold without dropout"),
-    "mul": ("a factor that differs along the stream", "put the norm before the branch, or leave out the factor"),
+    "mul": ("a factor that differs along the stream", "make a LayerScale a leaf of its own, or leave the factor out"),
     "conv_general_dilated": ("a convolution in groups (depthwise), or over what is normed", "use one group"),
     "reshape": ("a reshape that cuts the normed axes in another way", "norm whole axes, or heads"),
-    "dot_general": ("a product that sums over the normed axes", "norm over axes of its weights alone"),
-    "mask": ("", "take the mean of all entries"),
-    "stop_gradient": ("", "let the gradient through the mean"),
-    "fewer digits": ("", "compute the mean in the dtype of what it is of"),
-    "something else": ("", "read the normed value there"),
+    "dot_general": ("a product of which no operand alone has the normed axes", "norm over axes of its weights alone"),
+    # What only looks like a norm.
+    "weighted": ("its mean is weighted, or of the entries of a mask alone", "take the mean of all entries"),
+    "stop_gradient": ("its mean is behind stop_gradient", "let the gradient through the mean"),
+    "digits": ("its mean is behind a cast to fewer digits", "compute the mean in the dtype of what it is of"),
+    "shared": ("its mean is read by something else too", "read the normed value there"),
 }
 
 
@@ -150,8 +151,7 @@ def _norms(plan: Plan) -> list[Norm]:
 def _norm(plan: Plan, site: Site) -> Norm:
     norm = Norm.at(site.equation, site)
     if site.refused:
-        remedy = next(remedy for word, (_, remedy) in _WORDS.items() if word in site.refused)
-        norm.status, norm.reason, norm.remedy = "refused", site.refused, remedy
+        norm.status, (norm.reason, norm.remedy) = "refused", _WORDS[site.refused]
     elif not plan.folded(site):
         norm.status, (norm.reason, norm.blame, norm.remedy) = "kept", _explained(plan, site.base)
     return norm
@@ -183,7 +183,7 @@ def _words(why: Why) -> tuple[str, str, str]:
         return text, "", remedy
     name = "a loop" if why.equation.name.startswith("scan_") else why.equation.name
     if why.kind == "blocked":
-        name, remedy = _WORDS.get(name, (name, ""))
+        name, remedy = _WORDS.get(name, (name, remedy))
     return text.format(name), why.equation.where, remedy
 
 

@@ -87,7 +87,7 @@ def _uniform(value: Value, axes: Iterable[int]) -> bool:
     return not value.shape or value.uniform.issuperset(axes)
 
 
-@rule("add", "sub", "add_any", "neg", "copy", "name", "sharding_constraint", "exit")
+@rule("add", "sub", "add_any", "neg", "copy", "name", "sharding_constraint", "pvary", "exit")
 @rule("convert_element_type", "stop_gradient", "scan_carry")
 def entrywise(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C(x ± y) = Cx ± Cy; and casts, up to rounding. What a loop carries has no mean where what it starts with and what
@@ -224,8 +224,10 @@ def needs(eqn: Equation, label: Label, out: int) -> list[Any] | None:
     found = RULES[eqn.name](eqn, label.axes, out) if eqn.name in RULES else None
     if found is None:
         return _taken_up(eqn, label)
-    if label.scale is not None and (ZERO in found or eqn.name == "stop_gradient"):
-        return None  # C(λ ⊙ u) is not 0; and λ has a derivative
+    if ZERO in found and (label.scale is not None or label.pieces):
+        return None  # C(λ ⊙ u) is not 0, nor is Cu where other entries keep their mean
+    if label.scale is not None and eqn.name == "stop_gradient":
+        return None  # λ has a derivative
     pairs = zip(eqn.inputs, found, strict=True)
     found = [_need(eqn, label, out, one, need) if isinstance(need, dict) else need for one, need in pairs]
     return None if None in found else found
@@ -234,6 +236,8 @@ def needs(eqn: Equation, label: Label, out: int) -> list[Any] | None:
 def _need(eqn: Equation, label: Label, out: int, one: Value, moves: Moves) -> Any:
     """The operand's label, RAW, ZERO, or None."""
     scale, shape = label.scale, eqn.outputs[out].shape
+    repeated = {axis: None for axis, to in moves.items() if to in range(len(one.shape)) and one.shape[to] < shape[axis]}
+    moves = moves | repeated  # `add` and its like repeat an operand's axis of one entry
     if not one.shape:
         return ZERO if not label.pieces and scale is None else None
     if eqn.name == "reshape" and not label.pieces:
@@ -327,7 +331,8 @@ def _taken_up(eqn: Equation, label: Label) -> list[Any] | None:
             scale = made.inputs[0]
         dims = tuple(places.get(axis) if size > 1 else None for axis, size in enumerate(scale.shape))
         lost = any(dim is None and size > 1 for dim, size in zip(dims, scale.shape, strict=True))
-        if not lost and _is_parameter(scale) and x.shape and not _is_narrow(x):
+        seen = scale.loops == x.loops[: len(scale.loops)] and x.shape == eqn.outputs[0].shape
+        if seen and not lost and _is_parameter(scale) and not _is_narrow(x):
             found: list[Any] = [ONE, ONE]
             found[1 - i] = label._replace(scale=scale, dims=dims)
             return found

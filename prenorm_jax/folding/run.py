@@ -41,7 +41,7 @@ class Run:
             if value.equation is None:
                 self._put(env, value, value.data if value.kind == "constant" else args[value.index])
         self._run(self.plan.program.block, env)
-        return [env[value, None] for value in self.plan.program.outputs]
+        return [jnp.asarray(env[value, None]) for value in self.plan.program.outputs]
 
     def _put(self, env: Env, value: Value, array: Array) -> None:
         """What was computed, in the form it is stored in; if raw, for those who want it without its mean too."""

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 from prenorm_jax.folding.program import Equation, Program, Value, moved, value_of
 from prenorm_jax.folding.rules import Label
 
-_UNKNOWN_COUNT = "a division by a number that is not known"
-
 
 class Mean(NamedTuple):
     """factor · mean over `axes` of `base`. `dims`: for each axis of the value the axis of base that it is, or None.
 
-    `equation`: the sum. `through`: what on the way makes it another function or derivative, such as `stop_gradient`.
+    `equation`: the sum. `through`: what on the way makes it another function or derivative: stop_gradient,
+    digits (a cast to fewer), or a number that is not known.
     """
 
     base: Value
@@ -39,7 +38,8 @@ class Mean(NamedTuple):
 
 
 class Site(NamedTuple):
-    """An equation whose output is one of the forms, difference or variance. `refused`: why it is no site."""
+    """An equation whose output is one of the forms, difference or variance. `refused`: why it is no site: what its mean
+    is `through`, or weighted, or shared. (`report.py` has words.)"""
 
     equation: Equation
     mean: Mean
@@ -68,14 +68,14 @@ def _difference(eqn: Equation) -> Site | None:
         mean, base = mean_of(other), widened(x)
         if mean is None:
             continue
-        refused = mean.through and f"its mean is behind {mean.through}"
-        is_mean = mean.through != _UNKNOWN_COUNT and _close(mean.factor, 1.0 if eqn.name == "sub" else -1.0, eqn)
+        refused = mean.through
+        is_mean = mean.through != "number" and _close(mean.factor, 1.0 if eqn.name == "sub" else -1.0, eqn)
         weighted = mean.base is not base and mean.base.equation  # where(mask, x, 0), or x · mask
         if weighted and weighted.name in ("select_n", "mul") and base in map(widened, weighted.inputs):
-            mean, refused = mean._replace(base=base), "its mean is weighted, or of the entries of a mask alone"
+            mean, refused = mean._replace(base=base), "weighted"
             count = math.prod(base.shape[axis] for axis in mean.axes)
-            is_mean = mean.through == _UNKNOWN_COUNT or 1 <= abs(mean.factor) < count
-        if is_mean and mean.is_of(base):
+            is_mean = mean.through == "number" or 1 <= abs(mean.factor) < count
+        if is_mean and mean.is_of(base) and x.shape == eqn.outputs[0].shape:
             return Site(eqn, mean, "difference", refused)
     return None
 
@@ -125,7 +125,7 @@ def mean_of(value: Value) -> Mean | None:
             case "reduce_sum" if axes := frozenset(eqn.params["axes"]):
                 kept, base = [axis for axis in range(len(x.shape)) if axis not in axes], widened(x)
                 if digits < jnp.finfo(base.aval.dtype).nmant:
-                    through = through or "a cast to a dtype of fewer digits"
+                    through = through or "digits"
                 places = tuple(None if dim is None else kept[dim] for dim in dims)
                 return Mean(base, axes, places, factor * math.prod(x.shape[axis] for axis in axes), eqn, through)
             case "mul" | "div":
@@ -133,7 +133,7 @@ def mean_of(value: Value) -> Mean | None:
                 if number is None and eqn.name == "mul":
                     number, x = value_of(x), eqn.inputs[1]
                 elif number is None:
-                    number, through = 1.0, through or _UNKNOWN_COUNT
+                    number, through = 1.0, through or "number"
                 if not number:
                     return None
                 factor *= number if eqn.name == "mul" else 1 / number
@@ -143,10 +143,10 @@ def mean_of(value: Value) -> Mean | None:
                 through = "stop_gradient"
             case "broadcast_in_dim" | "reshape" | "squeeze" | "transpose":
                 moves = moved(eqn)
-                if any(dim is not None and dim not in moves for dim in dims):
+                if moves is None or any(dim is not None and dim not in moves for dim in dims):
                     return None
                 dims = [None if dim is None else moves[dim] for dim in dims]
-            case "copy" | "convert_element_type":
+            case "copy" | "convert_element_type" | "pvary":
                 pass
             case _:
                 return None
