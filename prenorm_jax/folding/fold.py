@@ -131,9 +131,8 @@ def _centre(x: Array, label: Label, scale: Array | None) -> Array:
     """C(λ ⊙ x), of the dtype of x."""
     wide = at_least_float32(x)
     if scale is not None:
-        order = sorted(range(scale.ndim), key=lambda axis: -1 if label.dims[axis] is None else label.dims[axis])
         sizes = [size if axis in label.dims else 1 for axis, size in enumerate(x.shape)]
-        wide = wide * scale.transpose(order).reshape(sizes)
+        wide = wide * scale.squeeze().transpose(np.argsort(label.dims)).reshape(sizes)
     return centre(wide, label).astype(x.dtype)
 
 

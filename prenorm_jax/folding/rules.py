@@ -28,13 +28,13 @@ class Label(NamedTuple):
     """x without the mean over some of its axes; given a parameter λ in `scale`, of λ ⊙ x without it.
 
     `pieces`: the mean is over each group of entries of one axis, such as over each head; (): over whole axes.
-    `dims`: the axes of x that λ's are; None for those of one entry.
+    `dims`: the axes of x that those of λ are that have more than one entry.
     """
 
     axes: frozenset[int]
     pieces: tuple[Piece, ...] = ()
     scale: Value | None = None
-    dims: tuple[int | None, ...] = ()
+    dims: tuple[int, ...] = ()
 
 
 def joined(label: Label, other: Label) -> Label | None:
@@ -141,19 +141,16 @@ def concatenate(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     return found
 
 
-@rule("slice")
+@rule("slice", "split")
 def cut_out(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
     """C x[i] = (Cx)[i] where the slice is all of x along S, or has all of S."""
-    starts, strides = eqn.params["start_indices"], eqn.params["strides"] or [1] * len(eqn.inputs[0].shape)
-    windows = {axis: Window(axis, start) for axis, start in enumerate(starts) if strides[axis] == 1}
-    return [windows | _whole(eqn.inputs[0], eqn.outputs[0])]
-
-
-@rule("split")
-def split(eqn: Equation, axes: Set[int], out: int) -> list[Any] | None:
-    """As `slice`."""
-    along = eqn.params["axis"]
-    return [_same(eqn) | {along: Window(along, int(sum(eqn.params["sizes"][:out])))}]
+    if eqn.name == "split":
+        starts = {eqn.params["axis"]: int(sum(eqn.params["sizes"][:out]))}
+    else:
+        steps = eqn.params["strides"] or [1] * len(eqn.params["start_indices"])
+        starts = {axis: start for axis, start in enumerate(eqn.params["start_indices"]) if steps[axis] == 1}
+    windows = {axis: Window(axis, start) for axis, start in starts.items()}
+    return [windows | _whole(eqn.inputs[0], eqn.outputs[out])]
 
 
 @rule("dynamic_slice", "dynamic_update_slice")
@@ -250,12 +247,13 @@ def _need(eqn: Equation, label: Label, out: int, one: Value, moves: Moves) -> An
         return RAW if scale is None else None
     if scale is None:
         return ZERO if not label.pieces and _uniform(one, need.axes) else need
-    dims = tuple(dim if dim is None else moves.get(dim) for dim in label.dims)
-    kept = all(new is None if old is None else isinstance(new, int) for old, new in zip(label.dims, dims, strict=True))
+    dims = tuple(moves.get(dim) for dim in label.dims)
+    kept = all(isinstance(dim, int) for dim in dims)
     if eqn.name == "scan_xs" and scale.loops == eqn.outputs[0].loops:  # each turn has its λ: they are one array outside
-        scale, dims = scale.equation.inputs[0], (0, *dims)
-    seen = scale.loops == one.loops[: len(scale.loops)]  # that of a loop's turn is not there outside of the loop
-    return Label(need.axes, need.pieces, scale, dims) if kept and seen and need.axes and not _is_narrow(one) else None
+        scale = scale.equation.inputs[0]
+        dims = (0, *dims) if one.shape[0] > 1 else dims
+    usable = kept and need.axes and _takes_up(one, scale)
+    return Label(need.axes, need.pieces, scale, dims) if usable else None
 
 
 def _passed_on(label: Label, moves: Moves, old: tuple[int, ...], new: tuple[int, ...]) -> Any:
@@ -312,9 +310,10 @@ def _regrouped(axes: Set[int], old: tuple[int, ...], new: tuple[int, ...]) -> La
     return None if pieces and len(groups) > 1 else Label(frozenset(groups), tuple(pieces))
 
 
-def _is_narrow(value: Value) -> bool:
-    """Whether its dtype has no room for products with a small λ, as float16 has not."""
-    return float(jnp.finfo(value.aval.dtype).tiny) > float(jnp.finfo(jnp.float32).tiny)
+def _takes_up(value: Value, scale: Value) -> bool:
+    """Whether λ is there where the value is, and its dtype has room for products with a small λ, as float16 has not."""
+    there = scale.loops == value.loops[: len(scale.loops)]  # that of a loop's turn is not there outside of the loop
+    return there and float(jnp.finfo(value.aval.dtype).tiny) <= float(jnp.finfo(jnp.float32).tiny)
 
 
 def _taken_up(eqn: Equation, label: Label) -> list[Any] | None:
@@ -329,10 +328,8 @@ def _taken_up(eqn: Equation, label: Label) -> list[Any] | None:
                 break
             places = {moves[axis]: place for axis, place in places.items() if moves.get(axis) is not None}
             scale = made.inputs[0]
-        dims = tuple(places.get(axis) if size > 1 else None for axis, size in enumerate(scale.shape))
-        lost = any(dim is None and size > 1 for dim, size in zip(dims, scale.shape, strict=True))
-        seen = scale.loops == x.loops[: len(scale.loops)] and x.shape == eqn.outputs[0].shape
-        if seen and not lost and _is_parameter(scale) and not _is_narrow(x):
+        dims = tuple(places.get(axis) for axis, size in enumerate(scale.shape) if size > 1)
+        if None not in dims and _is_parameter(scale) and x.shape == eqn.outputs[0].shape and _takes_up(x, scale):
             found: list[Any] = [ONE, ONE]
             found[1 - i] = label._replace(scale=scale, dims=dims)
             return found
