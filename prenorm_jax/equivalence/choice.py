@@ -5,7 +5,10 @@ way of Wc: a dropped p has c = e_p, a reflection c_k = 1/(d + √d), c_p = 1/√
 its size. With W_k the weights at entry k of what reads after one norm, times γ, and σ_k the size of the entry there,
 the squared error of that is L times rmsnorm's,
 
-    L = Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k - Wc‖²  /  Σ_k σ_k² ‖W_k‖²
+    L = [ Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k - Wc‖² + σ_p² ‖W_p‖² ]  /  Σ_k σ_k² ‖W_k‖²
+
+(The last term is what the entry p itself would round, which it does not. But where it is much of the stream its
+rounding is along the stream, and the norm removes it: without this term such entries would seem to gain.)
 
 An error of what a branch reads is one of the same relative size of what it writes. So that of the logits has the mean
 of all norms' L, that before the head of weight 1, that before a branch of the share that this has in the logits,
@@ -115,7 +118,7 @@ def leaks(sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """L of a drop and of a reflection of each entry: (2, d); of `reader_sums` and mean squares (d,) of the stream."""
     norms, along_sum, along_sized, sum_norm = sums
     d, root = len(squares), np.sqrt(len(squares))
-    of_rms, whole = squares @ norms, squares.sum()
+    of_rms, whole, of_entry = squares @ norms, squares.sum(), squares * norms
     if of_rms == 0:
         return np.ones((2, d))  # nothing is read
     dropped = of_rms - 2 * along_sized + whole * norms
@@ -125,7 +128,7 @@ def leaks(sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
     reflected = of_rms - 2 * (one * (squares @ along_sum) + own * along_sized) + whole * of_center
     reflected += share * (norms.sum() - 2 * (one * sum_norm + own * along_sum) + d * of_center)
     reflected -= (squares + share) * (norms - 2 * (one * along_sum + own * norms) + of_center)  # the entry itself
-    return np.maximum(np.stack([dropped, reflected]) / of_rms, 0)
+    return np.maximum(np.stack([dropped, reflected]) + of_entry, 0) / of_rms
 
 
 def rank_choices(leak: np.ndarray) -> list[Choice]:
