@@ -124,7 +124,11 @@ def _names(paths: list[Any]) -> list[str]:
 
 def _shapes(*args: Any) -> tuple[Any, ...]:
     """Of the arrays in these trees, with what else JAX traces by: weak types, and shardings of explicit axes."""
-    return jax.eval_shape(lambda *args: args, *args)
+    return jax.eval_shape(_given, *args)
+
+
+def _given(*args: Any) -> tuple[Any, ...]:
+    return args  # by name, for `eval_shape` keeps what it has traced by the function
 
 
 def _centre(x: Array, label: Label, scale: Array | None) -> Array:
@@ -144,7 +148,7 @@ def _centre_once(x: Array, label: Label, scale: Array | None) -> Array:
         return jax.jit(_centre, static_argnums=1, out_shardings=x.sharding)(x, label, scale)
     wide = _centre(np.asarray(x, np.float64), label, None if scale is None else np.asarray(scale, np.float64))
     stored = centre(wide, label).astype(x.dtype)  # twice: what rounding has left of the mean goes too
-    if isinstance(x, np.ndarray):
+    if not isinstance(x, jax.Array):
         return stored
     with jax.ensure_compile_time_eval():  # else it would be a tracer where a function is traced that asks for `params`
         # As bound to its device as x is: an array that is bound to one cannot be used beside others on several.

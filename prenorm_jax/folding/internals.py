@@ -1,7 +1,7 @@
 """The parts of JAX that have no public name, in one place. `tests/test_fold.py` names what is relied on.
 
 Public and used elsewhere in the room: `jax.make_jaxpr`, `jax.extend.core` (`ClosedJaxpr`, `Literal`), an equation's
-`primitive`, `params`, `invars` and `outvars`, and a jaxpr's `effects`.
+`primitive`, `params`, `invars`, `outvars` and `effects`, which a jaxpr has too.
 """
 
 import functools

@@ -189,8 +189,9 @@ class Plan:
     def _connect(self) -> None:
         for value in self.program.outputs:
             self._force(value, "returned")
-        for eqn in filter(self.live.__contains__, self.program.equations):
-            self._connect_equation(eqn)
+        for eqn in self.program.equations:
+            if eqn in self.live:
+                self._connect_equation(eqn)
         bases = {site.base for site in self.sites.values()}
         for value, labels in self.wanted.items():
             if value.equation is None and value.kind != "parameter":

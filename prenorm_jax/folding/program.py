@@ -111,10 +111,11 @@ def trace(function: Callable[..., Any], args: Any, parameters: int) -> tuple[Pro
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     # Of psum and its like an effect is no more than a name.
-    if effects := [str(one) for one in closed.effects if type(one).__name__ != "NamedAxisEffect"]:
+    if effects := [one for one in closed.effects if type(one).__name__ != "NamedAxisEffect"]:
+        eqn = next(eqn for eqn in internals.body_of(closed).jaxpr.eqns if effects[0] in eqn.effects)
         raise PrenormError(
-            f"the function has an effect, {effects[0]}, that the folded one would not have: fold it without (debug "
-            "prints, callbacks, checks, references)"
+            f"the function has an effect, {eqn.primitive.name} at {internals.where(eqn) or 'an unknown line'}, "
+            "that the folded one would not have: fold it without (debug prints, callbacks, checks, references)"
         )
     return read(internals.without_dead_code(internals.body_of(closed)), parameters), jax.tree.structure(shape)
 

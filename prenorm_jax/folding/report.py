@@ -54,6 +54,7 @@ class Norm:
 
     @classmethod
     def at(cls, eqn: Equation, site: Site, status: str = "folded", reason: str = "") -> "Norm":
+        """That of a site, as the equation's: its own, or a call's around it."""
         return cls(eqn.where, eqn.scope, site.base.shape, tuple(sorted(site.mean.axes)), status, reason)
 
 

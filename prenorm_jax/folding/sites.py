@@ -141,14 +141,12 @@ def mean_of(value: Value) -> Mean | None:
                 factor = -factor
             case "stop_gradient":
                 through = "stop_gradient"
-            case "broadcast_in_dim" | "reshape" | "squeeze" | "transpose":
+            case "copy" | "convert_element_type" | "pvary":
+                pass
+            case _:
                 moves = moved(eqn)
                 if moves is None or any(dim is not None and dim not in moves for dim in dims):
                     return None
                 dims = [None if dim is None else moves[dim] for dim in dims]
-            case "copy" | "convert_element_type" | "pvary":
-                pass
-            case _:
-                return None
         value = x
     return None
