@@ -33,11 +33,12 @@ from prenorm_jax.models.config import ModelConfig
 from prenorm_jax.models.parameters import STREAM_AXES
 from prenorm_jax.models.registry import model_config
 
-# What of the weights is changed: the outliers are four entries that all that writes makes 60 times larger.
+# What of the weights is changed: the outliers are four entries, or one, that all that writes makes 60 times larger.
 ROWS = {
     "plain": {},
     "outliers, γ .03 there": {"outliers": 60.0, "scale": 0.03},
     "outliers, γ 1 there": {"outliers": 60.0, "scale": 1.0},
+    "one outlier, γ 1 there": {"outliers": 60.0, "scale": 1.0, "few": 1},
     "γ_d = 10": {"last": 10.0},
     "outliers, γ .03 there, γ_d = 5": {"outliers": 60.0, "scale": 0.03, "last": 5.0},
 }
@@ -54,14 +55,19 @@ def network(width: int, tied: bool) -> ModelConfig:
 
 
 def weights(
-    config: ModelConfig, seed: int, outliers: float = 1.0, scale: float | None = None, last: float | None = None
+    config: ModelConfig,
+    seed: int,
+    outliers: float = 1.0,
+    scale: float | None = None,
+    last: float | None = None,
+    few: int = 4,
 ) -> Any:
-    """A tree of the network, in float64: four entries of the stream are `outliers` times larger.
+    """A tree of the network, in float64: a few entries of the stream are `outliers` times larger.
 
     `scale`: γ there, in all norms; `last`: γ of the last entry.
     """
     rng, flat = np.random.default_rng(seed), {}
-    few = rng.choice(config.d_model - 1, 4, replace=False)
+    large = rng.choice(config.d_model - 1, few, replace=False)
     for path, leaf in abstract_params(config).items():
         shape, of_norm = leaf.value.shape, leaf.names[-1] in ("norm", "raw") and path[-1] in ("scale", "bias")
         if path[-1] == "bias":
@@ -69,7 +75,7 @@ def weights(
         elif of_norm:
             value = np.abs(rng.normal(1, 0.2, shape))
             if scale is not None:
-                value[..., few] = scale
+                value[..., large] = scale
             if last is not None:
                 value[..., -1] = last
         else:
@@ -77,7 +83,7 @@ def weights(
             if path[-2:-1] in (("out",), ("down",)):
                 value /= np.sqrt(2 * config.depth)
             if leaf.names[-1] in ("write", "raw"):
-                value[..., few] *= outliers
+                value[..., large] *= outliers
         flat[path] = value
     return unflatten_dict(flat)
 

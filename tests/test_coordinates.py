@@ -89,17 +89,19 @@ def test_the_law_is_the_sum_over_all_entries():
             leak = ((w - (w @ c)[:, None]) ** 2).sum(0)
             sizes = squares + (c / c[p]) ** 2 * squares[p]
             of_entry = squares * (w**2).sum(0)
-            expected = (np.delete(sizes * leak, p).sum() + of_entry[p]) / of_entry.sum()
+            expected = (np.delete(sizes * leak, p).sum() + (of_entry[p] if kind == "reflect" else 0)) / of_entry.sum()
             assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_an_entry_is_not_reflected_for_its_own_rounding_that_is_left_out():
-    """Where it is most of the stream the norm removes that rounding in any case, and all others come out larger."""
-    d, large = 96, [7, 30, 50, 81]
-    squares = np.ones(d)
+@pytest.mark.parametrize(("large", "kind"), [([7, 30, 50, 81], "reflect"), ([7], "drop")])
+def test_a_large_entry_is_dropped_if_it_is_most_of_the_stream_and_never_reflected(large, kind):
+    """Reflected, all others come out larger; of four, three leak if the fourth is dropped."""
+    d, squares = 96, np.ones(96)
     squares[large] = 60.0**2
-    drop, reflect = leaks(reader_sums(np.random.default_rng(0).normal(size=(200, d)), squares), squares)
-    assert np.argmin(np.minimum(drop, reflect)) not in large
+    leak = leaks(reader_sums(np.random.default_rng(0).normal(size=(200, d)), squares), squares)
+    best = np.unravel_index(np.argmin(leak), leak.shape)
+    assert KINDS[best[0]] == kind and (best[1] in large) == (kind == "drop")
+    assert np.argmin(leak[1]) not in large
 
 
 def with_outliers(config, seed: int, last: float, sizes: tuple[float, float] = (60.0, 60.0)) -> dict:
@@ -208,6 +210,17 @@ def test_a_choice_is_the_same_of_any_tree_of_one_network_however_it_is_stored_an
         assert choose_coordinates(params, pre_ln, sizes=np.ones(shape))["coordinates"] in KINDS
     with pytest.raises(PrenormError, match=r"sizes have shape \(3,\), not \(16,\) or \(5, 16\)"):
         choose_coordinates(params, pre_ln, sizes=np.ones(3))
+    for sizes in ("a", -np.ones(16), np.full(16, np.nan), np.zeros(16)):
+        with pytest.raises(PrenormError, match="sizes are"):
+            choose_coordinates(params, pre_ln, sizes=sizes)
+
+
+def test_nothing_is_chosen_by_numbers_that_are_not_finite():
+    pre_ln = tiny(d_model=16)
+    params = jax.device_get(random_params(pre_ln, 3))
+    params["block_1"]["mlp"]["down"]["kernel"] = params["block_1"]["mlp"]["down"]["kernel"] * np.nan
+    with pytest.raises(PrenormError, match="no rounding can be predicted, for the weights are not finite"):
+        choose_coordinates(params, pre_ln)
 
 
 @pytest.mark.slow

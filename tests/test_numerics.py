@@ -128,6 +128,13 @@ def test_crmsnorm_is_measured_in_the_coordinates_of_the_law_and_of_the_run():
     assert (converted.norm, converted.coordinates, converted.coordinates_entry) == ("crmsnorm", "reflect", 15)
 
 
+def test_with_a_truth_that_is_not_finite_nothing_is_compared():
+    config = tiny()
+    params = jax.tree.map(lambda x: x * np.nan, jax.device_get(random_params(config, 0)))
+    with pytest.raises(PrenormError, match="Pre-LN itself is not finite in float64"):
+        numerics.measure(params, config, examples_of(config), ["float32"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["rmsnorm", "crmsnorm"])
 @pytest.mark.parametrize("make", [tiny, tiny_vit])

@@ -116,13 +116,17 @@ def measure(
     Returns:
       {sites, sizes, variants, coordinates, errors}, as docs/numerics.md says. None stands for what is not finite.
 
-    Raises PrenormError for a network without an equivalent of each norm.
+    Raises PrenormError for a network without an equivalent of each norm, and for one that is not finite itself.
     """
     with jax.enable_x64(True):
         theta, pre_ln = pre_ln_form(params, config)
         convert_config(pre_ln, "crmsnorm")  # refuses a network without it before anything is computed
         say("the stream at each norm")
         sites, sizes = streams(theta, pre_ln, examples.inputs)
+        if not np.isfinite(sizes).all():
+            raise PrenormError(
+                "Pre-LN itself is not finite in float64 on these inputs: nothing can be compared with it"
+            )
         if len(sites) != 2 * pre_ln.depth + 1:  # one norm for two branches, or none before the head
             sizes = np.sqrt((sizes**2).mean(0))
         roles = places(coordinate_choices(theta, pre_ln, sizes), pre_ln.d_model - 1, own)

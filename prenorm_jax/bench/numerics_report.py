@@ -37,9 +37,9 @@ FOOTNOTE = (
 )
 LAW = (
     "The law: rounding of every entry k leaks into all readers' products by way of Wc, so that the squared error is L "
-    "times rmsnorm's, L = [Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k − Wc‖² + σ_p² ‖W_p‖²] / Σ_k σ_k² ‖W_k‖², W the "
-    "readers' weights times γ, σ the entries' sizes, c = e_p where p is dropped. Of a network it takes the mean over "
-    "norms, and counts what is rounded elsewhere (docs/coordinates.md)."
+    "times rmsnorm's, L = [Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k − Wc‖² + ρ σ_p² ‖W_p‖²] / Σ_k σ_k² ‖W_k‖², W the "
+    "readers' weights times γ, σ the entries' sizes; c = e_p and ρ = 0 where p is dropped, ρ = 1 where it is "
+    "reflected. Of a network it takes the mean over norms, and counts what is rounded elsewhere (docs/coordinates.md)."
 )
 
 

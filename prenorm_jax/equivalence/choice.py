@@ -5,10 +5,11 @@ way of Wc: a dropped p has c = e_p, a reflection c_k = 1/(d + √d), c_p = 1/√
 its size. With W_k the weights at entry k of what reads after one norm, times γ, and σ_k the size of the entry there,
 the squared error of that is L times rmsnorm's,
 
-    L = [ Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k - Wc‖² + σ_p² ‖W_p‖² ]  /  Σ_k σ_k² ‖W_k‖²
+    L = [ Σ_{k≠p} (σ_k² + (c_k/c_p)² σ_p²) ‖W_k - Wc‖² + ρ σ_p² ‖W_p‖² ]  /  Σ_k σ_k² ‖W_k‖²
 
-(The last term is what the entry p itself would round, which it does not. But where it is much of the stream its
-rounding is along the stream, and the norm removes it: without this term such entries would seem to gain.)
+with ρ = 1 for reflections and 0 for drops. It stands for what the norm removes, rounding that is along the stream.
+Where z_p is most of the stream its own rounding is, and what a drop of it leaks is as well. A reflection has z_p in all
+its numbers, and their rounding is not: without this term a large entry would seem to gain by being reflected.
 
 An error of what a branch reads is one of the same relative size of what it writes. So that of the logits has the mean
 of all norms' L, that before the head of weight 1, that before a branch of the share that this has in the logits,
@@ -59,10 +60,12 @@ def choose_coordinates(
     Args:
       params: the tree that `config` describes, of any norm.
       config: the model's.
-      sizes: root mean squares of the stream's entries under rmsnorm, from a calibration batch: (d,), or before each
-        branch of each block and before the head (2·depth + 1, d). None: as estimated from the weights.
+      sizes: root mean squares, over the tokens of a calibration batch, of the entries of what rmsnorm's norms give,
+        without their scales: (d,), or of those of each branch of each block and of the head (2·depth + 1, d). None:
+        as estimated from the weights.
 
-    Raises PrenormError for a tree that is not the config's, or sizes of another shape.
+    Raises PrenormError for a tree that is not the config's, one whose numbers are not finite or overflow in float32's
+    sums, and sizes of another shape or that are no sizes.
     """
     choice = coordinate_choices(params, config, sizes)[0]
     return {"coordinates": choice.kind, "coordinates_entry": choice.entry}
@@ -90,7 +93,7 @@ class _Leaves(dict):
 def stored_choices(stored: Readable, source: ModelConfig, sizes: np.ndarray | None = None) -> list[Choice]:
     """`coordinate_choices` of a stored tree, not of crmsnorm, which is read in parts, twice."""
     sites = estimate_sites(stored, source)
-    squares = sites.squares if sizes is None else np.asarray(sizes, np.float64) ** 2
+    squares = sites.squares if sizes is None else _squares(sizes)
     if squares.shape not in (sites.squares.shape, sites.squares.shape[1:]):
         expected = " or ".join(map(str, (sites.squares.shape[1:], sites.squares.shape)))
         raise PrenormError(f"sizes have shape {squares.shape}, not {expected}: of each entry, or of each at each norm")
@@ -103,10 +106,20 @@ def stored_choices(stored: Readable, source: ModelConfig, sizes: np.ndarray | No
     )
 
 
+def _squares(sizes: Any) -> np.ndarray:
+    try:
+        squares = np.square(sizes, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise PrenormError("sizes are no array of numbers") from error
+    if not (np.isfinite(squares).all() and np.greater_equal(sizes, 0).all() and squares.any()):
+        raise PrenormError("sizes are root mean squares: finite, none below 0 and not all 0")
+    return squares
+
+
 def reader_sums(reader: np.ndarray, squares: np.ndarray, scale: Any = 1.0) -> np.ndarray:
     """What `leaks` takes of readers W = (reader · scale) (n, d), to be added up: (4, d).
 
-    ‖W_k‖², W_k·ΣW, W_k·Σ_j σ_j² W_j and ‖ΣW‖², of which no product of the reader's size is made.
+    ‖W_k‖², W_k·ΣW, W_k·Σ_j σ_j² W_j and ‖ΣW‖², without a copy of the reader.
     """
     scale = np.broadcast_to(scale, squares.shape).astype(np.float64)
     summed = reader @ np.stack([scale, scale * squares], 1).astype(reader.dtype)
@@ -128,11 +141,16 @@ def leaks(sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
     reflected = of_rms - 2 * (one * (squares @ along_sum) + own * along_sized) + whole * of_center
     reflected += share * (norms.sum() - 2 * (one * sum_norm + own * along_sum) + d * of_center)
     reflected -= (squares + share) * (norms - 2 * (one * along_sum + own * norms) + of_center)  # the entry itself
-    return np.maximum(np.stack([dropped, reflected]) + of_entry, 0) / of_rms
+    return np.maximum(np.stack([dropped, reflected + of_entry]), 0) / of_rms
 
 
 def rank_choices(leak: np.ndarray) -> list[Choice]:
     """The choices by their error, of L of a drop and of a reflection of each entry: (2, d)."""
+    if not np.isfinite(leak).all():
+        raise PrenormError(
+            "no rounding can be predicted, for the weights are not finite, or too large for sums in float32: state the "
+            "coordinates, as --coordinates=drop"
+        )
     choices = [
         Choice(kind, entry, float(error))
         for kind, errors in zip(KINDS, np.sqrt((leak + ELSEWHERE) / (1 + ELSEWHERE)), strict=True)

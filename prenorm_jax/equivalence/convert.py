@@ -290,15 +290,17 @@ def _check_mean(path: Path, rows: np.ndarray, gaps: np.ndarray, stored: Array, w
     And to the rounding of the sum itself, which is pairwise, and so small, only of contiguous entries.
     """
     rows = np.ascontiguousarray(rows)
+    if not np.isfinite(rows).all():
+        raise PrenormError(f"{'/'.join(path)} has entries that are not finite")
     mean, allowed = np.abs(rows.mean(-1)), gaps.mean(-1)
     rounding = np.finfo(np.float64).eps * np.abs(rows).mean(-1)
     excess = mean - (allowed + rounding)
     if (excess <= 0).all():
         return
-    worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), excess.shape)
+    worst = np.unravel_index(np.argmax(excess), excess.shape)
     row = f"in row {', '.join(map(str, worst))}, " if worst else ""
     reason = "parameters made from Pre-LN's have none, and training with parameterization=pre_ln keeps them so"
-    for narrow in ("float16", "bfloat16"):  # most of what the second holds the first does, too
+    for narrow in ("float32", "float16", "bfloat16"):  # most of what one holds those before it do, too
         is_rounded = jnp.finfo(narrow).bits < jnp.finfo(stored.dtype).bits and (rows == rows.astype(narrow)).all()
         if is_rounded and (mean <= _spacing(rows, narrow).mean(-1)).all():
             reason = f"it is off by the rounding of {narrow}, to which its entries are rounded: convert them in it"

@@ -159,7 +159,7 @@ def _parts(stored: Readable, source: ModelConfig) -> Iterator[tuple[int | None, 
         for path, leaf in fold_shifts(fold_layer_scales(wide, own_roles), own_roles).items():
             undivided = [tile[name] for name in tile if path in leaves and name not in leaves[path].names]
             if path in affines.values() or any(part.start for part in undivided):
-                continue  # a bias that came whole with the first part of its kernel, too
+                continue  # a bias, that came whole with the first part of its kernel
             scale = np.asarray(tied_scale if path == ("token_embedding",) else 1.0)
             if path in roles and roles[path].reads is not None and (roles[path].norm, "scale") in affines:
                 scale = wide[affines[roles[path].norm, "scale"]].astype(np.float64)

@@ -131,6 +131,8 @@ def _check_wanted(
     """Raises PrenormError if the run has the norm already, or would lose an optimizer's state that is its own."""
     if to == config.model.norm and not (materialize and to != stored):
         why = "there is nothing to convert"
+        if to == "crmsnorm":
+            why += "; for other coordinates convert it to rmsnorm, and that to crmsnorm"
         if to != stored:
             why = f"it trains its Pre-LN parameters; add --materialize to write the {to} parameters that they stand for"
         raise PrenormError(f"{source} is {to} already: {why}")
