@@ -79,17 +79,20 @@ def test_every_choice_is_the_same_function_and_another_choice_than_the_trees_is_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), fitted, other)
 
 
-def test_the_law_is_the_sum_over_all_entries():
+@pytest.mark.parametrize("restored", [False, True])
+def test_the_law_is_the_sum_over_all_entries(restored):
     d, rng = 9, np.random.default_rng(1)
     readers, squares = [rng.normal(size=(n, d)) for n in (3, 7)], rng.uniform(0.1, 9, d)
     w = np.concatenate(readers)
-    for kind, row in zip(KINDS, leaks(sum(reader_sums(own, squares) for own in readers), squares), strict=True):
+    leak = leaks(sum(reader_sums(own, squares) for own in readers), squares, restored)
+    for kind, row in zip(KINDS, leak, strict=True):
         for p, found in enumerate(row):
             c = vector_c(kind, p, d)
-            leak = ((w - (w @ c)[:, None]) ** 2).sum(0)
+            of_readers = ((w - (w @ c)[:, None]) ** 2).sum(0)
             sizes = squares + (c / c[p]) ** 2 * squares[p]
             of_entry = squares * (w**2).sum(0)
-            expected = (np.delete(sizes * leak, p).sum() + (of_entry[p] if kind == "reflect" else 0)) / of_entry.sum()
+            rho = {"drop": restored / 2, "reflect": 1}[kind]
+            expected = (np.delete(sizes * of_readers, p).sum() + rho * of_entry[p]) / of_entry.sum()
             assert found == pytest.approx(expected, rel=1e-12)
 
 
