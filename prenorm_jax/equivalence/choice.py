@@ -10,8 +10,7 @@ the squared error of that is L times rmsnorm's,
 with ρ = 1 for reflections and 0 for drops. It stands for what the norm removes, rounding that is along the stream.
 Where z_p is most of the stream its own rounding is, and what a drop of it leaks is as well. A reflection has z_p in all
 its numbers, and their rounding is not: without this term a large entry would seem to gain by being reflected. Before a
-tied head, which reads all d entries, a dropped one is restored and rounded: ρ = 1/2 there (measured: less in float32,
-more in bfloat16).
+tied head, which reads all d entries, a dropped one is restored and rounded again: there ρ = 1 for both.
 
 An error of what a branch reads is one of the same relative size of what it writes. So that of the logits has the mean
 of all norms' L, that before the head of weight 1, that before a branch of the share that this has in the logits,
@@ -150,7 +149,7 @@ def leaks(sums: np.ndarray, squares: np.ndarray, restored: bool = False) -> np.n
     reflected = of_rms - 2 * (one * (squares @ along_sum) + own * along_sized) + whole * of_center
     reflected += share * (norms.sum() - 2 * (one * sum_norm + own * along_sum) + d * of_center)
     reflected -= (squares + share) * (norms - 2 * (one * along_sum + own * norms) + of_center)  # the entry itself
-    return np.maximum(np.stack([dropped + (of_entry / 2 if restored else 0), reflected + of_entry]), 0) / of_rms
+    return np.maximum(np.stack([dropped + restored * of_entry, reflected + of_entry]), 0) / of_rms
 
 
 def rank_choices(leak: np.ndarray) -> list[Choice]:

@@ -70,6 +70,7 @@ class _Statistics:
     def __init__(self, stored: Readable, source: ModelConfig):
         self.readers: dict[Any, list[Any]] = {}
         self.writers: dict[Any, list[Any]] = {}
+        tables: dict[Path, list[Any]] = {}
         roles, leaves = parameter_roles(source), abstract_params(source)
         biases = {role.bias for role in roles.values() if role.bias is not None}
         for block, path, leaf, scale in _parts(stored, source):
@@ -87,13 +88,15 @@ class _Statistics:
             if axis is None or (names[axis] == "raw" and not _writes_raw(path)):
                 continue
             rows = np.moveaxis(leaf, axis, -1).reshape(-1, source.d_model)
-            added = column_squares(rows - rows.mean(-1, keepdims=True))
+            rows = rows - rows.mean(-1, keepdims=True)
             if names[0] in ("vocab", "position"):  # a token adds one row of a table
-                added /= leaves[path].value.shape[0]
-            if path == ("token_embedding",):
-                added *= source.embed_scale**2
-            _add(self.writers, key, *((0.0, added) if path[-1] == "bias" else (added, 0.0)))
+                scale = source.embed_scale if path == ("token_embedding",) else 1.0
+                _add(tables, path, *_row_statistics(rows * scale))
+            else:
+                added = column_squares(rows)
+                _add(self.writers, key, *((0.0, added) if path[-1] == "bias" else (added, 0.0)))
         embedding = sum(sum(of) for (block, _), of in self.writers.items() if block is None)
+        embedding = embedding + sum(along / n * np.exp(logs / n) for along, logs, n in tables.values() if n)
         embedding = np.broadcast_to(embedding + _constant_positions(source), (source.d_model,))
         if source.embed_norm:
             affine = {path[1]: stored.read(path) ** 2 for path in leaves if path[0] == "embedding_norm"}
@@ -122,6 +125,16 @@ class _Statistics:
 def column_squares(rows: np.ndarray) -> np.ndarray:
     """(n, d) -> (d,) sums of squares, in float64."""
     return np.einsum("nk,nk->k", rows, rows).astype(np.float64)
+
+
+def _row_statistics(rows: np.ndarray) -> tuple[np.ndarray, float, int]:
+    """Of a table's rows (n, d): mean squares (d,) times n of the rows if all had size 1, sum of log squares, and n.
+
+    A token's size is divided out by the norm: a few rows that are much larger than the others are a few tokens.
+    """
+    squares = np.einsum("nk,nk->n", rows, rows)
+    rows, squares = rows[squares != 0], squares[squares != 0].astype(np.float64)
+    return column_squares(rows / np.sqrt(squares)[:, None]), float(np.log(squares).sum()), len(rows)
 
 
 def _add(to: dict[Any, list[Any]], key: Any, *values: Any) -> None:
