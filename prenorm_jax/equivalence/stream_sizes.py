@@ -90,13 +90,14 @@ class _Statistics:
             rows = np.moveaxis(leaf, axis, -1).reshape(-1, source.d_model)
             rows = rows - rows.mean(-1, keepdims=True)
             if names[0] in ("vocab", "position"):  # a token adds one row of a table
-                scale = source.embed_scale if path == ("token_embedding",) else 1.0
-                _add(tables, path, *_row_statistics(rows * scale))
+                _add(tables, path, *_row_statistics(rows))
             else:
                 added = column_squares(rows)
                 _add(self.writers, key, *((0.0, added) if path[-1] == "bias" else (added, 0.0)))
         embedding = sum(sum(of) for (block, _), of in self.writers.items() if block is None)
-        embedding = embedding + sum(along / n * np.exp(logs / n) for along, logs, n in tables.values() if n)
+        for path, (along, logs, n) in tables.items():  # as if all its rows had their geometric mean's size
+            scale = source.embed_scale if path == ("token_embedding",) else 1.0
+            embedding = embedding + along / max(n, 1) * np.exp(logs / max(n, 1)) * scale**2
         embedding = np.broadcast_to(embedding + _constant_positions(source), (source.d_model,))
         if source.embed_norm:
             affine = {path[1]: stored.read(path) ** 2 for path in leaves if path[0] == "embedding_norm"}
@@ -128,13 +129,18 @@ def column_squares(rows: np.ndarray) -> np.ndarray:
 
 
 def _row_statistics(rows: np.ndarray) -> tuple[np.ndarray, float, int]:
-    """Of a table's rows (n, d): mean squares (d,) times n of the rows if all had size 1, sum of log squares, and n.
+    """Of a table's rows (rows, d), those of zeros left out: the sum of their squares if each had length 1 (d,), the sum
+    of the logarithms of their squared lengths, and how many they are.
 
     A token's size is divided out by the norm: a few rows that are much larger than the others are a few tokens.
     """
     squares = np.einsum("nk,nk->n", rows, rows)
-    rows, squares = rows[squares != 0], squares[squares != 0].astype(np.float64)
-    return column_squares(rows / np.sqrt(squares)[:, None]), float(np.log(squares).sum()), len(rows)
+    lengths = np.sqrt(np.where(squares == 0, 1, squares))
+    return (
+        column_squares(rows / lengths[:, None]),
+        2 * float(np.log(lengths, dtype=float).sum()),
+        int((squares != 0).sum()),
+    )
 
 
 def _add(to: dict[Any, list[Any]], key: Any, *values: Any) -> None:
