@@ -135,12 +135,9 @@ def _row_statistics(rows: np.ndarray) -> tuple[np.ndarray, float, int]:
     A token's size is divided out by the norm: a few rows that are much larger than the others are a few tokens.
     """
     squares = np.einsum("nk,nk->n", rows, rows)
-    lengths = np.sqrt(np.where(squares == 0, 1, squares))
-    return (
-        column_squares(rows / lengths[:, None]),
-        2 * float(np.log(lengths, dtype=float).sum()),
-        int((squares != 0).sum()),
-    )
+    used = squares != 0
+    squares[~used] = 1
+    return column_squares(rows / np.sqrt(squares)[:, None]), float(np.log(squares).sum()), int(used.sum())
 
 
 def _add(to: dict[Any, list[Any]], key: Any, *values: Any) -> None:
